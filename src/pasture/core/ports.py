@@ -1,0 +1,116 @@
+"""What the scheduler and the text layer expect of an engine. `pasture.engine` implements these twice: llama.cpp and a fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Protocol
+
+from pasture.core.statistics import ServiceStatistics
+from pasture.core.values import (
+    Layout,
+    ModelInfo,
+    PoolShape,
+    Request,
+    Sampler,
+    SamplingParams,
+    Segment,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+)
+
+Clock = Callable[[], float]
+"""Seconds, monotonic."""
+
+
+class Vocabulary(Protocol):
+    """Text <-> tokens. Immutable after load, so any thread may call it."""
+
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """End-of-generation ids (`<|im_end|>`, `</s>`, ...)."""
+        ...
+
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+    @property
+    def add_bos(self) -> bool:
+        """Whether the model wants its BOS token put before a plain prompt."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own jinja template; None where the file has none."""
+        ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The token's bytes, possibly part of a character. Control tokens are empty unless `special`."""
+        ...
+
+
+class Engine(Protocol):
+    """A model and its live cache. One thread calls it."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def shape(self) -> PoolShape: ...
+
+    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
+        """A fresh sampler; `prompt` fills its penalty window."""
+        ...
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Operations in order, then one batch. Raises EngineError when an operation is impossible (a bug of the planner)."""
+        ...
+
+    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int) -> PoolShape:
+        """Save every segment, lay the cache out anew, restore: compaction, or a move to another layout.
+
+        `segments` cover every used cell once, parents before children. Sequence ids are kept, so they must be below
+        `n_seqs`. In the streams layout each holder gets a copy of its own. Returns the new shape. Raises DoesNotFit, with
+        the cache as it was, when a sequence does not fit in the new layout.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Service(Protocol):
+    """What the API and the Python interface stand on: `pasture.scheduler.service.LocalService` is the implementation."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def max_conversation_tokens(self) -> int:
+        """Prompt and reply together; longer requests raise PromptTooLong."""
+        ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Queue the request and yield its events; the last one carries `finish`.
+
+        Raises RequestError (QueueFull, PromptTooLong, ShuttingDown) from the first `__anext__`, before any event. Closing the
+        generator, or cancelling the task in it, frees everything the request holds within one engine step.
+        """
+        ...
+
+    def statistics(self) -> ServiceStatistics: ...
+    async def drain(self) -> None:
+        """Take nothing new, finish what runs."""
+        ...
+
+    def close(self) -> None:
+        """End at once; requests that still run get a finish with reason `cancelled`."""
+        ...

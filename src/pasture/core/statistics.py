@@ -1,0 +1,99 @@
+"""Frozen pictures of the stateful objects. Metrics, `/props`, `/slots` and the dashboard read these and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pasture.core.values import ModelInfo, Namespace, PoolShape, RequestId, SeqId
+
+
+class SequenceState(StrEnum):
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    IDLE = "idle"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStatistics:
+    sequence: SeqId
+    namespace: Namespace
+    state: SequenceState
+    n_tokens: int
+    shared_tokens: int
+    """of n_tokens, those in cells that another sequence holds too"""
+    idle_seconds: float
+    request_id: RequestId | None
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceStatistics:
+    namespace: Namespace
+    cells: int
+    shared_cells: int
+    sequences: int
+    hit_tokens: int
+    missed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """Cells: used = running + idle; shared is a part of used. All counts are of cells unless named otherwise."""
+
+    shape: PoolShape
+    used_cells: int
+    running_cells: int
+    idle_cells: int
+    shared_cells: int
+    saved_cells: int
+    """cells that every holder beyond the first would have needed: sum of (holders - 1) over the shared cells"""
+    peak_cells: int
+    fragmentation: float
+    """0..1: neighbouring tokens of a sequence that are not neighbours in the cache, as a share of all"""
+    hit_tokens: Mapping[str, int]
+    """prompt tokens found, by the state of who held them: running, prefilling, idle, swapped"""
+    missed_tokens: int
+    """prompt tokens that had to be computed"""
+    evicted_cells: Mapping[str, int]
+    """by reason: cells, sequences, layout, failure"""
+    compactions: int
+    namespaces: tuple[NamespaceStatistics, ...]
+    sequences: tuple[SequenceStatistics, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStatistics:
+    """Counters run since start; `*_seconds` are sums of engine-thread time."""
+
+    waiting: int
+    prefilling: int
+    decoding: int
+    swapped: int
+    submitted_total: int
+    finished_total: Mapping[str, int]
+    """by finish reason"""
+    rejected_total: int
+    swaps_total: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    computed_tokens_total: int
+    generated_tokens_total: int
+    steps_total: int
+    step_seconds_total: float
+    decode_seconds_total: float
+    """inside llama_decode; step_seconds_total - decode_seconds_total is pasture's own share"""
+    sample_seconds_total: float
+    prefill_budget_tokens: int
+    prefill_tokens_per_second: float
+    layout_moves_total: int
+    invariant_failures_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatistics:
+    model: ModelInfo
+    pool: PoolStatistics
+    scheduler: SchedulerStatistics
+    uptime_seconds: float
+    draining: bool

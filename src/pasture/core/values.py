@@ -1,0 +1,290 @@
+"""The values that travel between the rooms: requests, sampling parameters, plans, results.
+
+Frozen, without behaviour beyond small derivations, and without knowledge of llama.cpp. Positions are half open `[p0, p1)`
+throughout; a *cell* holds the key and value vectors of one token of one or more sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+from pasture.core.errors import PastureError
+
+SeqId = NewType("SeqId", int)
+"""A sequence id of the engine, `0 <= id < n_seq_max`."""
+
+RequestId = NewType("RequestId", str)
+Namespace = NewType("Namespace", str)
+"""What may share: two requests reuse each other's tokens only inside one namespace."""
+
+DEFAULT_NAMESPACE = Namespace("default")
+
+
+class Layout(StrEnum):
+    """How cells are laid out in the live cache."""
+
+    UNIFIED = "unified"
+    """One buffer for every sequence: a shared cell exists once."""
+    STREAMS = "streams"
+    """One buffer a sequence: no masked cells to skip, but a shared prefix is a copy."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn; defaults are llama.cpp's. `temperature=0` is greedy."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repeat_last_n: int = 64
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """token id -> added to its logit; `-inf` bans the token"""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued once (`n` choices are `n` requests that share their prompt)."""
+
+    request_id: RequestId
+    prompt: tuple[int, ...]
+    """token ids, at least one"""
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    namespace: Namespace = DEFAULT_NAMESPACE
+    tenant: str = "default"
+    user: str = "anonymous"
+    stop_tokens: frozenset[int] = frozenset()
+    """ends the reply, is not part of it; empty when end-of-generation tokens are ignored"""
+    n_logprobs: int | None = None
+    """alternatives reported a token; None: no log probabilities at all"""
+    deadline_seconds: float | None = None
+    """from submission; None: no limit"""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's distribution before any sampler touched it."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob), most probable first"""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost; seconds are measured from submission."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """prompt tokens whose KV was already there (or was being computed for someone else)"""
+    completion_tokens: int
+    queue_seconds: float = 0.0
+    """until its first prompt token was computed"""
+    first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+    n_swaps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    reason: FinishReason
+    usage: Usage
+    error: PastureError | None = None
+    """set exactly when `reason` is ERROR"""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step of one request: a token, the end, or both."""
+
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    finish: Finish | None = None
+
+
+# What the engine is
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the rest of pasture needs to know of a loaded model."""
+
+    name: str
+    path: str
+    architecture: str
+    description: str
+    n_params: int
+    n_bytes: int
+    n_vocab: int
+    n_layers: int
+    n_ctx_train: int
+    cell_bytes: int
+    """bytes of KV a token, at the cache's types; 0 for a purely recurrent model"""
+    shareable: bool
+    """True: any prefix of a sequence can be shared or cut off. False (recurrent, hybrid): only a whole sequence can."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """The limits of the live cache."""
+
+    n_cells: int
+    n_seqs: int
+    layout: Layout = Layout.UNIFIED
+    n_batch: int = 2048
+    """tokens in one step, at most"""
+
+    @property
+    def cells_per_sequence(self) -> int:
+        """The longest conversation in tokens."""
+        return self.n_cells if self.layout is Layout.UNIFIED else self.n_cells // self.n_seqs
+
+
+# One step
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Target joins source's cells in `[p0, p1)`; metadata only in the unified layout, bytes in streams (then p0 is 0)."""
+
+    source: SeqId
+    target: SeqId
+    p0: int
+    p1: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """The sequence leaves its cells in `[p0, p1)`; a cell that nobody is left in is free. `p1=None`: to the end."""
+
+    sequence: SeqId
+    p0: int
+    p1: int | None
+
+
+class Slab:
+    """KV of consecutive positions `[p0, p1)` outside the live cache. Immutable; engines subclass it."""
+
+    p0: int
+    p1: int
+
+    @property
+    def n_bytes(self) -> int:
+        raise NotImplementedError
+
+    def cut(self, p0: int, p1: int) -> Slab:
+        """The part `[p0, p1)`, absolute positions, without copying where possible."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Copy the sequence's KV in `[p0, p1)` out of the live cache; the result holds it under `key`."""
+
+    sequence: SeqId
+    p0: int
+    p1: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Write a slab into free cells of the sequence, which must hold exactly `[0, slab.p0)` before."""
+
+    sequence: SeqId
+    slab: Slab
+
+
+CellOperation = Copy | Remove | Save | Restore
+
+
+class Sampler:
+    """A request's sampling state (penalty window, random generator); engines subclass it. Owned by the engine thread."""
+
+    def close(self) -> None:
+        """Free what the engine holds for it; safe to call twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens of one sequence to compute in this step."""
+
+    sequence: SeqId
+    tokens: Sequence[int]
+    start: int
+    """position of tokens[0]"""
+    sampler: Sampler | None
+    """draws a token after the last of `tokens`; None: the prompt goes on in a later step"""
+    n_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All that one engine step does: first the operations in order, then every work in one batch."""
+
+    operations: tuple[CellOperation, ...]
+    works: tuple[Work, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(work.tokens) for work in self.works)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Outcome(StrEnum):
+    DONE = "done"
+    NO_ROOM = "no room"
+    """operations were carried out, no work was; the sequences are as they were"""
+    FAILED = "failed"
+    """operations were carried out; every sequence in the works was cut back to its `start` (or is in `lost`)"""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    outcome: Outcome
+    samples: Mapping[SeqId, Sample]
+    """sequence -> token drawn, for each work with a sampler"""
+    saved: Mapping[int, Slab]
+    """`Save.key` -> slab"""
+    decode_seconds: float
+    """inside llama_decode"""
+    sample_seconds: float = 0.0
+    lost: frozenset[SeqId] = frozenset()
+    """sequences the engine had to empty (recurrent states cannot be cut back)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One stretch of cells and everybody in it, for `Engine.rebuild`."""
+
+    holders: tuple[SeqId, ...]
+    p0: int
+    p1: int
