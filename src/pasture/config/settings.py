@@ -1,0 +1,217 @@
+"""Every setting, declared once: type, default, help, flags, group.
+
+A field's name is its TOML key and, in capitals behind `PASTURE_`, its environment variable; its `Flag` says how the command
+line spells it (as llama.cpp does, where llama.cpp has it). `Settings` is immutable and holds values only: where a value came
+from is `pasture.config.sources`' business, and what it does is the business of the room that receives it. Optional values are
+None where pasture decides by itself; the help says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pasture.config.units import parse_bytes, parse_seconds
+
+ENV_PREFIX = "PASTURE_"
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How the command line spells a setting; `group` is its heading in `--help` and in the documentation."""
+
+    names: tuple[str, ...]
+    group: str
+    metavar: str = ""
+    off: str | None = None
+    """the flag that says no, for switches"""
+    hidden: bool = False
+    secret: bool = False
+    """never printed"""
+
+
+def _comma_separated(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _switch(value: object) -> object:
+    """llama.cpp's spellings of on and off, for a setting that also knows `auto`."""
+    spellings = {"1": "on", "true": "on", "0": "off", "false": "off", "-1": "auto", "yes": "on", "no": "off"}
+    return spellings.get(str(value).lower(), str(value).lower())
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
+OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_switch)]
+
+MODEL, CACHE, SCHEDULING, SPEED, SERVER = "Model", "Shared KV cache", "Scheduling", "Speed", "Server"
+
+
+class Settings(BaseSettings):
+    """All settings of one pasture server, validated and frozen."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Annotated[str | None, Flag(("-m", "--model"), MODEL, "FILE")] = Field(None, description="The GGUF file to serve.")
+    alias: Annotated[str | None, Flag(("-a", "--alias"), MODEL, "NAME")] = Field(
+        None, description="The model's name in the API; the file's name without .gguf unless given."
+    )
+    chat_template: Annotated[str | None, Flag(("--chat-template",), MODEL, "JINJA")] = Field(
+        None, description="A Jinja chat template instead of the model's own."
+    )
+    chat_template_file: Annotated[str | None, Flag(("--chat-template-file",), MODEL, "FILE")] = Field(
+        None, description="A file with that template."
+    )
+    n_gpu_layers: Annotated[int, Flag(("-ngl", "--n-gpu-layers"), MODEL, "N")] = Field(
+        999, ge=0, description="Layers to put on the GPU, where llama.cpp was built for one; more than the model has means all."
+    )
+    mmap: Annotated[bool, Flag(("--mmap",), MODEL, off="--no-mmap")] = Field(
+        True, description="Map the model file into memory instead of reading it."
+    )
+    mlock: Annotated[bool, Flag(("--mlock",), MODEL, off="--no-mlock")] = Field(
+        False, description="Keep the model in RAM: never let it be paged out."
+    )
+    fake_engine: Annotated[bool, Flag(("--fake-engine",), MODEL, off="--no-fake-engine", hidden=True)] = Field(
+        False, description="Serve without a model, from an engine that invents tokens at once: measures HTTP alone."
+    )
+
+    kv_cells: Annotated[int | None, Flag(("-c", "--kv-cells", "--ctx-size"), CACHE, "N")] = Field(
+        None,
+        ge=64,
+        description="Tokens the shared cache holds, all users together; unless given, what fits in free memory up to 32768.",
+    )
+    kv_memory: Annotated[Bytes | None, Flag(("--kv-memory",), CACHE, "SIZE")] = Field(
+        None, description="The shared cache's size in bytes (2GiB) instead of tokens."
+    )
+    share_prefix: Annotated[bool, Flag(("--share-prefix",), CACHE, off="--no-share-prefix")] = Field(
+        True, description="Let conversations share the tokens that their prompts have in common."
+    )
+    kv_layout: Annotated[Literal["auto", "unified", "streams"], Flag(("--kv-layout",), CACHE, "LAYOUT")] = Field(
+        "auto",
+        description="unified (shared cells exist once), streams (one buffer a conversation) or auto (follows the traffic).",
+    )
+    cache_type_k: Annotated[CacheType, Flag(("-ctk", "--cache-type-k"), CACHE, "TYPE")] = Field(
+        "f16", description=f"Number format of the cached keys: {' '.join(get_args(CacheType))}."
+    )
+    cache_type_v: Annotated[CacheType, Flag(("-ctv", "--cache-type-v"), CACHE, "TYPE")] = Field(
+        "f16", description="Number format of the cached values; the quantised ones need flash attention."
+    )
+
+    max_running: Annotated[int, Flag(("-np", "--max-running", "--parallel"), SCHEDULING, "N")] = Field(
+        64, ge=1, le=255, description="Requests that generate at the same time; the others wait their turn."
+    )
+    max_queue: Annotated[int, Flag(("--max-queue",), SCHEDULING, "N")] = Field(
+        512, ge=0, description="Requests that may wait; the next one is told to come back later (429)."
+    )
+    itl_target: Annotated[Seconds, Flag(("--itl-target",), SCHEDULING, "TIME")] = Field(
+        0.2, description="The gap between two tokens of a stream that other people's long prompts may cause."
+    )
+    timeout: Annotated[Seconds | None, Flag(("--timeout",), SCHEDULING, "TIME")] = Field(
+        None, description="A request's time limit from arrival to last token, unless it names its own; no limit unless given."
+    )
+
+    threads: Annotated[int | None, Flag(("-t", "--threads"), SPEED, "N")] = Field(
+        None, ge=1, description="CPU threads for generation; the physical cores unless given."
+    )
+    threads_batch: Annotated[int | None, Flag(("-tb", "--threads-batch"), SPEED, "N")] = Field(
+        None, ge=1, description="CPU threads for prompts; the same as --threads unless given."
+    )
+    batch_size: Annotated[int, Flag(("-b", "--batch-size"), SPEED, "N")] = Field(
+        2048, ge=1, description="Tokens in one engine step at most."
+    )
+    ubatch_size: Annotated[int, Flag(("-ub", "--ubatch-size"), SPEED, "N")] = Field(
+        512, ge=1, description="Tokens that the model computes in one go within a step."
+    )
+    flash_attn: Annotated[OnOffAuto, Flag(("-fa", "--flash-attn"), SPEED, "on|off|auto")] = Field(
+        "on", description="Flash attention; -fa alone means on."
+    )
+
+    host: Annotated[str, Flag(("--host",), SERVER, "ADDRESS")] = Field(
+        "127.0.0.1", description="The address to listen on; 0.0.0.0 is every interface."
+    )
+    port: Annotated[int, Flag(("--port",), SERVER, "N")] = Field(
+        8080, ge=0, le=65535, description="The port; 0 takes a free one."
+    )
+    api_key: Annotated[Texts, Flag(("--api-key",), SERVER, "KEY", secret=True)] = Field(
+        (),
+        description="A key that clients must send, or several, separated by commas; safer in the environment or a file.",
+    )
+    api_key_file: Annotated[str | None, Flag(("--api-key-file",), SERVER, "FILE")] = Field(
+        None, description="A file with one key a line."
+    )
+    ssl_key_file: Annotated[str | None, Flag(("--ssl-key-file",), SERVER, "FILE")] = Field(
+        None, description="The TLS private key (PEM); with --ssl-cert-file, pasture speaks HTTPS."
+    )
+    ssl_cert_file: Annotated[str | None, Flag(("--ssl-cert-file",), SERVER, "FILE")] = Field(
+        None, description="The TLS certificate (PEM)."
+    )
+    log_level: Annotated[LogLevel, Flag(("--log-level",), SERVER, "LEVEL")] = Field(
+        "info", description="How much the server says on stderr: debug, info, warning or error."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in: `load_configuration` reads the sources itself, because it must know which one won."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kv_cells is not None and self.kv_memory is not None:
+            raise ValueError("kv_cells and kv_memory both size the cache: give one of them")
+        if (self.ssl_key_file is None) != (self.ssl_cert_file is None):
+            raise ValueError("ssl_key_file and ssl_cert_file go together: HTTPS needs both")
+        if self.chat_template is not None and self.chat_template_file is not None:
+            raise ValueError("chat_template and chat_template_file are the same thing: give one of them")
+        if self.flash_attn == "off" and self.cache_type_v not in ("f32", "f16", "bf16"):
+            raise ValueError(
+                f"cache_type_v={self.cache_type_v} needs flash attention: set flash_attn to on, or cache_type_v to f16"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class SettingSpec:
+    """One setting as the command line, the documentation and `pasture config` see it."""
+
+    name: str
+    flag: Flag
+    default: object
+    help: str
+    is_switch: bool
+
+    @property
+    def env_name(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def long_flag(self) -> str:
+        """The spelling used in messages."""
+        return next(name for name in self.flag.names if name.startswith("--"))
+
+
+@cache
+def setting_specs() -> Mapping[str, SettingSpec]:
+    """Every setting by name, in the order of declaration."""
+    return {name: _spec(name, info) for name, info in Settings.model_fields.items()}
+
+
+def _spec(name: str, info: FieldInfo) -> SettingSpec:
+    [flag] = (item for item in info.metadata if isinstance(item, Flag))
+    return SettingSpec(name, flag, info.default, info.description or "", is_switch=info.annotation is bool)
