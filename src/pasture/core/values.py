@@ -123,6 +123,8 @@ class TokenEvent:
     token: int | None
     logprobs: TokenLogprobs | None = None
     finish: Finish | None = None
+    usage: Usage | None = None
+    """with a request's first token: its cost until then, for a reader who ends the request himself at a stop string"""
 
 
 # What the engine is
