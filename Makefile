@@ -1,0 +1,43 @@
+# Everything a newcomer needs. `make demo` and `make test` set themselves up: nothing but Python, a C++ compiler and CMake before.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/.demo  ## sixteen people on one small model, against one context each; then a server to talk to
+	@$(BIN)/pasture demo
+
+test: lint  ## lint, types and every test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the code into shape
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'pasture needs Python 3.11 or newer; try: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
+
+# A stamp an extra: setting up again only when what is installed would change.
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Setting up $(VENV) for "$*". The first time, llama.cpp is compiled: a few minutes.'
+	@$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	@touch $@
