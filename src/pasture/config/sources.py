@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 
-from pasture.config.settings import Settings, setting_specs
+from pasture.config.settings import Settings, SettingSpec, setting_specs
 from pasture.core.errors import ConfigError
 
 FILE_NAME = "pasture.toml"
@@ -46,7 +46,7 @@ class Origin:
     where: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.where}".strip()
+        return self.where or self.kind.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +78,19 @@ def load_configuration(flags: Mapping[str, object] | None = None, *, config_file
         overruled = {loser for pair in _EXCLUSIVE for loser in pair if set(pair) & values.keys()}
         for name, value in layer.items():
             if name not in values and name not in overruled:
-                where = {OriginKind.FLAG: specs[name].long_flag, OriginKind.ENVIRONMENT: specs[name].env_name}
                 values[name] = value
-                origins[name] = Origin(kind, where.get(kind, str(file)))
+                origins[name] = Origin(kind, _where(kind, specs[name], value, file))
     try:
         settings = Settings(**values)  # type: ignore[arg-type]  # validated here: the values are as people wrote them
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error, origins))) from None
     return Configuration(settings, {name: origins.get(name, Origin(OriginKind.DEFAULT)) for name in specs}, file)
+
+
+def _where(kind: OriginKind, spec: SettingSpec, value: object, file: Path | None) -> str:
+    if kind is OriginKind.FLAG:
+        return spec.flag.off if value is False and spec.flag.off else spec.long_flag
+    return spec.env_name if kind is OriginKind.ENVIRONMENT else str(file)
 
 
 def _find_file(named: Path | None) -> Path | None:

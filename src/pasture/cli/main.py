@@ -1,0 +1,52 @@
+"""The `pasture` command: its groups, its help, and how a run ends.
+
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 the command line or a setting is wrong. A
+traceback is a bug of pasture's, never a user's mistake.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from pasture import __version__
+from pasture.cli.configuration import config
+from pasture.cli.flags import normalise
+from pasture.cli.output import report
+from pasture.core.errors import PastureError
+
+app = typer.Typer(
+    name="pasture",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start here: pasture serve -m model.gguf, then open the URL it prints, or point any OpenAI client at it.",
+)
+app.command(rich_help_panel="Find out")(config)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pasture {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pasture(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Serve a whole team from one llama.cpp model, on one shared KV cache."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with the exit code."""
+    try:
+        app(args=normalise(sys.argv[1:] if arguments is None else arguments))
+    except PastureError as error:
+        sys.exit(report(error))
