@@ -187,6 +187,16 @@ class Remove:
     p1: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Both sequences have computed the same tokens in `[p0, p1)`: target gives its cells back and joins source's. Unified only."""
+
+    source: SeqId
+    target: SeqId
+    p0: int
+    p1: int
+
+
 class Slab:
     """KV of consecutive positions `[p0, p1)` outside the live cache. Immutable; engines subclass it."""
 
@@ -220,7 +230,7 @@ class Restore:
     slab: Slab
 
 
-CellOperation = Copy | Remove | Save | Restore
+CellOperation = Copy | Remove | Share | Save | Restore
 
 
 class Sampler:

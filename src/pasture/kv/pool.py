@@ -1,0 +1,498 @@
+"""The shared pool: which tokens are in the live cache, who holds them, and who goes when room is needed.
+
+Owns the radix tree of live cells and the engine's sequence ids. Never touches the engine: every change of cells is written into
+a journal of operations, which the scheduler hands to the engine in the order in which the pool decided them. Runs without a
+model.
+
+Two ways to count cells, one tree for both:
+
+    shared   (unified layout)            a node's cells exist once, whoever holds it:   used = tokens in the tree
+    private  (streams layout, sharing    every holder has a copy of its own:            used = sum of the sequences' lengths
+              off, or a recurrent model)
+
+Conservation law (`check`): sequence ids are free or live, never both; a node's holders are exactly the sequences whose path
+runs through it; used cells are what the tree (or the lengths) add up to, and at most `n_cells`; running counts are explained.
+
+Thread: the engine's. Sources: RadixAttention (SGLang) for the tree, vLLM's KVCacheManager for "does not fit is None".
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+
+from pasture.core.errors import InvariantBroken
+from pasture.core.ports import Clock
+from pasture.core.statistics import PoolStatistics, SequenceState
+from pasture.core.values import (
+    CellOperation,
+    Copy,
+    Layout,
+    Namespace,
+    PoolShape,
+    Remove,
+    RequestId,
+    Restore,
+    Save,
+    Segment,
+    SeqId,
+    Share,
+    Slab,
+)
+from pasture.kv.eviction import Candidate, Policy, least_recently_used
+from pasture.kv.picture import draw
+from pasture.kv.radix import Match, Node, RadixTree, common_prefix
+from pasture.kv.sequence import Sequence
+
+TRIM_TOKENS = 64
+"""an idle leaf is trimmed from its end by at least this much, so that eviction is not one operation a token"""
+
+
+class Pool:
+    def __init__(
+        self,
+        shape: PoolShape,
+        *,
+        clock: Clock,
+        share: bool = True,
+        shareable: bool = True,
+        policy: Policy = least_recently_used,
+    ) -> None:
+        self.shape = shape
+        self.tree: RadixTree[Sequence] = RadixTree()
+        self.sequences: dict[SeqId, Sequence] = {}
+        self.compactions = 0
+        self.hit_tokens: Counter[str] = Counter()
+        self.missed_tokens = 0
+        self.namespace_tokens: dict[Namespace, list[int]] = {}
+        """namespace -> [hit, missed]"""
+        self.evicted_cells: Counter[str] = Counter()
+        self.peak_cells = 0
+        self.locked_cells = 0
+        """cells that a running sequence holds: what eviction cannot give back"""
+        self._private_cells = 0
+        self._share = share
+        self._shareable = shareable
+        self._policy = policy
+        self._clock = clock
+        self._journal: list[CellOperation] = []
+        self._free_ids = [SeqId(i) for i in range(shape.n_seqs)]
+        self._save_keys = 0
+        self._last_writer: Sequence | None = None
+
+    # What is there
+
+    @property
+    def clock(self) -> Clock:
+        return self._clock
+
+    @property
+    def cells_are_shared(self) -> bool:
+        """Whether a cell can belong to several sequences at once."""
+        return self._share and self._shareable and self.shape.layout is Layout.UNIFIED
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether a part of a sequence can be removed or joined (not so for recurrent models)."""
+        return self._shareable
+
+    @property
+    def joins(self) -> bool:
+        """Whether a prompt may start from the middle of another sequence."""
+        return self._share and self._shareable
+
+    @property
+    def used_cells(self) -> int:
+        return self.tree.n_tokens if self.cells_are_shared else self._private_cells
+
+    @property
+    def unlocked_cells(self) -> int:
+        """Cells that are free or could be freed without touching a running sequence."""
+        return self.shape.n_cells - self.locked_cells
+
+    @property
+    def has_sequence_to_give(self) -> bool:
+        return bool(self._free_ids) or any(sequence.idle for sequence in self.sequences.values())
+
+    def lookup(self, namespace: Namespace, prompt: array[int]) -> int:
+        """How many tokens of the prompt a `join` would find: at most all but the last, whose logits are needed."""
+        match = self._reusable(namespace, prompt)
+        return match.length
+
+    def cells_to_lock(self, namespace: Namespace, prompt: array[int]) -> int:
+        """How many unlocked cells a `join` would need for itself: its prefix where that is idle, and its rest."""
+        match = self._reusable(namespace, prompt)
+        if not self.cells_are_shared:
+            return len(prompt)
+        return len(prompt) - match.length + self._unlocked_part(match)
+
+    # Coming
+
+    def join(self, namespace: Namespace, prompt: array[int], request_id: RequestId) -> Sequence | None:
+        """A running sequence that starts with the longest prefix found; None when every sequence id runs.
+
+        An idle sequence that the prompt continues is taken over; anything else is joined and keeps all it had. May split tree
+        nodes, and may evict an idle sequence for its id.
+        """
+        match = self._reusable(namespace, prompt)
+        node = self.tree.cut(match)
+        found = self._idle_sequence_at(node)
+        source = "idle"
+        if found is None:
+            if match.length:
+                source = self._best_state(node)
+            found = self._enter(namespace, node, match.length, request_id)
+            if found is None:
+                return None
+        else:
+            found.state = SequenceState.PREFILLING
+            found.request_id = request_id
+            self._run(found)
+        self._touch(found)
+        self._count(namespace, source, match.length, len(prompt) - match.length)
+        return found
+
+    def swap_in(self, namespace: Namespace, tokens: array[int], slab: Slab, request_id: RequestId) -> Sequence | None:
+        """Bring a swapped request back: joins what is live, restores the rest. None when it has no id or no room."""
+        root = Match(self.tree.root(namespace), 0, 0)
+        match = self.tree.match(namespace, tokens) if self.cells_are_shared else root  # a copy of its own is restored whole
+        missing = len(tokens) - match.length
+        if not self.has_sequence_to_give or missing > self.unlocked_cells - self._unlocked_part(match):
+            return None
+        sequence = self._enter(namespace, self.tree.cut(match), match.length, request_id)
+        if sequence is None:
+            return None
+        if missing:
+            if not self.make_room(missing):
+                raise InvariantBroken(f"{missing} cells were free to take, and could not be had")
+            self._journal.append(Restore(sequence.id, slab.cut(match.length, len(tokens))))
+            self._last_writer = None
+            self._append(sequence, tokens[match.length :])
+        self._touch(sequence)
+        return sequence
+
+    # Growing
+
+    def extend(self, sequence: Sequence, tokens: array[int]) -> None:
+        """The engine has computed `tokens` at `[length, length + n)` of the sequence.
+
+        Where another sequence has the same tokens behind the same prefix, the copy is given back and the sequence joins that
+        one's cells: the tree never holds a token twice.
+        """
+        self._append(sequence, tokens, rejoin=self.cells_are_shared)
+        sequence.tail.last_used = self._clock()
+
+    def make_room(self, n_cells: int) -> bool:
+        """Make `n_cells` cells free by evicting idle leaves; False when running sequences hold too many."""
+        if self.shape.layout is Layout.STREAMS:
+            return True  # a stream's cells are its own; admission sees to it that they suffice
+        while (missing := n_cells - (self.shape.n_cells - self.used_cells)) > 0:
+            victim = self._victim()
+            if victim is None:
+                return False
+            self._shrink(victim, missing, "cells")
+        return True
+
+    # Going
+
+    def finish(self, sequence: Sequence) -> None:
+        """The request is over; its tokens stay as an idle sequence until their room is needed."""
+        self._touch(sequence)
+        self._rest(sequence)
+        sequence.state = SequenceState.IDLE
+        sequence.request_id = None
+        if sequence.length == 0 or (self.cells_are_shared and len(sequence.tail.holders) > 1):
+            self.drop(sequence)
+
+    def drop(self, sequence: Sequence, reason: str | None = None) -> None:
+        """Forget a sequence; cells that nobody else holds become free. With a reason it counts as an eviction."""
+        before = self.used_cells
+        if not sequence.idle:
+            self._rest(sequence)
+        if sequence.length:
+            self._journal.append(Remove(sequence.id, 0, None))
+        self.tree.leave(sequence.tail, sequence)
+        if self._last_writer is sequence:
+            self._last_writer = None
+        self._private_cells -= sequence.length
+        del self.sequences[sequence.id]
+        heapq.heappush(self._free_ids, sequence.id)
+        if reason is not None:
+            self.evicted_cells[reason] += before - self.used_cells
+
+    def swap_out(self, sequence: Sequence) -> int:
+        """Save a running sequence's whole KV and drop it. Returns the key under which the step's result holds the slab."""
+        self._save_keys += 1
+        self._journal.append(Save(sequence.id, 0, sequence.length, self._save_keys))
+        self.drop(sequence)
+        return self._save_keys
+
+    def lose(self, sequence: Sequence) -> None:
+        """The engine emptied the sequence (a recurrent state that could not be cut back): forget it."""
+        self.drop(sequence, "failure")
+
+    # Operations and rebuilding
+
+    def operations(self) -> tuple[CellOperation, ...]:
+        """What the engine has to carry out, in order, before it computes anything. Empties the journal."""
+        journal, self._journal = tuple(self._journal), []
+        return journal
+
+    @property
+    def has_operations(self) -> bool:
+        return bool(self._journal)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Every node of the tree as cells and holders, parents before children: what a rebuild has to keep."""
+        return tuple(
+            Segment(tuple(sorted(holder.id for holder in node.holders)), node.start, node.end) for node in self._depth_first()
+        )
+
+    def rebuilt(self, shape: PoolShape) -> None:
+        """The engine has laid the cache out anew from `segments`: contiguous, perhaps in another layout."""
+        assert not self._journal, "a rebuild must not overtake operations"
+        self.shape = shape
+        self.compactions += 1
+        self._free_ids = [SeqId(i) for i in range(shape.n_seqs) if SeqId(i) not in self.sequences]
+        for node in self.tree.nodes():
+            node.breaks.clear()
+        self._last_writer = None
+        if self.cells_are_shared:
+            for sequence in [s for s in self.sequences.values() if s.idle and len(s.tail.holders) > 1]:
+                self.drop(sequence)
+        self._recount_locked()
+
+    def make_movable(self, layout: Layout, n_seqs: int, cells_per_sequence: int) -> bool:
+        """Drop the idle sequences that a move to `layout` could not take along; False when a running one is in the way."""
+        in_the_way = [s for s in self.sequences.values() if s.id >= n_seqs or s.length > cells_per_sequence]
+        if any(not sequence.idle for sequence in in_the_way):
+            return False
+        for sequence in in_the_way:
+            self.drop(sequence, "layout")
+        return layout is Layout.STREAMS or self.tree.n_tokens <= self.shape.n_cells
+
+    # Checks and pictures
+
+    def check(self) -> None:
+        """Raises InvariantBroken when the conservation law does not hold. O(cells)."""
+        self.tree.check()
+        ids = sorted([*self._free_ids, *self.sequences])
+        if ids != list(range(self.shape.n_seqs)):
+            raise InvariantBroken(f"{self.shape.n_seqs} sequence ids, but free and live ones are {ids}")
+        expected: Counter[int] = Counter()
+        running: Counter[int] = Counter()
+        for sequence in self.sequences.values():
+            path = list(sequence.tail.path())
+            if sequence.tail.end != sequence.length:
+                raise InvariantBroken(f"{sequence!r} ends at {sequence.tail.end}")
+            for node in path:
+                expected[id(node)] += 1
+                running[id(node)] += not sequence.idle
+                if sequence not in node.holders:
+                    raise InvariantBroken(f"{sequence!r} runs through a node at {node.start} that does not know it")
+            if sequence.idle and self.cells_are_shared and len(sequence.tail.holders) != 1:
+                raise InvariantBroken(f"{sequence!r} is idle and holds nothing of its own")
+        for node in self.tree.nodes():
+            if len(node.holders) != expected[id(node)] or node.running != running[id(node)]:
+                raise InvariantBroken(f"the node at {node.start} counts {len(node.holders)} holders, {node.running} running")
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        private = sum(sequence.length for sequence in self.sequences.values())
+        if private != self._private_cells:
+            raise InvariantBroken(f"lengths add up to {private} tokens, counted {self._private_cells}")
+        if self.used_cells > self.shape.n_cells:
+            raise InvariantBroken(f"{self.used_cells} cells used of {self.shape.n_cells}")
+        locked = self.locked_cells
+        self._recount_locked()
+        if locked != self.locked_cells:
+            raise InvariantBroken(f"{locked} cells counted as locked, {self.locked_cells} are")
+
+    def statistics(self) -> PoolStatistics:
+        return draw(self)
+
+    # Inside
+
+    def _reusable(self, namespace: Namespace, prompt: array[int]) -> Match[Sequence]:
+        match = self.tree.match(namespace, prompt[:-1])
+        if self.joins:
+            return match
+        node = match.node  # only a whole idle sequence can be continued
+        if match.offset < len(node) and node.parent is not None:
+            node = node.parent
+        for step in node.path():
+            if self._idle_sequence_at(step) is not None:
+                return Match(step, len(step), step.end)
+        return Match(self.tree.root(namespace), 0, 0)
+
+    @staticmethod
+    def _unlocked_part(match: Match[Sequence]) -> int:
+        """Tokens of a matched path that no running sequence holds."""
+        unlocked = 0
+        for node in match.node.path():
+            if node.running:
+                break  # whoever runs through a node runs through its ancestors
+            unlocked += match.offset if node is match.node else len(node)
+        return unlocked
+
+    @staticmethod
+    def _idle_sequence_at(node: Node[Sequence]) -> Sequence | None:
+        return next((s for s in node.holders if s.idle and s.tail is node), None)
+
+    @staticmethod
+    def _best_state(node: Node[Sequence]) -> str:
+        states = {sequence.state for sequence in node.holders}
+        for state in (SequenceState.DECODING, SequenceState.PREFILLING):
+            if state in states:
+                return "running" if state is SequenceState.DECODING else "prefilling"
+        return "idle"
+
+    def _enter(self, namespace: Namespace, node: Node[Sequence], length: int, request_id: RequestId) -> Sequence | None:
+        donor = min(node.holders, key=lambda s: (s.idle, s.id), default=None)
+        seq_id = self._take_id(keep=donor)
+        if seq_id is None:
+            return None
+        if node.parent is None:
+            node = self.tree.root(namespace)
+        sequence = Sequence(seq_id, namespace, node, request_id)
+        sequence.length = length
+        self.sequences[seq_id] = sequence
+        self._private_cells += length
+        if donor is not None and length:
+            self._journal.append(Copy(donor.id, seq_id, 0, length))
+        self.tree.hold(node, sequence)
+        self._run(sequence)
+        return sequence
+
+    def _take_id(self, keep: Sequence | None) -> SeqId | None:
+        if not self._free_ids:
+            idle = [s for s in self.sequences.values() if s.idle and s is not keep]
+            if not idle:
+                return None
+            self.drop(min(idle, key=lambda s: self._policy(_candidate(s))), "sequences")
+        return heapq.heappop(self._free_ids)
+
+    def _append(self, sequence: Sequence, tokens: array[int], rejoin: bool = False) -> None:
+        node, at, n = sequence.tail, 0, len(tokens)
+        start = sequence.length
+        broken = self._last_writer is not sequence and self.shape.layout is Layout.UNIFIED
+        while at < n:
+            child = node.children.get(tokens[at])
+            if child is None:
+                grown = self.tree.grow(node, tokens[at:] if at else tokens, sequence)
+                if broken and start:
+                    grown.breaks.append(start + at)
+                if grown is not node:
+                    grown.running = 1
+                self.locked_cells += (n - at) if self.cells_are_shared else 0
+                node = grown
+                break
+            node = self._pass_through(sequence, child, tokens, at, rejoin)
+            at += len(node)
+        sequence.tail = node
+        sequence.length += n
+        self._private_cells += n
+        if not self.cells_are_shared:
+            self.locked_cells += n
+        self._last_writer = sequence
+        self.peak_cells = max(self.peak_cells, self.used_cells)
+
+    def _pass_through(
+        self, sequence: Sequence, child: Node[Sequence], tokens: array[int], at: int, rejoin: bool
+    ) -> Node[Sequence]:
+        """The tokens from `at` on are in the tree already: walk into `child`, splitting it where they part."""
+        match = common_prefix(child.tokens, 0, tokens, at)
+        node = child if match == len(child) else self.tree.split(child, match)
+        if rejoin:
+            donor = next(iter(node.holders))
+            self._journal.append(Share(donor.id, sequence.id, node.start, node.end))
+        node.holders.add(sequence)
+        self._gain_runner(node)
+        node.last_used = self._clock()
+        redundant = self._idle_sequence_at(node) if self.cells_are_shared else None
+        if redundant is not None:
+            self.drop(redundant)
+        return node
+
+    def _gain_runner(self, node: Node[Sequence]) -> None:
+        node.running += 1
+        if node.running == 1 and self.cells_are_shared:
+            self.locked_cells += len(node)
+
+    def _run(self, sequence: Sequence) -> None:
+        for node in sequence.tail.path():
+            self._gain_runner(node)
+        if not self.cells_are_shared:
+            self.locked_cells += sequence.length
+            return
+        # an idle sequence that ended where this one now runs through holds nothing of its own any more
+        for node in sequence.tail.path():
+            redundant = self._idle_sequence_at(node)
+            if redundant is not None and redundant is not sequence:
+                self.drop(redundant)
+
+    def _rest(self, sequence: Sequence) -> None:
+        for node in sequence.tail.path():
+            node.running -= 1
+            if node.running == 0 and self.cells_are_shared:
+                self.locked_cells -= len(node)
+        if not self.cells_are_shared:
+            self.locked_cells -= sequence.length
+
+    def _touch(self, sequence: Sequence) -> None:
+        now = self._clock()
+        for node in sequence.tail.path():
+            node.last_used = now
+
+    def _victim(self) -> Sequence | None:
+        idle = [sequence for sequence in self.sequences.values() if sequence.idle]
+        return min(idle, key=lambda s: self._policy(_candidate(s)), default=None)
+
+    def _shrink(self, victim: Sequence, n_cells: int, reason: str) -> None:
+        """Give back at least `n_cells` of an idle sequence's own cells, or all its own cells when it has fewer."""
+        leaf = victim.tail
+        n = max(n_cells, TRIM_TOKENS)
+        if not self.cells_are_shared or not self.cuttable:
+            self.drop(victim, reason)
+            return
+        if n < len(leaf):
+            self.tree.truncate(leaf, len(leaf) - n)
+        else:
+            n = len(leaf)
+            parent = leaf.parent
+            assert parent is not None
+            if parent.parent is None or len(parent.holders) > 1:
+                self.drop(victim, reason)
+                return
+            self.tree.leave(leaf, victim, down_to=parent)
+            victim.tail = parent
+        victim.length -= n
+        self._private_cells -= n
+        self._journal.append(Remove(victim.id, victim.length, None))
+        self.evicted_cells[reason] += n
+
+    def _count(self, namespace: Namespace, source: str, hit: int, missed: int) -> None:
+        if hit:
+            self.hit_tokens[source] += hit
+        self.missed_tokens += missed
+        counts = self.namespace_tokens.setdefault(namespace, [0, 0])
+        counts[0] += hit
+        counts[1] += missed
+
+    def _recount_locked(self) -> None:
+        self._private_cells = sum(sequence.length for sequence in self.sequences.values())
+        if self.cells_are_shared:
+            self.locked_cells = sum(len(node) for node in self.tree.nodes() if node.running)
+        else:
+            self.locked_cells = sum(s.length for s in self.sequences.values() if not s.idle)
+
+    def _depth_first(self) -> Iterable[Node[Sequence]]:
+        """Along each path to its end before the next: neighbours in a sequence become neighbours in the cache."""
+        return self.tree.nodes()
+
+
+def _candidate(sequence: Sequence) -> Candidate:
+    leaf = sequence.tail
+    return Candidate(sequence.namespace, leaf.start, len(leaf), leaf.last_used)
