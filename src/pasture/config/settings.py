@@ -62,101 +62,106 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
 
-    model: Annotated[str | None, Flag(("-m", "--model"), MODEL, "FILE")] = Field(None, description="The GGUF file to serve.")
+    model: Annotated[str | None, Flag(("-m", "--model"), MODEL, "FILE")] = Field(
+        default=None, description="The GGUF file to serve."
+    )
     alias: Annotated[str | None, Flag(("-a", "--alias"), MODEL, "NAME")] = Field(
-        None, description="The model's name in the API; the file's name without .gguf unless given."
+        default=None, description="The model's name in the API; the file's name without .gguf unless given."
     )
     chat_template: Annotated[str | None, Flag(("--chat-template",), MODEL, "JINJA")] = Field(
-        None, description="A Jinja chat template instead of the model's own."
+        default=None, description="A Jinja chat template instead of the model's own."
     )
     chat_template_file: Annotated[str | None, Flag(("--chat-template-file",), MODEL, "FILE")] = Field(
-        None, description="A file with that template."
+        default=None, description="A file with that template."
     )
     n_gpu_layers: Annotated[int, Flag(("-ngl", "--n-gpu-layers"), MODEL, "N")] = Field(
-        999, ge=0, description="Layers to put on the GPU, where llama.cpp was built for one; more than the model has means all."
+        default=999,
+        ge=0,
+        description="Layers to put on the GPU, where llama.cpp was built for one; more than the model has means all.",
     )
     mmap: Annotated[bool, Flag(("--mmap",), MODEL, off="--no-mmap")] = Field(
-        True, description="Map the model file into memory instead of reading it."
+        default=True, description="Map the model file into memory instead of reading it."
     )
     mlock: Annotated[bool, Flag(("--mlock",), MODEL, off="--no-mlock")] = Field(
-        False, description="Keep the model in RAM: never let it be paged out."
+        default=False, description="Keep the model in RAM: never let it be paged out."
     )
     fake_engine: Annotated[bool, Flag(("--fake-engine",), MODEL, off="--no-fake-engine", hidden=True)] = Field(
-        False, description="Serve without a model, from an engine that invents tokens at once: measures HTTP alone."
+        default=False, description="Serve without a model, from an engine that invents tokens at once: measures HTTP alone."
     )
 
     kv_cells: Annotated[int | None, Flag(("-c", "--kv-cells", "--ctx-size"), CACHE, "N")] = Field(
-        None,
+        default=None,
         ge=64,
         description="Tokens the shared cache holds, all users together; unless given, what fits in free memory up to 32768.",
     )
     kv_memory: Annotated[Bytes | None, Flag(("--kv-memory",), CACHE, "SIZE")] = Field(
-        None, description="The shared cache's size in bytes (2GiB) instead of tokens."
+        default=None, description="The shared cache's size in bytes (2GiB) instead of tokens."
     )
     share_prefix: Annotated[bool, Flag(("--share-prefix",), CACHE, off="--no-share-prefix")] = Field(
-        True, description="Let conversations share the tokens that their prompts have in common."
+        default=True, description="Let conversations share the tokens that their prompts have in common."
     )
     kv_layout: Annotated[Literal["auto", "unified", "streams"], Flag(("--kv-layout",), CACHE, "LAYOUT")] = Field(
-        "auto",
+        default="auto",
         description="unified (shared cells exist once), streams (one buffer a conversation) or auto (follows the traffic).",
     )
     cache_type_k: Annotated[CacheType, Flag(("-ctk", "--cache-type-k"), CACHE, "TYPE")] = Field(
-        "f16", description=f"Number format of the cached keys: {' '.join(get_args(CacheType))}."
+        default="f16", description=f"Number format of the cached keys: {' '.join(get_args(CacheType))}."
     )
     cache_type_v: Annotated[CacheType, Flag(("-ctv", "--cache-type-v"), CACHE, "TYPE")] = Field(
-        "f16", description="Number format of the cached values; the quantised ones need flash attention."
+        default="f16", description="Number format of the cached values; the quantised ones need flash attention."
     )
 
     max_running: Annotated[int, Flag(("-np", "--max-running", "--parallel"), SCHEDULING, "N")] = Field(
-        64, ge=1, le=255, description="Requests that generate at the same time; the others wait their turn."
+        default=64, ge=1, le=255, description="Requests that generate at the same time; the others wait their turn."
     )
     max_queue: Annotated[int, Flag(("--max-queue",), SCHEDULING, "N")] = Field(
-        512, ge=0, description="Requests that may wait; the next one is told to come back later (429)."
+        default=512, ge=0, description="Requests that may wait; the next one is told to come back later (429)."
     )
     itl_target: Annotated[Seconds, Flag(("--itl-target",), SCHEDULING, "TIME")] = Field(
-        0.2, description="The gap between two tokens of a stream that other people's long prompts may cause."
+        default=0.2, description="The gap between two tokens of a stream that other people's long prompts may cause."
     )
     timeout: Annotated[Seconds | None, Flag(("--timeout",), SCHEDULING, "TIME")] = Field(
-        None, description="A request's time limit from arrival to last token, unless it names its own; no limit unless given."
+        default=None,
+        description="A request's time limit from arrival to last token, unless it names its own; no limit unless given.",
     )
 
     threads: Annotated[int | None, Flag(("-t", "--threads"), SPEED, "N")] = Field(
-        None, ge=1, description="CPU threads for generation; the physical cores unless given."
+        default=None, ge=1, description="CPU threads for generation; the physical cores unless given."
     )
     threads_batch: Annotated[int | None, Flag(("-tb", "--threads-batch"), SPEED, "N")] = Field(
-        None, ge=1, description="CPU threads for prompts; the same as --threads unless given."
+        default=None, ge=1, description="CPU threads for prompts; the same as --threads unless given."
     )
     batch_size: Annotated[int, Flag(("-b", "--batch-size"), SPEED, "N")] = Field(
-        2048, ge=1, description="Tokens in one engine step at most."
+        default=2048, ge=1, description="Tokens in one engine step at most."
     )
     ubatch_size: Annotated[int, Flag(("-ub", "--ubatch-size"), SPEED, "N")] = Field(
-        512, ge=1, description="Tokens that the model computes in one go within a step."
+        default=512, ge=1, description="Tokens that the model computes in one go within a step."
     )
     flash_attn: Annotated[OnOffAuto, Flag(("-fa", "--flash-attn"), SPEED, "on|off|auto")] = Field(
-        "on", description="Flash attention; -fa alone means on."
+        default="on", description="Flash attention; -fa alone means on."
     )
 
     host: Annotated[str, Flag(("--host",), SERVER, "ADDRESS")] = Field(
-        "127.0.0.1", description="The address to listen on; 0.0.0.0 is every interface."
+        default="127.0.0.1", description="The address to listen on; 0.0.0.0 is every interface."
     )
     port: Annotated[int, Flag(("--port",), SERVER, "N")] = Field(
-        8080, ge=0, le=65535, description="The port; 0 takes a free one."
+        default=8080, ge=0, le=65535, description="The port; 0 takes a free one."
     )
     api_key: Annotated[Texts, Flag(("--api-key",), SERVER, "KEY", secret=True)] = Field(
-        (),
+        default=(),
         description="A key that clients must send, or several, separated by commas; safer in the environment or a file.",
     )
     api_key_file: Annotated[str | None, Flag(("--api-key-file",), SERVER, "FILE")] = Field(
-        None, description="A file with one key a line."
+        default=None, description="A file with one key a line."
     )
     ssl_key_file: Annotated[str | None, Flag(("--ssl-key-file",), SERVER, "FILE")] = Field(
-        None, description="The TLS private key (PEM); with --ssl-cert-file, pasture speaks HTTPS."
+        default=None, description="The TLS private key (PEM); with --ssl-cert-file, pasture speaks HTTPS."
     )
     ssl_cert_file: Annotated[str | None, Flag(("--ssl-cert-file",), SERVER, "FILE")] = Field(
-        None, description="The TLS certificate (PEM)."
+        default=None, description="The TLS certificate (PEM)."
     )
     log_level: Annotated[LogLevel, Flag(("--log-level",), SERVER, "LEVEL")] = Field(
-        "info", description="How much the server says on stderr: debug, info, warning or error."
+        default="info", description="How much the server says on stderr: debug, info, warning or error."
     )
 
     @classmethod
