@@ -6,7 +6,7 @@ knows nothing of engines or servers; `pasture.server` turns settings into theirs
 """
 
 from pasture.config.settings import Flag, Settings, SettingSpec, setting_specs
-from pasture.config.sources import Configuration, Origin, OriginKind, load_configuration
+from pasture.config.sources import Configuration, Origin, OriginKind, load_configuration, validate_settings
 from pasture.config.units import format_bytes, format_seconds, parse_bytes, parse_seconds
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "parse_bytes",
     "parse_seconds",
     "setting_specs",
+    "validate_settings",
 ]

@@ -43,6 +43,15 @@ def _comma_separated(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _all_layers(value: object) -> object:
+    """llama.cpp's spellings of every layer; None here."""
+    return None if str(value).lower() in ("all", "auto", "-1") else value
+
+
+def _numbers(value: object) -> object:
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
 def _switch(value: object) -> object:
     """llama.cpp's spellings of on and off, for a setting that also knows `auto`."""
     spellings = {"1": "on", "true": "on", "0": "off", "false": "off", "-1": "auto", "yes": "on", "no": "off"}
@@ -52,9 +61,12 @@ def _switch(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
+Layers = Annotated[int | None, BeforeValidator(_all_layers)]
+Shares = Annotated[tuple[float, ...], NoDecode, BeforeValidator(_numbers)]
 OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_switch)]
 
-MODEL, CACHE, SCHEDULING, SPEED, SERVER = "Model", "Shared KV cache", "Scheduling", "Speed", "Server"
+MODEL, CACHE, SCHEDULING, SPEED = "Model", "Shared KV cache", "Scheduling", "Speed"
+SAMPLING, SERVER = "Sampling, where a request does not say", "Server"
 
 
 class Settings(BaseSettings):
@@ -74,16 +86,23 @@ class Settings(BaseSettings):
     chat_template_file: Annotated[str | None, Flag(("--chat-template-file",), MODEL, "FILE")] = Field(
         default=None, description="A file with that template."
     )
-    n_gpu_layers: Annotated[int, Flag(("-ngl", "--n-gpu-layers"), MODEL, "N")] = Field(
-        default=999,
-        ge=0,
-        description="Layers to put on the GPU, where llama.cpp was built for one; more than the model has means all.",
+    n_gpu_layers: Annotated[Layers, Flag(("-ngl", "--n-gpu-layers"), MODEL, "N")] = Field(
+        default=None, ge=0, description="Layers to put on the GPU, where llama.cpp was built for one; all unless given."
+    )
+    main_gpu: Annotated[int, Flag(("-mg", "--main-gpu"), MODEL, "N")] = Field(
+        default=0, ge=0, description="The GPU for what is not split over several."
+    )
+    tensor_split: Annotated[Shares, Flag(("-ts", "--tensor-split"), MODEL, "A,B,..")] = Field(
+        default=(), description="Each GPU's share of the model, as proportions."
     )
     mmap: Annotated[bool, Flag(("--mmap",), MODEL, off="--no-mmap")] = Field(
         default=True, description="Map the model file into memory instead of reading it."
     )
     mlock: Annotated[bool, Flag(("--mlock",), MODEL, off="--no-mlock")] = Field(
         default=False, description="Keep the model in RAM: never let it be paged out."
+    )
+    self_check: Annotated[bool, Flag(("--self-check",), MODEL, off="--no-self-check")] = Field(
+        default=True, description="Try the settings in a child process first, and turn off what crashes there."
     )
     fake_engine: Annotated[bool, Flag(("--fake-engine",), MODEL, off="--no-fake-engine", hidden=True)] = Field(
         default=False, description="Serve without a model, from an engine that invents tokens at once: measures HTTP alone."
@@ -138,7 +157,24 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Tokens that the model computes in one go within a step."
     )
     flash_attn: Annotated[OnOffAuto, Flag(("-fa", "--flash-attn"), SPEED, "on|off|auto")] = Field(
-        default="on", description="Flash attention; -fa alone means on."
+        default="on",
+        description="Flash attention; -fa alone means on, and so does auto. Sharing needs it.",
+    )
+
+    temperature: Annotated[float, Flag(("--temp", "--temperature"), SAMPLING, "T")] = Field(
+        default=0.8, ge=0, description="0 takes the most probable token every time."
+    )
+    top_k: Annotated[int, Flag(("--top-k",), SAMPLING, "N")] = Field(
+        default=40, ge=0, description="Draw from the N most probable tokens; 0 from all."
+    )
+    top_p: Annotated[float, Flag(("--top-p",), SAMPLING, "P")] = Field(
+        default=0.95, gt=0, le=1, description="Draw from the most probable tokens that add up to P."
+    )
+    min_p: Annotated[float, Flag(("--min-p",), SAMPLING, "P")] = Field(
+        default=0.05, ge=0, le=1, description="Leave out tokens less than P times as probable as the best."
+    )
+    repeat_penalty: Annotated[float, Flag(("--repeat-penalty",), SAMPLING, "X")] = Field(
+        default=1.0, gt=0, description="Make tokens that came before less probable; 1 does nothing."
     )
 
     host: Annotated[str, Flag(("--host",), SERVER, "ADDRESS")] = Field(
@@ -153,6 +189,9 @@ class Settings(BaseSettings):
     )
     api_key_file: Annotated[str | None, Flag(("--api-key-file",), SERVER, "FILE")] = Field(
         default=None, description="A file with one key a line."
+    )
+    cors_origins: Annotated[Texts, Flag(("--cors-origins",), SERVER, "URL,..")] = Field(
+        default=(), description="Web pages that may call this server from a browser; * is every page."
     )
     ssl_key_file: Annotated[str | None, Flag(("--ssl-key-file",), SERVER, "FILE")] = Field(
         default=None, description="The TLS private key (PEM); with --ssl-cert-file, pasture speaks HTTPS."

@@ -62,7 +62,7 @@ class Configuration:
 def load_configuration(flags: Mapping[str, object] | None = None, *, config_file: Path | None = None) -> Configuration:
     """Merge every source.
 
-    `flags` are the settings given on the command line (or to `pasture.open`), by name; values may be text.
+    `flags` are the settings given on the command line, by name; values may be text.
     Raises ConfigError when a source cannot be read, names an unknown setting, or has a value that cannot be used.
     """
     specs = setting_specs()
@@ -80,11 +80,22 @@ def load_configuration(flags: Mapping[str, object] | None = None, *, config_file
             if name not in values and name not in overruled:
                 values[name] = value
                 origins[name] = Origin(kind, _where(kind, specs[name], value, file))
+    return Configuration(
+        _validated(values, origins), {name: origins.get(name, Origin(OriginKind.DEFAULT)) for name in specs}, file
+    )
+
+
+def validate_settings(values: Mapping[str, object]) -> Settings:
+    """Settings of these values and the defaults alone. Raises ConfigError as `load_configuration` does."""
+    known = _known(values, "")
+    return _validated(known, {name: Origin(OriginKind.FLAG, name) for name in known})
+
+
+def _validated(values: Mapping[str, object], origins: Mapping[str, Origin]) -> Settings:
     try:
-        settings = Settings(**values)  # type: ignore[arg-type]  # validated here: the values are as people wrote them
+        return Settings(**values)  # type: ignore[arg-type]  # the values are as people wrote them: this checks them
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error, origins))) from None
-    return Configuration(settings, {name: origins.get(name, Origin(OriginKind.DEFAULT)) for name in specs}, file)
 
 
 def _where(kind: OriginKind, spec: SettingSpec, value: object, file: Path | None) -> str:

@@ -70,7 +70,7 @@ def test_normalise_leaves_everything_else_alone() -> None:
 
 
 def test_every_spelling_of_every_setting_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"SIZE": "1GiB", "TIME": "1s", "LAYOUT": "auto", "TYPE": "f16", "LEVEL": "info", "on|off|auto": "on"}
+    values = {"SIZE": "1GiB", "TIME": "1s", "LAYOUT": "auto", "TYPE": "f16", "LEVEL": "info", "P": "0.5", "on|off|auto": "on"}
     for spec in setting_specs().values():
         for name in filter(None, (*spec.flag.names, spec.flag.off)):
             argument = [] if spec.is_switch else [values.get(spec.flag.metavar, "100")]
