@@ -1,0 +1,51 @@
+"""What a system counts about itself, read from its `/metrics` in Prometheus' text format.
+
+Knows the names of the few counters of pasture that the benchmark checks its own figures with. Labels are summed over. A
+server without such a page counts nothing: an empty mapping.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from pasture.bench.client import Endpoint, call
+
+COMPUTED_TOKENS = "pasture_computed_tokens_total"
+PEAK_CELLS = "pasture_kv_peak_cells"
+SHARED_CELLS = "pasture_kv_shared_cells"
+SAVED_CELLS = "pasture_kv_saved_cells"
+USED_CELLS = "pasture_kv_used_cells"
+STEPS = "pasture_steps_total"
+STEP_SECONDS = "pasture_step_seconds_total"
+DECODE_SECONDS = "pasture_decode_seconds_total"
+
+Counters = Mapping[str, float]
+
+
+async def counters(endpoint: Endpoint) -> Counters:
+    """Every sample by name, summed over its labels."""
+    try:
+        status, body = await call(endpoint, "/metrics")
+    except OSError:
+        return {}
+    return parse(body.decode(errors="replace")) if status == 200 else {}
+
+
+def parse(text: str) -> Counters:
+    """Samples of a Prometheus page; text that is not one counts nothing."""
+    totals: dict[str, float] = defaultdict(float)
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                totals[sample.name] += sample.value
+    except ValueError:
+        return {}
+    return dict(totals)
+
+
+def increase(before: Counters, after: Counters, name: str) -> float | None:
+    """How much a counter grew; None where it is not counted."""
+    return after[name] - before.get(name, 0.0) if name in after else None

@@ -1,0 +1,207 @@
+"""`pasture bench WORKLOAD`: the systems in turn, in alternation, then tables, JSON and a page.
+
+Owns the order of things: build the workload, run every variant of every system `repeat` times (A B C A B C), take medians,
+then the optional searches (users inside a service level, memory at equal users) with each peer's better variant. A system is
+started cold for every run and warmed with a request that shares nothing with the workload. One event loop, in the caller's
+thread.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pasture.bench import counters as count
+from pasture.bench.client import Chat, chat, run_loop
+from pasture.bench.distinct import PromptTokens, distinct_prompt_tokens
+from pasture.bench.drive import Progress as OnExchange
+from pasture.bench.drive import Target, play
+from pasture.bench.measure import Figures, Outside, figures
+from pasture.bench.options import BenchOptions
+from pasture.bench.report import print_report
+from pasture.bench.results import Report, Run, best_variants, summarise, traces
+from pasture.bench.slo import largest, within
+from pasture.bench.systems import (
+    PASTURE,
+    Size,
+    System,
+    SystemFailed,
+    default_model,
+    default_threads,
+    running,
+    variants,
+)
+from pasture.bench.workloads import Workload, build
+from pasture.core.errors import PastureError
+
+CELL_MARGIN = 256
+"""llama.cpp rounds a context up to a multiple of this"""
+
+_WARM_UP = Chat("warm-up", ({"role": "system", "content": "~"}, {"role": "user", "content": "0123456789"}), 8)
+
+
+def main(options: BenchOptions) -> int:
+    """Exit status: 0, or 1 when a system could not be measured or answered with errors."""
+    console = Console()
+    try:
+        return run_loop(Bench(options, console).run())
+    except PastureError as error:
+        console.print(f"[red]pasture bench:[/] {error}", highlight=False)
+        return 1
+
+
+async def measure(system: System, workload: Workload, options: BenchOptions, log: Path, on_exchange: OnExchange) -> Run:
+    """Start the system, play the workload once, and look at it from inside and outside. Raises SystemFailed."""
+    async with running(system, log) as up:
+        endpoint = system.endpoint
+        warm = await chat(endpoint, replace(_WARM_UP, model=up.model), timeout_seconds=options.request_timeout)
+        if warm.error is not None:
+            raise SystemFailed(f"{system.label} does not answer: {warm.error}")
+        before = await count.counters(endpoint)
+        exchanges = await play(workload, Target(endpoint, up.model, options.request_timeout), on_exchange)
+        after = await count.counters(endpoint)
+        peak_bytes = None if up.memory is None else await up.memory.sample()
+        tokens = await PromptTokens.of(endpoint)
+        distinct, cells = (None, None) if tokens is None else await distinct_prompt_tokens(exchanges, tokens)
+    counted = count.increase(before, after, count.COMPUTED_TOKENS)
+    peak_cells = after.get(count.PEAK_CELLS)
+    outside = Outside(
+        distinct_tokens=distinct,
+        workload_cells=cells,
+        counted_tokens=None if counted is None else round(counted),
+        peak_cells=None if peak_cells is None else round(peak_cells),
+        peak_bytes=peak_bytes,
+    )
+    return Run(system.peer, system.label, figures(exchanges, outside), traces(exchanges))
+
+
+class Bench:
+    """One benchmark from options to report."""
+
+    def __init__(self, options: BenchOptions, console: Console) -> None:
+        self._options = options
+        self._console = console
+        self._workload = build(options)
+        self._folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+
+    async def run(self) -> int:
+        """Measure, print, write. Exit status as `main` documents it."""
+        runs = await self._alternate()
+        best = best_variants(summarise(runs))
+        report = Report(
+            title=f"pasture bench {self._workload.name}: {self._workload.users} users, {self._workload.n_requests} requests",
+            settings=describe(self._options),
+            machine=machine(),
+            summaries=summarise(runs),
+            best=best,
+            users_within_slo={s.peer: await self._users_within_slo(s.peer, s.label) for s in best} if self._options.slo else {},
+            memory={s.peer: await self._tight(s.peer, s.label, s.median) for s in best if _started(s.peer)}
+            if self._options.equal_memory
+            else {},
+            runs=tuple(runs),
+        )
+        print_report(report, self._console)
+        if self._options.out is not None:
+            self._write(report)
+        return 1 if any(summary.median.errors for summary in report.best) else 0
+
+    async def _alternate(self) -> list[Run]:
+        runs = []
+        with _progress(self._console) as progress:
+            for repeat in range(self._options.repeat):
+                for system in self._systems(self._workload, self._options.cells):
+                    label = f"{system.label}, run {repeat + 1} of {self._options.repeat}"
+                    runs.append(await self._once(system, self._workload, label, progress))
+        return runs
+
+    async def _once(self, system: System, workload: Workload, label: str, progress: Progress) -> Run:
+        task = progress.add_task(label, total=workload.n_requests)
+        log = self._folder / f"{system.label.replace('/', '_').replace(' ', '-')}.log"
+        return await measure(system, workload, self._options, log, lambda _: progress.advance(task))
+
+    def _systems(self, workload: Workload, cells: int) -> list[System]:
+        size = Size(workload.users, workload.longest_tokens, cells)
+        return [system for peer in (PASTURE, *self._options.against) for system in variants(peer, size, self._options)]
+
+    def _variant(self, peer: str, label: str, workload: Workload, cells: int) -> System:
+        size = Size(workload.users, workload.longest_tokens, cells)
+        return next(system for system in variants(peer, size, self._options) if system.label == label)
+
+    async def _users_within_slo(self, peer: str, label: str) -> int:
+        with _progress(self._console) as progress:
+
+            async def holds(users: int) -> bool:
+                workload = build(self._options, users=users)
+                system = self._variant(peer, label, workload, self._options.cells)
+                run = await self._once(system, workload, f"{label}, {users} users", progress)
+                return within(run.figures, self._options.slo)
+
+            return await largest(holds, self._options.slo_max_users)
+
+    async def _tight(self, peer: str, label: str, seen: Figures) -> Figures:
+        cells = cells_needed(peer, seen, self._workload)
+        with _progress(self._console) as progress:
+            system = self._variant(peer, label, self._workload, cells)
+            run = await self._once(system, self._workload, f"{label}, {cells} cells", progress)
+        return run.figures
+
+    def _write(self, report: Report) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        report.write_json(self._folder / "result.json")
+        written = [self._folder / "result.json"]
+        try:
+            from pasture.bench.page import write_page
+        except ImportError:
+            self._console.print("no HTML page: it needs `pip install 'pasture[bench]'`")
+        else:
+            write_page(report, self._folder / "report.html")
+            written.append(self._folder / "report.html")
+        self._console.print("written: " + ", ".join(str(path) for path in written))
+
+
+def cells_needed(peer: str, seen: Figures, workload: Workload) -> int:
+    """The cells that hold the workload: for pasture what its pool used at most, for others a whole conversation a user."""
+    if peer == PASTURE:
+        known = [cells for cells in (seen.peak_cells, seen.workload_cells) if cells is not None]
+        if known:
+            return _rounded(min(known) + CELL_MARGIN)
+    return workload.users * _rounded(seen.longest_tokens or workload.longest_tokens)
+
+
+def describe(options: BenchOptions) -> dict[str, str]:
+    """Every option as text, defaults resolved, secrets left out."""
+    values = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name != "api_key"}
+    values["model"] = (options.model or default_model()).name
+    values["threads"] = options.threads or default_threads()
+    return {name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": f"{psutil.cpu_count(logical=False)} physical, {psutil.cpu_count()} logical",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "python": platform.python_version(),
+        "llama-cpp-python": version("llama-cpp-python"),
+    }
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, refresh_per_second=2)
+
+
+def _rounded(cells: int) -> int:
+    return -(-cells // CELL_MARGIN) * CELL_MARGIN
+
+
+def _started(peer: str) -> bool:
+    return not peer.startswith(("http://", "https://"))
