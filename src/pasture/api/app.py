@@ -1,0 +1,58 @@
+"""The FastAPI application over a service. Stands on the `Service` port: which engine answers, and how, is not known here."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from time import monotonic
+
+from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from pasture.api import errors
+from pasture.api.disconnect import ClientGone
+from pasture.api.gateway import Gateway
+from pasture.api.generation import generation_routes
+from pasture.api.inspection import health_routes, inspection_routes, text_routes
+from pasture.api.middleware import ApiKeys, RequestIds
+from pasture.api.settings import ApiSettings
+from pasture.core.errors import ConfigError, RequestError
+from pasture.core.ports import Clock, Service
+from pasture.text.templates import ChatTemplate
+
+_CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(service: Service, settings: ApiSettings | None = None, *, clock: Clock = monotonic) -> FastAPI:
+    """An app that serves `service`. Raises ConfigError for a chat template in the settings that does not compile."""
+    settings = settings or ApiSettings()
+    _check_template(settings)
+    app = FastAPI(title="pasture", version=version("pasture"), docs_url=None, redoc_url=None)
+    gateway = Gateway(service, settings, clock)
+    app.state.service = service
+    for router in (generation_routes(gateway), inspection_routes(gateway), text_routes(gateway), health_routes(gateway)):
+        app.include_router(router)
+    errors.install(app)
+    app.add_exception_handler(ClientGone, _nobody_listens)
+    # added last is outermost: ids on every answer, CORS before keys since browsers ask first without one
+    if settings.api_keys:
+        app.add_middleware(ApiKeys, keys=settings.api_keys)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(RequestIds)
+    return app
+
+
+def _check_template(settings: ApiSettings) -> None:
+    if settings.chat_template is None:
+        return
+    try:
+        ChatTemplate(settings.chat_template, bos="", eos="").compile()
+    except RequestError as error:
+        raise ConfigError(str(error)) from error
+
+
+async def _nobody_listens(_: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,33 @@
+"""What the routes of one app share. Built on first use, because an app may be up (and not ready) before its model is loaded."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from pasture.api.jobs import Jobs
+from pasture.api.metrics import Metrics
+from pasture.api.settings import ApiSettings
+from pasture.core.ports import Clock, Service
+from pasture.text.prompts import Prompts
+
+
+class Gateway:
+    """The service, the settings, and what is made from both."""
+
+    def __init__(self, service: Service, settings: ApiSettings, clock: Clock) -> None:
+        self.service = service
+        self.settings = settings
+        self.clock = clock
+        self.metrics = Metrics(service.statistics)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return Prompts(self.service.vocabulary, self.settings.chat_template)
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        return Jobs(self.service, self.prompts, self.settings)
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model_alias or self.service.model.name

@@ -1,0 +1,160 @@
+"""The routes that look: models, tokens, templates, health, metrics, `/props` and `/slots`. None of them generates."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import orjson
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from pasture.api.bodies import read_body
+from pasture.api.formats import FINGERPRINT, Json
+from pasture.api.gateway import Gateway
+from pasture.api.schemas import DetokenizeBody, TemplateBody, TokenizeBody
+from pasture.core.statistics import SequenceState, SequenceStatistics
+from pasture.core.values import SamplingParams
+
+
+def inspection_routes(gateway: Gateway) -> APIRouter:
+    """Routes over the gateway's service."""
+    router = APIRouter()
+    started = int(time.time())
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [_model(gateway, started)]})
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        if model != gateway.model_name:
+            raise HTTPException(404, f"the model {model[:100]!r} does not exist here; {gateway.model_name!r} does")
+        return _json(_model(gateway, started))
+
+    @router.get("/props")
+    async def props() -> Response:
+        return _json(_props(gateway))
+
+    @router.get("/slots")
+    async def slots() -> Response:
+        statistics = gateway.service.statistics()
+        longest = gateway.service.max_conversation_tokens
+        return _json([_slot(sequence, longest) for sequence in statistics.pool.sequences])
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def text_routes(gateway: Gateway) -> APIRouter:
+    """Text to tokens and back, and the chat template by itself, as llama-server spells them."""
+    router = APIRouter()
+    limit = gateway.settings.max_body_bytes
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, TokenizeBody, limit)
+        vocabulary = gateway.service.vocabulary
+        tokens = vocabulary.tokenize(body.content, add_special=body.add_special, parse_special=body.parse_special)
+        if not body.with_pieces:
+            return _json({"tokens": tokens})
+        return _json({"tokens": [{"id": token, "piece": _piece(vocabulary.piece(token, special=True))} for token in tokens]})
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody, limit)
+        return _json({"content": gateway.prompts.detokenize(body.tokens)})
+
+    @router.post("/apply-template")
+    async def apply_template(request: Request) -> Response:
+        body = await read_body(request, TemplateBody, limit)
+        return _json({"prompt": gateway.jobs.render(body)})
+
+    return router
+
+
+def health_routes(gateway: Gateway) -> APIRouter:
+    """Liveness (the process answers) and readiness (it takes requests)."""
+    router = APIRouter()
+
+    @router.get("/health/live")
+    async def live() -> Response:
+        return _json({"status": "ok"})
+
+    @router.get("/health")
+    @router.get("/health/ready")
+    async def ready() -> Response:
+        if not gateway.service.ready:
+            raise HTTPException(503, "the server is loading its model or shutting down", headers={"retry-after": "1"})
+        return _json({"status": "ok"})
+
+    return router
+
+
+def _json(value: object) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+def _piece(piece: bytes) -> str | list[int]:
+    """Text where the token is whole characters, else its bytes, as llama-server answers."""
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+def _model(gateway: Gateway, created: int) -> Json:
+    info = gateway.service.model
+    meta = {
+        "n_vocab": info.n_vocab,
+        "n_ctx_train": info.n_ctx_train,
+        "n_ctx": gateway.service.max_conversation_tokens,
+        "n_params": info.n_params,
+        "size": info.n_bytes,
+        "architecture": info.architecture,
+    }
+    return {"id": gateway.model_name, "object": "model", "created": created, "owned_by": "pasture", "meta": meta}
+
+
+def _props(gateway: Gateway) -> Json:
+    service = gateway.service
+    shape = service.statistics().pool.shape
+    template = gateway.prompts.template
+    return {
+        "model_alias": gateway.model_name,
+        "model_path": service.model.path,
+        "model": asdict(service.model),
+        "total_slots": shape.n_seqs,
+        "default_generation_settings": {
+            "n_ctx": service.max_conversation_tokens,
+            "params": _sampling(gateway.settings.sampling),
+        },
+        "kv": {"cells": shape.n_cells, "layout": shape.layout.value, "cell_bytes": service.model.cell_bytes},
+        "modalities": {"vision": False, "audio": False},
+        "chat_template": template.source,
+        "bos_token": template.bos,
+        "eos_token": template.eos,
+        "build_info": FINGERPRINT,
+    }
+
+
+def _sampling(params: SamplingParams) -> Json:
+    return {**asdict(params), "logit_bias": [[token, bias] for token, bias in params.logit_bias.items()]}
+
+
+def _slot(sequence: SequenceStatistics, longest: int) -> Json:
+    return {
+        "id": sequence.sequence,
+        "id_task": sequence.request_id,
+        "n_ctx": longest,
+        "is_processing": sequence.state is not SequenceState.IDLE,
+        "state": sequence.state.value,
+        "n_tokens": sequence.n_tokens,
+        "n_shared_tokens": sequence.shared_tokens,
+        "idle_seconds": sequence.idle_seconds,
+    }

@@ -1,0 +1,211 @@
+"""A checked body -> a job: the engine requests that answer it, and what its answer must look like.
+
+`n` choices are `n` requests with one prompt; the scheduler shares it between them. With a seed, choice i draws with seed + i,
+so that the choices differ and the whole answer repeats. Long prompts are tokenised on a worker thread, because nothing may
+hold up the loop that carries everybody's streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from pydantic import JsonValue
+
+from pasture.api.schemas import ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
+from pasture.api.settings import ApiSettings
+from pasture.core.errors import PromptTooLong, RequestError
+from pasture.core.ports import Service, Vocabulary
+from pasture.core.values import Request, RequestId, SamplingParams
+from pasture.text.prompts import Prompts
+from pasture.text.stops import StopStrings
+
+MAX_REQUESTS = 256
+"""prompts times choices in one call"""
+
+_INLINE_CHARACTERS = 16_384
+_SEEDS = 2**32 - 1  # the largest 32-bit seed means "any" to the engine
+
+_SAMPLING_FIELDS = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("seed", "logit_bias"))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One reply of the answer."""
+
+    index: int
+    request: Request
+    echo: str = ""
+    """text that comes before the reply"""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call, ready to be submitted."""
+
+    job_id: str
+    created: int
+    model: str
+    choices: tuple[Choice, ...]
+    n_per_prompt: int
+    stops: StopStrings
+    stream: bool
+    include_usage: bool
+    include_pasture: bool
+
+
+class Jobs:
+    """Builds jobs for one service."""
+
+    def __init__(self, service: Service, prompts: Prompts, settings: ApiSettings) -> None:
+        self._service = service
+        self._prompts = prompts
+        self._settings = settings
+        self._model = settings.model_alias or service.model.name
+
+    async def chat(self, body: ChatBody, user: str) -> Job:
+        """Raises RequestError for whatever cannot be done as asked."""
+        _check_chat(body)
+        text = self.render(body)
+        prompt = await _off_loop(len(text), partial(self._prompts.text, text, param="messages"))
+        limit = body.max_completion_tokens or body.max_tokens
+        n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return self._job("chatcmpl-", body, user, [(prompt, "")], limit, n_logprobs)
+
+    async def completion(self, body: CompletionBody, user: str) -> Job:
+        """Raises RequestError for whatever cannot be done as asked."""
+        _check_completion(body)
+        prompts = []
+        for prompt in body.prompt:
+            tokens = await _off_loop(len(prompt), partial(self._tokens, prompt))
+            prompts.append((tokens, self._echo(prompt) if body.echo else ""))
+        return self._job("cmpl-", body, user, prompts, body.max_tokens, body.logprobs)
+
+    def render(self, body: TemplateBody) -> str:
+        """The conversation as the model will read it."""
+        return self._prompts.template.render(
+            body.messages,
+            tools=None if body.tool_choice == "none" else body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
+        )
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._prompts.text(prompt) if isinstance(prompt, str) else self._prompts.tokens(prompt)
+
+    def _echo(self, prompt: Prompt) -> str:
+        return prompt if isinstance(prompt, str) else self._prompts.detokenize(prompt)
+
+    def _job(
+        self,
+        prefix: str,
+        body: GenerationBody,
+        user: str,
+        prompts: Sequence[tuple[tuple[int, ...], str]],
+        limit: int | None,
+        n_logprobs: int | None,
+    ) -> Job:
+        n = body.n or 1
+        if n * len(prompts) > MAX_REQUESTS:
+            raise RequestError(f"{n * len(prompts)} replies in one call are too many (at most {MAX_REQUESTS})", param="n")
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        vocabulary = self._service.vocabulary
+        sampling = sampling_params(body, self._settings.sampling, vocabulary)
+        job_id = prefix + secrets.token_hex(12)
+        choices: list[Choice] = []
+        for tokens, echo in prompts:
+            template = Request(
+                request_id=RequestId(job_id),
+                prompt=tokens,
+                max_tokens=self._room(tokens, limit),
+                sampling=sampling,
+                user=body.user or user,
+                stop_tokens=frozenset() if body.ignore_eos else vocabulary.end_tokens,
+                n_logprobs=n_logprobs,
+                deadline_seconds=body.deadline_seconds or self._settings.deadline_seconds,
+            )
+            for i in range(n):
+                index = len(choices)
+                request = replace(template, request_id=RequestId(f"{job_id}-{index}"), sampling=_seeded(sampling, i))
+                choices.append(Choice(index, request, echo))
+        return Job(
+            job_id=job_id,
+            created=int(time.time()),
+            model=self._model,
+            choices=tuple(choices),
+            n_per_prompt=n,
+            stops=StopStrings.of(body.stop),
+            stream=bool(body.stream),
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+            include_pasture=bool(body.pasture),
+        )
+
+    def _room(self, prompt: Sequence[int], limit: int | None) -> int:
+        """Tokens the reply may have: what was asked for, within what one conversation can hold."""
+        longest = self._service.max_conversation_tokens
+        room = longest - len(prompt)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens; a conversation here holds {longest}, its reply included", param="prompt"
+            )
+        return room if limit is None else min(limit, room)
+
+
+def sampling_params(body: GenerationBody, defaults: SamplingParams, vocabulary: Vocabulary) -> SamplingParams:
+    """The body's sampling fields over the defaults. Raises RequestError for a bias on a token that does not exist."""
+    given: dict[str, float] = {}
+    for name in _SAMPLING_FIELDS:
+        value = getattr(body, name)
+        if value is not None:
+            given[name] = value
+    bias = {**defaults.logit_bias, **body.logit_bias}
+    for token in bias:
+        if not 0 <= token < vocabulary.n_tokens:
+            raise RequestError(f"logit_bias: token {token} is not in the vocabulary", param="logit_bias")
+    if body.ignore_eos:
+        bias |= dict.fromkeys(vocabulary.end_tokens, -math.inf)
+    # llama-server's clients send -1 for "any seed"
+    seed = defaults.seed if body.seed is None else None if body.seed == -1 else body.seed % _SEEDS
+    return replace(defaults, **given, seed=seed, logit_bias=bias)  # type: ignore[arg-type]  # names and types checked by the schema
+
+
+def _seeded(sampling: SamplingParams, choice: int) -> SamplingParams:
+    if sampling.seed is None or choice == 0:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + choice) % _SEEDS)
+
+
+def _check_chat(body: ChatBody) -> None:
+    _check_response_format(body.response_format)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise RequestError("tool_choice can be 'auto' or 'none'; a forced call needs constrained decoding", param="tool_choice")
+    if any(modality != "text" for modality in body.modalities or ()):
+        raise RequestError("this model writes text only", param="modalities")
+
+
+def _check_completion(body: CompletionBody) -> None:
+    _check_response_format(body.response_format)
+    if body.best_of is not None and body.best_of > (body.n or 1):
+        raise RequestError("best_of greater than n is not supported", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise RequestError("log probabilities of an echoed prompt are not supported", param="echo")
+
+
+def _check_response_format(response_format: Mapping[str, JsonValue] | None) -> None:
+    kind = None if response_format is None else response_format.get("type", "text")
+    if kind not in (None, "text"):
+        raise RequestError(
+            f"response_format {kind!r} needs constrained decoding, which is not supported", param="response_format"
+        )
+
+
+async def _off_loop(size: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    return work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)

@@ -1,0 +1,158 @@
+"""uvicorn around the app: TLS, the real port, and an end in two stages.
+
+The first SIGTERM or SIGINT drains: the service takes nothing new, readiness turns 503 while the sockets still listen, open
+streams finish, then the server stops. The second ends at once: the service is closed, which ends every stream, and
+connections are dropped. A drained server returns from `run` as after any other end, so the process exits with what its caller
+decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from pasture.core.ports import Service
+
+_log = logging.getLogger("pasture.api")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAST_WORDS_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Where and how to listen."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    """0: any free one"""
+    ssl_cert_file: str | None = None
+    ssl_key_file: str | None = None
+    log_level: str = "info"
+    keep_alive_seconds: int = 75
+
+
+def run(
+    app: FastAPI,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    ssl_cert_file: str | None = None,
+    ssl_key_file: str | None = None,
+    log_level: str = "info",
+    sockets: list[socket.socket] | None = None,
+    on_started: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until a signal ends it. `sockets`, already bound, replace host and port (0: any free one).
+
+    `on_started` is called with the server's URL once it listens. The app must come from `create_app`. Blocks; takes the main
+    thread's signal handlers for as long as it runs. Raises SystemExit when it cannot listen.
+    """
+    options = ServerOptions(host, port, ssl_cert_file, ssl_key_file, log_level)
+    DrainingServer(app, options, on_started).run(sockets)
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that drains before it stops."""
+
+    def __init__(self, app: FastAPI, options: ServerOptions, on_started: Callable[[str], None] | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            host=options.host,
+            port=options.port,
+            ssl_certfile=options.ssl_cert_file,
+            ssl_keyfile=options.ssl_key_file,
+            timeout_keep_alive=options.keep_alive_seconds,
+            log_level=_uvicorn_level(options.log_level),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            http="httptools",
+        )
+        super().__init__(config)
+        self._service: Service = app.state.service
+        self._on_started = on_started
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._signalled = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self._on_started is not None and self.started:
+            self._on_started(self.url)
+
+    @property
+    def url(self) -> str:
+        """Where the server listens, with the port it really has."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        scheme = "https" if self.config.is_ssl else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def stop(self) -> None:
+        """What the first signal does; the second call does what the second signal does. On the loop's thread."""
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+            return
+        _log.warning("second signal: ending at once")
+        self._service.close()
+        self.force_exit = self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        # uvicorn's own raises the signals again at the end, so that a drained process would die of the SIGTERM it obeyed
+        try:
+            before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        except ValueError:  # only the main thread hears signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.stop)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.force_exit:
+            # streams are told that the service has closed, and have a moment to say so
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                    await super().shutdown(sockets)
+            self._drop_everything()
+            return
+        await super().shutdown(sockets)
+
+    async def _drain(self) -> None:
+        _log.info("draining: nothing new is taken, open replies finish")
+        try:
+            await self._service.drain()
+        finally:
+            self.should_exit = True
+
+    def _drop_everything(self) -> None:
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        if self._draining is not None:
+            self._draining.cancel()
+
+
+def _uvicorn_level(level: str) -> str:
+    # at "info" uvicorn tells every start and stop in its own words; pasture has its own
+    return "warning" if level == "info" else level

@@ -1,0 +1,27 @@
+"""What the HTTP layer can be told, as one frozen value. The composition root fills it; nothing here reads flags or files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pasture.core.values import SamplingParams
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    model_alias: str | None = None
+    """the name clients see; None: the model's own"""
+    api_keys: tuple[str, ...] = ()
+    """any one of them opens the server; none: open to all"""
+    cors_origins: tuple[str, ...] = ()
+    """origins whose pages may call the server; none: no CORS headers at all"""
+    max_body_bytes: int = 32 * MIB
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """what a request that does not say gets"""
+    chat_template: str | None = None
+    """jinja source that replaces the model's own template"""
+    deadline_seconds: float | None = None
+    """how long a request that does not say may take; None: no limit"""
+    log_level: str = "info"
