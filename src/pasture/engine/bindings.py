@@ -1,0 +1,125 @@
+"""The only module that imports `llama_cpp`: typed names for the handful of C functions pasture calls.
+
+Owns the process-wide state of the library: its backend is initialised once, and everything it prints goes to the logger
+`pasture.llama` instead of stderr. The last error lines are kept, because a failed load returns nothing but a null pointer
+and its reason is in the log.
+
+Handles are plain addresses (`Handle`); whoever creates one frees it. Nothing here knows about pools, plans or requests.
+Any thread may read the log; the library's own rules say which thread may call what (one thread a context).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NewType, cast
+
+import llama_cpp
+from llama_cpp import llama_cpp as lib
+
+Handle = NewType("Handle", int)
+"""The address of a C object."""
+
+VERSION: str = llama_cpp.__version__
+
+MAX_SEQUENCES = 256
+"""LLAMA_MAX_SEQ"""
+
+KV_TYPES: dict[str, int] = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "iq4_nl": 20,
+}
+"""name -> ggml type number, for the types llama.cpp takes as `-ctk` and `-ctv`"""
+
+FLASH_ATTENTION_OFF = 0
+FLASH_ATTENTION_ON = 1
+LOAD_READ = 0
+LOAD_MMAP = 1
+LOAD_MLOCK = 2
+LOAD_MMAP_MLOCK = 3
+
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.DEBUG}
+_ERROR_LEVEL = 3
+
+logger = logging.getLogger("pasture.llama")
+
+
+class LibraryLog:
+    """What the library printed, line by line, to `pasture.llama`; remembers the latest errors."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._line = ""
+        self._level = 1
+        self._errors: deque[str] = deque(maxlen=16)
+
+    def write(self, level: int, text: str) -> None:
+        with self._lock:
+            if level in _LEVELS:
+                self._level = level
+            self._line += text
+            *lines, self._line = self._line.split("\n")
+            for line in filter(None, (line.rstrip() for line in lines)):
+                if self._level == _ERROR_LEVEL:
+                    self._errors.append(line)
+                logger.log(_LEVELS[self._level], "%s", line)
+
+    @contextmanager
+    def errors(self) -> Iterator[deque[str]]:
+        """The error lines printed while the block runs, oldest first."""
+        with self._lock:
+            self._errors.clear()
+        yield self._errors
+
+
+library_log = LibraryLog()
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user_data: int) -> None:
+    library_log.write(level, text.decode("utf-8", "replace"))
+
+
+_initialised = False
+
+
+def initialise() -> None:
+    """Bring the library up; later calls do nothing."""
+    global _initialised
+    if not _initialised:
+        _initialised = True
+        lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+
+
+def handle(address: object) -> Handle | None:
+    """None for a null pointer."""
+    return Handle(cast(int, address)) if address else None
+
+
+def text_of(raw: bytes | None) -> str | None:
+    return None if raw is None else raw.decode("utf-8", "replace")
+
+
+def model_text(model: Handle, key: str) -> str | None:
+    """A scalar of the file's metadata as text."""
+    buffer = ctypes.create_string_buffer(1024)
+    length = lib.llama_model_meta_val_str(cast(Any, model), key.encode(), cast(Any, buffer), len(buffer))
+    return None if length < 0 else text_of(buffer.value)
+
+
+def model_description(model: Handle) -> str:
+    buffer = ctypes.create_string_buffer(256)
+    lib.llama_model_desc(cast(Any, model), cast(Any, buffer), len(buffer))
+    return text_of(buffer.value) or ""

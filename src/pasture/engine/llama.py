@@ -1,0 +1,222 @@
+"""The engine on llama.cpp: a step plan in, a step result out.
+
+Owns a loaded `Model` and one `Context` on it, which `rebuild` replaces. `execute` is three moves: carry out the operations,
+decode every work in one batch, draw a token for each work that wants one. Return codes of llama_decode, as its header
+documents them, become outcomes here:
+
+    0            DONE
+    1            NO_ROOM   nothing was computed
+    -1           EngineError: the planner built an impossible batch
+    2, < -1      FAILED    some of it may be in the cache, so every work's sequence is cut back to its start
+
+A plan larger than a batch is decoded in several; until the last of them succeeded nothing is drawn, so a failure in the
+middle leaves samplers and sequences as they were. Thread: one; `vocabulary` alone may be read from any.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pasture.core.errors import EngineError, ModelError
+from pasture.core.values import (
+    CellOperation,
+    Copy,
+    Layout,
+    ModelInfo,
+    Outcome,
+    PoolShape,
+    Remove,
+    Restore,
+    Sample,
+    Sampler,
+    SamplingParams,
+    Save,
+    Segment,
+    SeqId,
+    Slab,
+    StepPlan,
+    StepResult,
+    Work,
+)
+from pasture.engine.blob import BlobFormat, KvSlab
+from pasture.engine.context import Context, Piece
+from pasture.engine.model import Model
+from pasture.engine.relayout import check_fit, fill, gather
+from pasture.engine.sampling import LlamaSampler, Logits, log_probabilities
+from pasture.engine.settings import EngineSettings
+from pasture.engine.transfer import PartTransfer, StateTransfer
+from pasture.engine.vocabulary import LlamaVocabulary
+
+_DECODED = 0
+_NO_SLOT = 1
+_INVALID_BATCH = -1
+
+
+class LlamaEngine:
+    """Implements `pasture.core.ports.Engine`. Made by `open_engine`, which also hands over the model."""
+
+    def __init__(self, model: Model, context: Context, settings: EngineSettings, form: BlobFormat | None) -> None:
+        self._model = model
+        self._settings = settings
+        self._form = form
+        self._use(context)
+        self._closed = False
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model.info
+
+    @property
+    def vocabulary(self) -> LlamaVocabulary:
+        return self._model.vocabulary
+
+    @property
+    def shape(self) -> PoolShape:
+        return self._context.shape
+
+    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
+        """A fresh sampler whose penalty windows hold the end of `prompt`. Raises RequestError on impossible parameters."""
+        return LlamaSampler(params, prompt, self.vocabulary, self.shape.n_cells)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Operations in order, then every work. Raises EngineError when the plan is impossible."""
+        saved: dict[int, Slab] = {}
+        for operation in plan.operations:
+            self._carry_out(operation, saved)
+        if not plan.works:
+            return StepResult(Outcome.DONE, {}, saved, 0.0)
+        self._check_works(plan.works)
+        decode_seconds = 0.0
+        rows: list[NDArray[np.float32]] = []
+        batches = list(_batches(plan, self.shape.n_batch))
+        for batch in batches:
+            code, seconds = self._context.decode(batch)
+            decode_seconds += seconds
+            if code != _DECODED:
+                return self._failure(code, plan.works, saved, decode_seconds)
+            view = self._context.logits(sum(piece.wants_logits for piece in batch))
+            rows.append(view if len(batches) == 1 else view.copy())
+        began = time.perf_counter()
+        samples = self._draw(plan.works, rows[0] if len(rows) == 1 else np.concatenate(rows))
+        return StepResult(Outcome.DONE, samples, saved, decode_seconds, time.perf_counter() - began)
+
+    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int) -> PoolShape:
+        """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on."""
+        old = self.shape
+        moves = (layout, n_seqs) != (old.layout, old.n_seqs)
+        check_fit(self._model, self._settings, segments, layout, n_seqs, moves=moves)
+        slabs = gather(self._transfer, segments)
+        if not moves:
+            self._context.clear()
+            fill(self._transfer, segments, slabs, layout)
+            return self.shape
+        self._context.close()
+        try:
+            self._use(Context(self._model, self._settings, layout, n_seqs))
+        except ModelError:
+            self._use(Context(self._model, self._settings, old.layout, old.n_seqs))
+            fill(self._transfer, segments, slabs, old.layout)
+            raise
+        fill(self._transfer, segments, slabs, layout)
+        return self.shape
+
+    def close(self) -> None:
+        """Free the cache and the model; safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._context.close()
+            self._model.close()
+
+    def _use(self, context: Context) -> None:
+        self._context = context
+        self._transfer: PartTransfer | StateTransfer = (
+            StateTransfer(context) if self._form is None else PartTransfer(context, self._form, self._model.window_tokens)
+        )
+
+    def _carry_out(self, operation: CellOperation, saved: dict[int, Slab]) -> None:
+        match operation:
+            case Copy(source, target, p0, p1):
+                self._check_ids(source, target)
+                self._transfer.copy(source, target, p0, p1)
+            case Remove(sequence, p0, p1):
+                self._check_ids(sequence)
+                if not self._context.remove(sequence, p0, p1):
+                    raise EngineError(f"sequence {sequence} keeps a running state that cannot be cut at {p0}")
+            case Save(sequence, p0, p1, key):
+                self._check_ids(sequence)
+                saved[key] = self._transfer.save(sequence, p0, p1)
+            case Restore(sequence, slab):
+                self._check_ids(sequence)
+                self._restore(sequence, slab)
+
+    def _restore(self, sequence: SeqId, slab: Slab) -> None:
+        if isinstance(self._transfer, StateTransfer):
+            self._transfer.restore(sequence, [slab])
+        elif isinstance(slab, KvSlab):
+            self._transfer.restore(sequence, [slab])
+        else:
+            raise EngineError(f"a {type(slab).__name__} is not this engine's")
+
+    def _check_ids(self, *sequences: int) -> None:
+        for sequence in sequences:
+            if not 0 <= sequence < self.shape.n_seqs:
+                raise EngineError(f"there is no sequence {sequence}: ids are below {self.shape.n_seqs}")
+
+    def _check_works(self, works: Sequence[Work]) -> None:
+        sequences = [work.sequence for work in works]
+        self._check_ids(*sequences)
+        if len(set(sequences)) != len(sequences):
+            raise EngineError("one sequence has two works in one step")
+        if not all(len(work.tokens) for work in works):
+            raise EngineError("a work without tokens")
+
+    def _draw(self, works: Sequence[Work], rows: Logits) -> dict[SeqId, Sample]:
+        drawing = [(work, work.sampler) for work in works if work.sampler is not None]
+        samplers = [sampler for _, sampler in drawing if isinstance(sampler, LlamaSampler)]
+        if len(samplers) != len(drawing):
+            raise EngineError("a work brings a sampler of another engine")
+        if all(sampler.is_greedy and not sampler.has_bias for sampler in samplers):
+            tokens = rows.argmax(axis=1).tolist() if len(rows) else []
+        else:
+            tokens = [sampler.draw(row) for sampler, row in zip(samplers, rows, strict=True)]
+        return {
+            work.sequence: Sample(token, None if work.n_logprobs is None else log_probabilities(row, token, work.n_logprobs))
+            for (work, _), token, row in zip(drawing, tokens, rows, strict=True)
+        }
+
+    def _failure(self, code: int, works: Sequence[Work], saved: dict[int, Slab], decode_seconds: float) -> StepResult:
+        lost = frozenset(work.sequence for work in works if not self._cut_back(work))
+        if code == _INVALID_BATCH:
+            raise EngineError("llama_decode refused the batch as invalid: a token or a position is impossible")
+        outcome = Outcome.NO_ROOM if code == _NO_SLOT and not lost else Outcome.FAILED
+        return StepResult(outcome, {}, saved, decode_seconds, lost=lost)
+
+    def _cut_back(self, work: Work) -> bool:
+        """False: the sequence could not be cut and was emptied."""
+        if self._context.length(work.sequence) <= work.start or self._context.remove(work.sequence, work.start):
+            return True
+        self._context.remove(work.sequence)
+        return False
+
+
+def _batches(plan: StepPlan, n_batch: int) -> Iterator[list[Piece]]:
+    """The works in order, cut so that no batch is larger than `n_batch`."""
+    batch: list[Piece] = []
+    room = n_batch
+    for work in plan.works:
+        done, n_tokens = 0, len(work.tokens)
+        while done < n_tokens:
+            if not room:
+                yield batch
+                batch, room = [], n_batch
+            count = min(room, n_tokens - done)
+            tokens = work.tokens if count == n_tokens else work.tokens[done : done + count]
+            wants_logits = work.sampler is not None and done + count == n_tokens
+            batch.append(Piece(work.sequence, tokens, work.start + done, wants_logits))
+            done += count
+            room -= count
+    yield batch

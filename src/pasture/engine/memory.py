@@ -1,0 +1,100 @@
+"""Whether a model and its pool fit into the memory that is free, and how many cells would.
+
+An estimate made before anything is allocated: llama.cpp would otherwise be killed by the kernel while it clears its buffers,
+without a word. Counted: the KV cells, the logits buffer, the attention mask and the activations of one micro-batch, and the
+weights where they are read rather than mapped. With layers on a GPU the device's own allocator answers instead. The free
+memory is the smaller of what the machine and what the control group still have. Stateless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pasture.core.errors import DoesNotFit
+from pasture.core.values import ModelInfo
+from pasture.engine.settings import CELL_PADDING, EngineSettings
+
+MIB = 1 << 20
+_SPARE_BYTES = 64 * MIB
+_MASK_BYTES = 6
+"""a cell and a micro-batch row: the mask in f32 and in f16"""
+_ACTIVATION_ROWS = 24
+"""micro-batch rows of one embedding's width alive at once, generously"""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes a start will need on the host."""
+
+    cell_bytes: int
+    """a cell: KV and mask"""
+    fixed_bytes: int
+    available_bytes: int
+
+    @property
+    def largest_cells(self) -> int:
+        """Cells that fit, rounded down to the padding."""
+        free = self.available_bytes - self.fixed_bytes
+        return max(0, free // max(1, self.cell_bytes)) // CELL_PADDING * CELL_PADDING
+
+
+def available_bytes() -> int:
+    """Memory this process can still take without swapping: the machine's, or the control group's if less."""
+    available = int(psutil.virtual_memory().available)
+    for limit_file, used_file, cached in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+            "/sys/fs/cgroup/memory/memory.stat",
+        ),
+    ):
+        limit, used = _number_in(limit_file), _number_in(used_file)
+        if limit is not None and used is not None:
+            available = min(available, limit - used + _inactive_file_bytes(cached))
+    return max(0, available)
+
+
+def _number_in(path: str) -> int | None:
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _inactive_file_bytes(path: str) -> int:
+    """Page cache the kernel gives back when asked."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "total_inactive_file ")))
+
+
+def plan_memory(info: ModelInfo, settings: EngineSettings, *, n_embd: int, available: int | None = None) -> MemoryPlan:
+    """What `settings` will need for this model."""
+    rows = min(settings.n_ubatch, settings.n_batch)
+    logits = 2 * settings.n_seqs * info.n_vocab * 4
+    activations = rows * n_embd * _ACTIVATION_ROWS * 4
+    weights = 0 if settings.use_mmap and not settings.use_mlock else info.n_bytes
+    return MemoryPlan(
+        cell_bytes=info.cell_bytes + rows * _MASK_BYTES,
+        fixed_bytes=weights + logits + activations + _SPARE_BYTES,
+        available_bytes=available_bytes() if available is None else available,
+    )
+
+
+def check_fits(plan: MemoryPlan, n_cells: int) -> None:
+    """Raises DoesNotFit, naming the largest number of cells that fits."""
+    needed = plan.fixed_bytes + n_cells * plan.cell_bytes
+    if needed <= plan.available_bytes:
+        return
+    largest = plan.largest_cells
+    advice = f"the largest that fits is {largest} cells" if largest else "not even the smallest fits"
+    raise DoesNotFit(
+        f"{n_cells} cells need about {needed / MIB:.0f} MiB and {plan.available_bytes / MIB:.0f} MiB are free: {advice}"
+    )

@@ -1,0 +1,90 @@
+"""A model in memory: load, facts, vocabulary, free.
+
+`Model` owns the C model and frees it in `close`. Contexts made from it must be gone by then. Loading is the slow part of a
+start and happens once; the context on top of it may be rebuilt many times.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from pasture.core.errors import ModelError
+from pasture.core.values import ModelInfo
+from pasture.engine import bindings
+from pasture.engine.bindings import Handle, lib
+from pasture.engine.probe import probe_model
+from pasture.engine.settings import EngineSettings
+from pasture.engine.vocabulary import LlamaVocabulary
+
+_LOAD_MODES = {
+    (False, False): bindings.LOAD_READ,
+    (True, False): bindings.LOAD_MMAP,
+    (False, True): bindings.LOAD_MLOCK,
+    (True, True): bindings.LOAD_MMAP_MLOCK,
+}
+
+
+@dataclass(slots=True)
+class Model:
+    """A loaded model. `close` frees it; using it afterwards is an error."""
+
+    handle: Handle
+    info: ModelInfo
+    vocabulary: LlamaVocabulary
+    window_tokens: int
+    """of sliding-window attention; 0 without"""
+    closed: bool = False
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            lib.llama_model_free(cast(Any, self.handle))
+
+
+def load_model(settings: EngineSettings) -> Model:
+    """Load the file. Raises ModelError with the library's own reason where it cannot be."""
+    info = probe_model(settings.model_path, type_k=settings.type_k, type_v=settings.type_v)
+    bindings.initialise()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = settings.n_gpu_layers
+    params.load_mode = _LOAD_MODES[settings.use_mmap, settings.use_mlock]
+    params.use_extra_bufts = bool(settings.use_extra_bufts)
+    params.main_gpu = settings.main_gpu
+    if settings.tensor_split:
+        shares = (ctypes.c_float * int(lib.llama_max_devices()))(*settings.tensor_split)
+        params.tensor_split = cast(Any, shares)
+    with bindings.library_log.errors() as reasons:
+        handle = bindings.handle(lib.llama_model_load_from_file(settings.model_path.encode(), params))
+        if handle is None:
+            raise ModelError(f"{settings.model_path} cannot be loaded: {_reason(reasons)}")
+    model = cast(Any, handle)
+    if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
+        lib.llama_model_free(model)
+        raise ModelError(f"{settings.model_path} ({info.architecture}) is not a decoder-only language model")
+    vocabulary = LlamaVocabulary(handle)
+    if not vocabulary.n_tokens:
+        lib.llama_model_free(model)
+        raise ModelError(f"{settings.model_path} has no vocabulary")
+    stateful = bool(lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model))
+    info = replace(
+        info,
+        description=bindings.model_description(handle),
+        n_params=int(lib.llama_model_n_params(model)),
+        n_bytes=int(lib.llama_model_size(model)),
+        n_vocab=vocabulary.n_tokens,
+        n_layers=int(lib.llama_model_n_layer(model)),
+        n_ctx_train=int(lib.llama_model_n_ctx_train(model)),
+        shareable=not stateful and settings.flash_attn,
+    )
+    return Model(handle, info, vocabulary, int(lib.llama_model_n_swa(model)))
+
+
+def _reason(lines: object) -> str:
+    """The most telling of the library's error lines: the first, without the function's name before it."""
+    texts = [str(line) for line in cast("list[str]", lines)]
+    if not texts:
+        return "the library gave no reason"
+    telling = next((text for text in texts if "error loading model" in text), texts[0])
+    return telling.split(": ", 1)[-1] if telling.startswith("llama_") else telling

@@ -1,0 +1,94 @@
+"""From settings to a running engine, and back to nothing when one of the steps fails.
+
+The order: read the header (is it a model at all?), check the memory, try the settings in a child process, load, make the
+context, and decode two tokens whose state blob tells how this model's KV is laid out. A model whose blob is of a kind we do
+not know is served without sharing rather than wrongly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from pasture.core.errors import EngineError
+from pasture.core.values import ModelInfo
+from pasture.engine.blob import BlobFormat, detect_format, parse
+from pasture.engine.context import Context, Piece, max_sequences
+from pasture.engine.gguf_header import read_header
+from pasture.engine.llama import LlamaEngine
+from pasture.engine.memory import check_fits, plan_memory
+from pasture.engine.model import Model, load_model
+from pasture.engine.probe import probe_model
+from pasture.engine.selfcheck import find_safe_settings
+from pasture.engine.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 2
+
+
+def open_engine(settings: EngineSettings) -> LlamaEngine:
+    """A loaded model with an empty cache.
+
+    Raises ModelError (a file that cannot be used) or DoesNotFit (too large for the free memory), both with one clear line.
+    """
+    header = read_header(settings.model_path)
+    info = probe_model(settings.model_path, type_k=settings.type_k, type_v=settings.type_v)
+    if settings.n_gpu_layers == 0 or not _has_gpu():
+        plan = plan_memory(info, settings, n_embd=header.number("embedding_length"))
+        check_fits(plan, settings.n_cells)
+    if settings.self_check:
+        settings = find_safe_settings(settings)
+    return open_unchecked(settings)
+
+
+def open_unchecked(settings: EngineSettings) -> LlamaEngine:
+    """Load and lay out, without the checks before: the child process of the self-check does this too."""
+    model = load_model(settings)
+    try:
+        n_seqs = min(settings.n_seqs, max_sequences(model, settings.layout))
+        if n_seqs < settings.n_seqs:
+            logger.warning("%d sequences at once instead of %d: llama.cpp has no more ids", n_seqs, settings.n_seqs)
+        context = Context(model, settings, settings.layout, n_seqs)
+        try:
+            form = _learn_format(model, context)
+            if form is None and model.info.shareable:
+                logger.warning("%s keeps its KV in a form pasture does not know: nothing is shared", model.info.name)
+                context.close()
+                model.info = replace(model.info, shareable=False)
+                context = Context(model, settings, settings.layout, n_seqs)
+        except BaseException:
+            context.close()
+            raise
+    except BaseException:
+        model.close()
+        raise
+    return LlamaEngine(model, context, settings, form)
+
+
+def _has_gpu() -> bool:
+    from pasture.engine.bindings import initialise, lib
+
+    initialise()
+    return bool(lib.llama_supports_gpu_offload())
+
+
+def _learn_format(model: Model, context: Context) -> BlobFormat | None:
+    """Decode two tokens and look at their blob; the true bytes a cell go into `model.info`. None: keep states whole."""
+    if not model.info.shareable:
+        return None
+    token = model.vocabulary.bos or 0
+    code, _ = context.decode([Piece(0, [token] * _PROBE_TOKENS, 0, wants_logits=True)])
+    if code:
+        raise EngineError(f"llama.cpp could not decode a first batch of {_PROBE_TOKENS} tokens (code {code})")
+    blob = context.read_state(0)
+    context.remove(0)
+    context.clear()
+    form = detect_format(blob, _PROBE_TOKENS)
+    if form is not None:
+        measured = sum(rows.row_size for cache in parse(blob, form) for rows in cache.tensors)
+        model.info = replace(model.info, cell_bytes=measured)
+    return form
+
+
+__all__ = ["EngineSettings", "ModelInfo", "open_engine", "open_unchecked", "probe_model"]

@@ -1,0 +1,217 @@
+"""Drawing the next token: llama.cpp's sampler chain, fed with as few candidates as give the same result.
+
+A chain over 49,000 candidates costs milliseconds a row, most of it moving tokens that top-k drops at once. So numpy picks
+the candidates first. With top-k on, only these can survive: the k best raw logits among the tokens no penalty touches, and
+every token that a penalty may touch (those in its window). The best `k + window` raw logits together with the window are a
+superset of that, so the chain (penalties, DRY, top-k, typical, top-p, min-p, temperature, draw) sees a short list and
+returns what it would have returned for the whole vocabulary. Without top-k, and for mirostat, the chain gets all of it.
+Greedy without penalties is numpy's argmax.
+
+A sampler owns its C chain and its random state; it draws from one row of logits and nothing else, so a request's tokens do
+not depend on who shares its batch. Thread: the engine's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pasture.core.errors import EngineError, RequestError
+from pasture.core.values import Sampler, SamplingParams, TokenLogprobs
+from pasture.engine.bindings import lib
+from pasture.engine.vocabulary import LlamaVocabulary
+
+Logits = NDArray[np.float32]
+
+_CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
+_GROUPS = 64
+"""`top_ids` looks at the maxima of strided groups of this many tokens"""
+_DRY_BREAKERS = (b"\n", b":", b'"', b"*")
+_MIROSTAT_CANDIDATES = 100
+
+
+def top_ids(row: Logits, count: int) -> NDArray[np.intp]:
+    """Ids of the `count` largest values, in no order; a few more where values tie at the edge.
+
+    The count-th largest of the group maxima is a lower bound of the count-th largest value: count groups reach it. So one
+    comparison of the row with the bound leaves a short list.
+    """
+    n_groups = len(row) // _GROUPS
+    if count * 4 >= n_groups:
+        if count >= len(row):
+            return np.arange(len(row))
+        bound = np.partition(row, len(row) - count)[len(row) - count]
+        return np.flatnonzero(row >= bound)
+    maxima = row[: n_groups * _GROUPS].reshape(_GROUPS, n_groups).max(axis=0)
+    bound = np.partition(maxima, n_groups - count)[n_groups - count]
+    found = np.flatnonzero(row >= bound)
+    if len(found) > count * 2:
+        values = row[found]
+        found = found[values >= np.partition(values, len(values) - count)[len(values) - count]]
+    return found
+
+
+def log_probabilities(row: Logits, token: int, n_top: int) -> TokenLogprobs:
+    """Log-softmax of the raw row: of `token`, and of the `n_top` most probable."""
+    peak = row.max()
+    total = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
+    top: tuple[tuple[int, float], ...] = ()
+    if n_top:
+        ids = top_ids(row, n_top)
+        ids = ids[np.argsort(-row[ids], kind="stable")][:n_top]
+        top = tuple((int(i), float(row[i]) - total) for i in ids)
+    return TokenLogprobs(float(row[token]) - total, top)
+
+
+class LlamaSampler(Sampler):
+    """One request's sampler. `prompt` fills the penalty and DRY windows. Raises RequestError on impossible parameters."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocabulary: LlamaVocabulary, n_context: int) -> None:
+        self._n_vocab = vocabulary.n_tokens
+        self._bias = _bias_of(params, self._n_vocab)
+        self._top_k = 1 if params.temperature <= 0 else params.top_k
+        self._needs_all = params.temperature > 0 and (params.mirostat != 0 or not 0 < params.top_k < self._n_vocab)
+        window = _window_tokens(params, n_context)
+        self._recent: deque[int] | None = deque(prompt[-window:], window) if window else None
+        self.is_greedy = params.temperature <= 0 and not window
+        """argmax of the row (and its bias) is all there is to do"""
+        self._chain: Any = None
+        if not self.is_greedy:
+            self._make_chain(params, vocabulary, n_context)
+            for token in self._recent or ():
+                lib.llama_sampler_accept(self._chain, token)
+
+    @property
+    def has_bias(self) -> bool:
+        return self._bias is not None
+
+    def draw(self, row: Logits) -> int:
+        """The next token after `row`, accepted at once. `row` is left as it was."""
+        if self._bias is not None:
+            ids, added = self._bias
+            row = row.copy()
+            row[ids] += added
+        if self.is_greedy:
+            return int(row.argmax())
+        candidates = self._candidates(row)
+        array = lib.llama_token_data_array()
+        array.data = ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p)
+        array.size = len(candidates)
+        array.selected = -1
+        array.sorted = False
+        lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        if not 0 <= array.selected < array.size:
+            raise EngineError("the sampler chain selected nothing")
+        token = int(array.data[array.selected].id)
+        if self._recent is not None:
+            lib.llama_sampler_accept(self._chain, token)
+            self._recent.append(token)
+        return token
+
+    def close(self) -> None:
+        if self._chain is not None:
+            lib.llama_sampler_free(self._chain)
+            self._chain = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _candidates(self, row: Logits) -> NDArray[np.void]:
+        if self._needs_all:
+            ids: NDArray[np.intp] = np.arange(self._n_vocab)
+        elif self._recent:
+            touched = np.fromiter(set(self._recent), np.intp)
+            ids = np.union1d(top_ids(row, self._top_k + len(touched)), touched)
+        else:
+            ids = top_ids(row, self._top_k)
+        candidates = np.empty(len(ids), _CANDIDATE)
+        candidates["id"] = ids
+        candidates["logit"] = row[ids]
+        candidates["p"] = 0
+        return candidates
+
+    def _make_chain(self, params: SamplingParams, vocabulary: LlamaVocabulary, n_context: int) -> None:
+        seed = secrets.randbits(32) if params.seed is None else params.seed & 0xFFFFFFFF
+        links: list[Any] = []
+        if self._recent is not None:
+            links += _penalties(params, vocabulary, n_context)
+        if params.temperature <= 0:
+            links.append(lib.llama_sampler_init_greedy())
+        elif params.mirostat:
+            links.append(lib.llama_sampler_init_temp(params.temperature))
+            links.append(_mirostat(params, self._n_vocab, seed))
+        else:
+            if params.top_k > 0:
+                links.append(lib.llama_sampler_init_top_k(params.top_k))
+            if params.typical_p < 1:
+                links.append(lib.llama_sampler_init_typical(params.typical_p, 1))
+            if params.top_p < 1:
+                links.append(lib.llama_sampler_init_top_p(params.top_p, 1))
+            if params.min_p > 0:
+                links.append(lib.llama_sampler_init_min_p(params.min_p, 1))
+            links.append(lib.llama_sampler_init_temp(params.temperature))
+            links.append(lib.llama_sampler_init_dist(seed))
+        chain_params = lib.llama_sampler_chain_default_params()
+        chain_params.no_perf = True
+        self._chain = cast(Any, lib.llama_sampler_chain_init(chain_params))
+        for link in links:
+            lib.llama_sampler_chain_add(self._chain, link)
+
+
+def _bias_of(params: SamplingParams, n_vocab: int) -> tuple[NDArray[np.intp], Logits] | None:
+    if not params.logit_bias:
+        return None
+    ids = np.fromiter(params.logit_bias.keys(), np.intp)
+    if bool(np.any((ids < 0) | (ids >= n_vocab))):
+        raise RequestError(f"logit_bias names a token outside of the vocabulary of {n_vocab}", param="logit_bias")
+    return ids, np.fromiter(params.logit_bias.values(), np.float32)
+
+
+def _window_tokens(params: SamplingParams, n_context: int) -> int:
+    """How many of the latest tokens some penalty looks at."""
+    penalised = params.repeat_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    if penalised and params.repeat_penalty <= 0:
+        raise RequestError(f"repeat_penalty is {params.repeat_penalty}; it must be above 0", param="repeat_penalty")
+    repeat = _resolve(params.repeat_last_n, n_context) if penalised else 0
+    dry = _resolve(params.dry_penalty_last_n, n_context) if params.dry_multiplier and params.dry_base >= 1 else 0
+    return max(repeat, dry)
+
+
+def _resolve(last_n: int, n_context: int) -> int:
+    return n_context if last_n < 0 else last_n
+
+
+def _penalties(params: SamplingParams, vocabulary: LlamaVocabulary, n_context: int) -> list[Any]:
+    breakers = (ctypes.c_char_p * len(_DRY_BREAKERS))(*_DRY_BREAKERS)
+    return [
+        lib.llama_sampler_init_penalties(
+            vocabulary.n_tokens,
+            _resolve(params.repeat_last_n, n_context),
+            params.repeat_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        ),
+        lib.llama_sampler_init_dry(
+            cast(Any, vocabulary.handle),
+            params.dry_multiplier,
+            params.dry_base,
+            params.dry_allowed_length,
+            _resolve(params.dry_penalty_last_n, n_context) if params.dry_multiplier else 0,
+            breakers,
+            len(_DRY_BREAKERS),
+        ),
+    ]
+
+
+def _mirostat(params: SamplingParams, n_vocab: int, seed: int) -> Any:
+    if params.mirostat == 1:
+        return lib.llama_sampler_init_mirostat(n_vocab, seed, params.mirostat_tau, params.mirostat_eta, _MIROSTAT_CANDIDATES)
+    if params.mirostat == 2:
+        return lib.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)
+    raise RequestError(f"there is no mirostat version {params.mirostat}", param="mirostat")

@@ -1,0 +1,207 @@
+"""Trying the settings where a crash does no harm: in a child process, before the model is loaded for good.
+
+Some machines announce instructions they fault on (AMX in some virtual machines kills the process at the first prefill of a
+Q4 model in repacked buffers). So a child loads the model with the chosen settings, prefills 64 tokens and decodes a few. If
+a signal ends it, the next safer settings are tried: without repacked buffers, then without the GPU. What was turned off,
+and why, goes to the log. The verdict is kept for this machine, this file and these settings, so later starts skip the child.
+
+`python -m pasture.engine.selfcheck` is the child: settings as JSON on stdin, one JSON line on stdout. The parent holds no C
+state of its own. A child that takes too long proves nothing: the safest buffers are used and the log says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pasture.core.errors import ModelError, PastureError
+from pasture.core.values import Layout
+from pasture.engine.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+_PREFILL_TOKENS = 64
+_DECODE_TOKENS = 3
+_BASE_TIMEOUT_SECONDS = 60.0
+_SLOWEST_BYTES_PER_SECOND = 50e6
+_HEAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What survived: the two settings a self-check may change, and why it did (empty reasons: nothing was turned off)."""
+
+    use_extra_bufts: bool
+    n_gpu_layers: int
+    reasons: tuple[str, ...] = ()
+
+    def apply(self, settings: EngineSettings) -> EngineSettings:
+        return replace(settings, use_extra_bufts=self.use_extra_bufts, n_gpu_layers=self.n_gpu_layers)
+
+
+def find_safe_settings(settings: EngineSettings) -> EngineSettings:
+    """The settings, or the nearest safer ones that this machine survives. Raises ModelError when none do."""
+    cache = _cache_file(settings)
+    verdict = _recall(cache)
+    if verdict is None:
+        verdict = _try_candidates(settings)
+        _remember(cache, verdict)
+    for reason in verdict.reasons:
+        logger.warning("%s", reason)
+    return verdict.apply(settings)
+
+
+def _candidates(settings: EngineSettings) -> Iterator[tuple[str, EngineSettings]]:
+    """(what this turns off, settings), safer and safer."""
+    asked = replace(settings, use_extra_bufts=settings.use_extra_bufts is not False)
+    yield "", asked
+    if asked.use_extra_bufts:
+        asked = replace(asked, use_extra_bufts=False)
+        yield "repacked weight buffers (use_extra_bufts)", asked
+    if asked.n_gpu_layers:
+        yield "the GPU (n_gpu_layers)", replace(asked, n_gpu_layers=0)
+
+
+def _try_candidates(settings: EngineSettings) -> Verdict:
+    reasons: list[str] = []
+    death = ""
+    for turned_off, candidate in _candidates(settings):
+        if turned_off:
+            reasons.append(f"self-check: {death}; {turned_off} turned off")
+        outcome = _run_child(candidate)
+        if outcome == "":
+            return Verdict(bool(candidate.use_extra_bufts), candidate.n_gpu_layers, tuple(reasons))
+        death = outcome
+    raise ModelError(f"{settings.model_path} cannot run on this machine: even with the safest settings, {death}")
+
+
+def _run_child(settings: EngineSettings) -> str:
+    """How the child died; empty when it lived. Raises ModelError when the model itself cannot be loaded."""
+    size = os.path.getsize(settings.model_path)
+    command = [sys.executable, "-m", "pasture.engine.selfcheck"]
+    try:
+        child = subprocess.run(
+            command,
+            input=json.dumps(asdict(settings)),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_BASE_TIMEOUT_SECONDS + size / _SLOWEST_BYTES_PER_SECOND,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        return f"a trial run took longer than {error.timeout:.0f} s"
+    if child.returncode < 0:
+        return f"a trial run was killed by {_signal_name(-child.returncode)}"
+    try:
+        answer = json.loads(child.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return f"a trial run ended with status {child.returncode}"
+    if "error" in answer:
+        raise ModelError(str(answer["error"]))
+    return ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# The verdict's cache: one JSON file of key -> verdict
+
+
+def _cache_directory() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "pasture"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pasture"
+
+
+def _cache_file(settings: EngineSettings) -> Path:
+    """One file a question: equal machine, library, model file and settings ask the same one."""
+    from pasture.engine.bindings import VERSION
+
+    path = Path(settings.model_path)
+    stat = path.stat()
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
+    question = (
+        *(stat.st_size, stat.st_mtime_ns, head, _cpu_model(), VERSION, settings.use_extra_bufts, settings.n_gpu_layers),
+        *(settings.flash_attn, settings.type_k, settings.type_v, settings.n_ubatch, settings.main_gpu),
+    )
+    name = hashlib.sha256(repr(question).encode()).hexdigest()[:32]
+    return _cache_directory() / "selfcheck" / f"{name}.json"
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _recall(path: Path) -> Verdict | None:
+    """The kept verdict; None when there is none or the file is damaged."""
+    try:
+        kept = json.loads(path.read_text())
+        extra, layers, reasons = kept["use_extra_bufts"], kept["n_gpu_layers"], kept["reasons"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not (isinstance(extra, bool) and isinstance(layers, int) and isinstance(reasons, list)):
+        return None
+    return Verdict(extra, layers, tuple(map(str, reasons)))
+
+
+def _remember(path: Path, verdict: Verdict) -> None:
+    """Best effort: a cache that cannot be written costs the next start a second."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(asdict(verdict), file)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.info("the self-check's verdict cannot be kept in %s: %s", path, error)
+
+
+# The child
+
+
+def _child() -> dict[str, object]:
+    from pasture.engine.open import open_unchecked
+    from pasture.core.values import SamplingParams, SeqId, StepPlan, Work
+
+    asked = json.loads(sys.stdin.read())
+    asked["layout"] = Layout(asked["layout"])
+    asked["tensor_split"] = tuple(asked["tensor_split"])
+    small = {"n_cells": 256, "n_seqs": 2, "n_batch": 256, "use_mmap": True, "use_mlock": False, "self_check": False}
+    small["layout"] = Layout.UNIFIED
+    try:
+        engine = open_unchecked(EngineSettings(**{**asked, **small}))
+        sampler = engine.sampler(SamplingParams(temperature=0), [])
+        tokens, start = [1] * _PREFILL_TOKENS, 0
+        for _ in range(1 + _DECODE_TOKENS):
+            result = engine.execute(StepPlan((), (Work(SeqId(0), tokens, start, sampler),)))
+            start += len(tokens)
+            tokens = [result.samples[SeqId(0)].token]
+        engine.close()
+    except PastureError as error:
+        return {"error": str(error)}
+    return {"ok": True}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_child()))
