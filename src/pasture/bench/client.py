@@ -9,9 +9,11 @@ server.
 from __future__ import annotations
 
 import asyncio
+import signal
 import ssl
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 from urllib.parse import urlsplit
@@ -257,9 +259,20 @@ def _count(values: Json, name: str) -> int | None:
 
 
 def run_loop(main: Coroutine[object, object, _T]) -> _T:
-    """Run a coroutine to its end, on uvloop where it exists."""
+    """Run a coroutine to its end, on uvloop where it exists. SIGINT and SIGTERM cancel it, so that its `finally` blocks run.
+
+    Raises KeyboardInterrupt or asyncio.CancelledError then.
+    """
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
+        return asyncio.run(_ended_by_sigterm(main))
+    return uvloop.run(_ended_by_sigterm(main))
+
+
+async def _ended_by_sigterm(main: Coroutine[object, object, _T]) -> _T:
+    task = asyncio.current_task()
+    if task is not None:
+        with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or no such signal here
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await main

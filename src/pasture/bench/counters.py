@@ -18,6 +18,9 @@ PEAK_CELLS = "pasture_kv_peak_cells"
 SHARED_CELLS = "pasture_kv_shared_cells"
 SAVED_CELLS = "pasture_kv_saved_cells"
 USED_CELLS = "pasture_kv_used_cells"
+GENERATED_TOKENS = "pasture_generated_tokens_total"
+DECODING_REQUESTS = "pasture_requests:decoding"
+SAMPLE_SECONDS = "pasture_sample_seconds_total"
 STEPS = "pasture_steps_total"
 STEP_SECONDS = "pasture_step_seconds_total"
 DECODE_SECONDS = "pasture_decode_seconds_total"
@@ -26,7 +29,7 @@ Counters = Mapping[str, float]
 
 
 async def counters(endpoint: Endpoint) -> Counters:
-    """Every sample by name, summed over its labels."""
+    """Every sample by name, summed over its labels, and by `name:label value`."""
     try:
         status, body = await call(endpoint, "/metrics")
     except OSError:
@@ -41,6 +44,8 @@ def parse(text: str) -> Counters:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 totals[sample.name] += sample.value
+                for value in sample.labels.values():
+                    totals[f"{sample.name}:{value}"] += sample.value
     except ValueError:
         return {}
     return dict(totals)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from asyncio import CancelledError
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +31,13 @@ from pasture.bench.results import Report, Run, best_variants, summarise, traces
 from pasture.bench.slo import largest, within
 from pasture.bench.systems import (
     PASTURE,
+    Running,
     Size,
     System,
     SystemFailed,
     default_model,
     default_threads,
+    repack_survives,
     running,
     variants,
 )
@@ -55,21 +58,25 @@ def main(options: BenchOptions) -> int:
     except PastureError as error:
         console.print(f"[red]pasture bench:[/] {error}", highlight=False)
         return 1
+    except (KeyboardInterrupt, CancelledError):
+        return 130
 
 
-async def measure(system: System, workload: Workload, options: BenchOptions, log: Path, on_exchange: OnExchange) -> Run:
-    """Start the system, play the workload once, and look at it from inside and outside. Raises SystemFailed."""
-    async with running(system, log) as up:
-        endpoint = system.endpoint
-        warm = await chat(endpoint, replace(_WARM_UP, model=up.model), timeout_seconds=options.request_timeout)
-        if warm.error is not None:
-            raise SystemFailed(f"{system.label} does not answer: {warm.error}")
-        before = await count.counters(endpoint)
-        exchanges = await play(workload, Target(endpoint, up.model, options.request_timeout), on_exchange)
-        after = await count.counters(endpoint)
-        peak_bytes = None if up.memory is None else await up.memory.sample()
-        tokens = await PromptTokens.of(endpoint)
-        distinct, cells = (None, None) if tokens is None else await distinct_prompt_tokens(exchanges, tokens)
+async def measure(up: Running, workload: Workload, options: BenchOptions, on_exchange: OnExchange) -> Run:
+    """Warm a system that was just started, play the workload once, and look at it from inside and outside.
+
+    Raises SystemFailed when it does not answer at all.
+    """
+    system, endpoint = up.system, up.system.endpoint
+    warm = await chat(endpoint, replace(_WARM_UP, model=up.model), timeout_seconds=options.request_timeout)
+    if warm.error is not None:
+        raise SystemFailed(f"{system.label} does not answer: {warm.error}")
+    before = await count.counters(endpoint)
+    exchanges = await play(workload, Target(endpoint, up.model, options.request_timeout), on_exchange)
+    after = await count.counters(endpoint)
+    peak_bytes = None if up.memory is None else await up.memory.sample()
+    tokens = await PromptTokens.of(endpoint)
+    distinct, cells = (None, None) if tokens is None else await distinct_prompt_tokens(exchanges, tokens)
     counted = count.increase(before, after, count.COMPUTED_TOKENS)
     peak_cells = after.get(count.PEAK_CELLS)
     outside = Outside(
@@ -90,9 +97,12 @@ class Bench:
         self._console = console
         self._workload = build(options)
         self._folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+        self._repack = False
 
     async def run(self) -> int:
         """Measure, print, write. Exit status as `main` documents it."""
+        if any(_started(peer) for peer in self._options.against):
+            self._repack = await repack_survives(self._options, self._folder)
         runs = await self._alternate()
         best = best_variants(summarise(runs))
         report = Report(
@@ -124,15 +134,18 @@ class Bench:
     async def _once(self, system: System, workload: Workload, label: str, progress: Progress) -> Run:
         task = progress.add_task(label, total=workload.n_requests)
         log = self._folder / f"{system.label.replace('/', '_').replace(' ', '-')}.log"
-        return await measure(system, workload, self._options, log, lambda _: progress.advance(task))
+        async with running(system, log) as up:
+            return await measure(up, workload, self._options, lambda _: progress.advance(task))
 
     def _systems(self, workload: Workload, cells: int) -> list[System]:
         size = Size(workload.users, workload.longest_tokens, cells)
-        return [system for peer in (PASTURE, *self._options.against) for system in variants(peer, size, self._options)]
+        peers = (PASTURE, *self._options.against)
+        return [system for peer in peers for system in variants(peer, size, self._options, repack=self._repack)]
 
     def _variant(self, peer: str, label: str, workload: Workload, cells: int) -> System:
         size = Size(workload.users, workload.longest_tokens, cells)
-        return next(system for system in variants(peer, size, self._options) if system.label == label)
+        systems = variants(peer, size, self._options, repack=self._repack)
+        return next(system for system in systems if system.label == label)
 
     async def _users_within_slo(self, peer: str, label: str) -> int:
         with _progress(self._console) as progress:

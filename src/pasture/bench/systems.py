@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from pasture.bench.client import Endpoint, call, call_json
+from pasture.bench.client import Chat, Endpoint, call, call_json, chat
 from pasture.bench.memory import MemoryWatch
 from pasture.bench.options import BenchOptions
 from pasture.core.errors import ConfigError, PastureError
@@ -108,8 +108,8 @@ def find_llama_server(options: BenchOptions) -> Path:
     )
 
 
-def variants(peer: str, size: Size, options: BenchOptions) -> list[System]:
-    """Every way in which `peer` is measured, sized for the workload."""
+def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = False) -> list[System]:
+    """Every way in which `peer` is measured, sized for the workload. `repack`: ggml may rearrange weights, see `repack_survives`."""
     if peer.startswith(("http://", "https://")):
         return [System(peer, "", (), Endpoint.parse(peer, options.api_key))]
     model = str(options.model or default_model())
@@ -121,13 +121,30 @@ def variants(peer: str, size: Size, options: BenchOptions) -> list[System]:
     if peer == "isolated":
         command = [sys.executable, "-m", "pasture.bench.isolated", "-m", model, "-c", str(size.cells), "-t", threads]
         command += ["--contexts", str(slots)]
+        command += ["--repack"] if repack else []
         return [_local(peer, f"turn = {turn}", [*command, "--turn", turn]) for turn in ("request", "step")]
     command = [str(find_llama_server(options)), "-m", model, "-c", str(size.cells), "-t", threads, "-fa", "on"]
-    command += ["--no-repack", "--no-webui"]
+    command += ["--no-webui"] if repack else ["--no-webui", "--no-repack"]
     return [
         _local(peer, "unified", [*command, "-np", str(size.users), "--kv-unified"]),
         _local(peer, "streams", [*command, "-np", str(slots), "--no-kv-unified"]),
     ]
+
+
+async def repack_survives(options: BenchOptions, folder: Path) -> bool:
+    """Whether the model runs here with weights rearranged for the processor, as pasture finds out by itself at its start.
+
+    Some virtual machines advertise instructions that they do not carry out; peers would die of it, so they get the same
+    treatment: rearranged where that works, as they are where it does not.
+    """
+    system = variants("isolated", Size(users=1, longest_tokens=512, cells=512), options, repack=True)[0]
+    request = Chat("probe", ({"role": "user", "content": "How are you? " * 30},), 4)
+    try:
+        async with running(system, folder / "probe.log"):
+            exchange = await chat(system.endpoint, request, timeout_seconds=60.0)
+    except SystemFailed:
+        return False
+    return exchange.error is None
 
 
 def _local(peer: str, variant: str, command: Sequence[str]) -> System:

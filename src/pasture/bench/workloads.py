@@ -104,6 +104,22 @@ class Workload:
         """An upper estimate of the longest conversation, prompt and replies together."""
         return max(_longest(actor, self.max_tokens) for actor in self.actors)
 
+    @property
+    def opening_tokens(self) -> int:
+        """An estimate of the distinct openings, each counted once."""
+        return sum(_tokens(opening) + TEMPLATE_TOKENS for opening in {actor.opening for actor in self.actors})
+
+    @property
+    def pool_tokens(self) -> int:
+        """An estimate of the tokens of the whole run when every common beginning is counted once."""
+        own = 0
+        for actor in self.actors:
+            asked = (
+                actor.questions if isinstance(actor, Conversation) else [i for step in actor.steps for i in step.instructions]
+            )
+            own += sum(_tokens(question) + 2 * TEMPLATE_TOKENS + self.max_tokens for question in asked)
+        return self.opening_tokens + own
+
 
 def build(options: BenchOptions, *, users: int | None = None) -> Workload:
     """The workload that `options` describe; `users` overrides theirs."""
@@ -197,5 +213,8 @@ def _longest(actor: Conversation | ForkingAgent, max_tokens: int) -> int:
     else:
         said = [actor.opening, *(max(step.instructions, key=len) for step in actor.steps)]
         replies = len(actor.steps)
-    text_tokens = sum(len(text) for text in said) / CHARACTERS_PER_TOKEN
-    return int(text_tokens * 1.1) + (len(said) + replies) * TEMPLATE_TOKENS + replies * max_tokens
+    return sum(map(_tokens, said)) + (len(said) + replies) * TEMPLATE_TOKENS + replies * max_tokens
+
+
+def _tokens(text: str) -> int:
+    return int(len(text) / CHARACTERS_PER_TOKEN * 1.1)

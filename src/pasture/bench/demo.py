@@ -1,0 +1,197 @@
+"""`make demo`: sixteen people on one model, first with a context each, then on one pasture; then the server stays up.
+
+A short `team` against `isolated`, each with just the cells that the workload needs. Ends with the three numbers of the
+article that this idea comes from (users 5 -> 15+, mean latency -60 %, memory -40 %) and ours beside them, and with a URL that
+answers until Ctrl-C or SIGTERM. One event loop, in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from asyncio import CancelledError
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pasture.bench import counters as count
+from pasture.bench.client import Endpoint, run_loop
+from pasture.bench.options import BenchOptions, WorkloadName
+from pasture.bench.report import mebibytes, seconds
+from pasture.bench.results import Run
+from pasture.bench.run import CELL_MARGIN, measure
+from pasture.bench.systems import PASTURE, Running, Size, repack_survives, running, variants
+from pasture.bench.workloads import Workload, build
+from pasture.core.errors import PastureError
+
+TURNS = 2
+ARTICLE_USERS = 5
+PROMPT_SECONDS = 5.0
+"""what counts as a prompt first token in the summary"""
+POLL_SECONDS = 1.0
+
+
+def main(options: BenchOptions) -> int:
+    """Exit status: 0 after Ctrl-C or SIGTERM in the end, 1 when a system could not be measured, 130 when ended before."""
+    console = Console()
+    try:
+        return run_loop(_Demo(options, console).run())
+    except PastureError as error:
+        console.print(f"[red]pasture demo:[/] {error}", highlight=False)
+        return 1
+    except (KeyboardInterrupt, CancelledError):
+        return 130
+
+
+class _Demo:
+    def __init__(self, options: BenchOptions, console: Console) -> None:
+        self._options = replace(options, workload=WorkloadName.TEAM, turns=options.turns or TURNS)
+        self._workload = build(self._options)
+        self._console = console
+        self._folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-demo-"))
+
+    async def run(self) -> int:
+        workload, console = self._workload, self._console
+        console.print(
+            f"{workload.users} people ask a help desk {workload.n_requests} questions. Its instructions are about 1,000 tokens "
+            "long and the same for everybody.",
+            highlight=False,
+        )
+        each = _rounded(workload.longest_tokens)
+        repack = await repack_survives(self._options, self._folder)
+        alone = Size(workload.users, workload.longest_tokens, workload.users * each)
+        baseline = variants("isolated", alone, self._options, repack=repack)[0]
+        async with running(baseline, self._folder / "isolated.log") as up:
+            isolated = await self._play(up, f"a context each, {alone.cells:,} cells")
+        together = Size(workload.users, workload.longest_tokens, _rounded(workload.pool_tokens + CELL_MARGIN))
+        ours = variants(PASTURE, together, self._options)[0]
+        async with running(ours, self._folder / "pasture.log") as up:
+            shared = await self._play(up, f"one pasture, {together.cells:,} cells")
+            console.print(_summary(isolated, shared, workload, each))
+            if self._options.wait:
+                await self._stay(up.system.endpoint)
+        return 1 if isolated.figures.errors or shared.figures.errors else 0
+
+    async def _play(self, up: Running, label: str) -> Run:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[pool]}"),
+        )
+        with Progress(*columns, console=self._console, refresh_per_second=2) as progress:
+            task = progress.add_task(label, total=self._workload.n_requests, pool="")
+            async with _pool_watched(up.system.endpoint, progress, task):
+                return await measure(up, self._workload, self._options, lambda _: progress.advance(task))
+
+    async def _stay(self, endpoint: Endpoint) -> None:
+        example = (
+            f"curl -N {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            """  -d '{"messages": [{"role": "user", "content": "What is a Python generator?"}], "stream": true}'"""
+        )
+        self._console.print(
+            f"\npasture stays up at {endpoint.url} until Ctrl-C. Try:\n\n{example}\n",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        with suppress(CancelledError):
+            await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def _pool_watched(endpoint: Endpoint, progress: Progress, task: TaskID) -> AsyncGenerator[None]:
+    """Keeps the progress line's picture of the pool up to date meanwhile, for a server that has one."""
+
+    async def watch() -> None:
+        while True:
+            now = await count.counters(endpoint)
+            if count.USED_CELLS in now:
+                used, saved = now[count.USED_CELLS], now.get(count.SAVED_CELLS, 0.0)
+                progress.update(task, pool=f"{used:,.0f} cells hold what would take {used + saved:,.0f}")
+            await asyncio.sleep(POLL_SECONDS)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+
+
+def _summary(isolated: Run, shared: Run, workload: Workload, each_cells: int) -> Table:
+    alone, ours = isolated.figures, shared.figures
+    table = Table(title=f"{workload.users} people, one model")
+    for heading in ("", "a context each", "pasture", "gain", "the article's"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    fitting = users_that_fit(ARTICLE_USERS * each_cells, ours.workload_cells, workload)
+    table.add_row(
+        f"people in the memory of {ARTICLE_USERS} contexts",
+        str(ARTICLE_USERS),
+        "-" if fitting is None else str(fitting),
+        "",
+        "5 -> 15+",
+    )
+    table.add_row(
+        "mean latency",
+        "-" if alone.latency_mean_seconds is None else seconds(alone.latency_mean_seconds),
+        "-" if ours.latency_mean_seconds is None else seconds(ours.latency_mean_seconds),
+        change(ours.latency_mean_seconds, alone.latency_mean_seconds),
+        "-60 %",
+    )
+    table.add_row(
+        "peak memory",
+        "-" if alone.peak_bytes is None else mebibytes(alone.peak_bytes),
+        "-" if ours.peak_bytes is None else mebibytes(ours.peak_bytes),
+        change(ours.peak_bytes, alone.peak_bytes),
+        "-40 %",
+    )
+    table.add_section()
+    table.add_row(
+        "everything answered after",
+        seconds(alone.wall_seconds),
+        seconds(ours.wall_seconds),
+        change(ours.wall_seconds, alone.wall_seconds),
+        "",
+    )
+    table.add_row(
+        f"people who always saw a first word within {PROMPT_SECONDS:g} s",
+        f"{promptly_served(isolated)} of {workload.users}",
+        f"{promptly_served(shared)} of {workload.users}",
+        "",
+        "",
+    )
+    return table
+
+
+def users_that_fit(cells: int, workload_cells: int | None, workload: Workload) -> int | None:
+    """How many such users a shared pool of `cells` holds, from the cells that this run's users needed in it.
+
+    `workload_cells` is the opening once and everybody's own part; None where the server did not tell its tokens.
+    """
+    if workload_cells is None:
+        return None
+    opening = min(workload.opening_tokens, workload_cells)
+    own = max(1.0, (workload_cells - opening) / workload.users)
+    return int(max(0.0, cells - opening) / own)
+
+
+def promptly_served(run: Run) -> int:
+    """Users whose every first token came within PROMPT_SECONDS."""
+    late = {t.user for t in run.traces if t.first is None or t.first - t.sent > PROMPT_SECONDS}
+    return len({trace.user for trace in run.traces} - late)
+
+
+def change(ours: float | None, theirs: float | None) -> str:
+    """`-62 %`, or nothing where there is nothing to compare."""
+    return f"{(ours / theirs - 1) * 100:+.0f} %" if ours is not None and theirs else ""
+
+
+def _rounded(cells: int) -> int:
+    return -(-cells // CELL_MARGIN) * CELL_MARGIN
