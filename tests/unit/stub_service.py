@@ -1,0 +1,174 @@
+"""A service without a scheduler, for the tests of text and HTTP: every byte is a token, and replies are scripted.
+
+What a request would need of a real service is recorded, so that tests can look at the requests that reached it and at how
+they ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from pasture.core.statistics import PoolStatistics, SchedulerStatistics, SequenceState, SequenceStatistics, ServiceStatistics
+from pasture.core.values import (
+    DEFAULT_NAMESPACE,
+    Finish,
+    FinishReason,
+    ModelInfo,
+    PoolShape,
+    Request,
+    RequestId,
+    SeqId,
+    TokenEvent,
+    TokenLogprobs,
+    Usage,
+)
+
+BOS, EOS = 256, 257
+SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": 258, "<|im_end|>": 259}
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+MODEL = ModelInfo("stub-model", "/models/stub.gguf", "stub", "a stub", 1000, 2000, 260, 2, 4096, 16, True)
+
+
+@dataclass
+class ByteVocabulary:
+    """Token n is the byte n; a few special tokens follow."""
+
+    chat_template: str | None = CHAT_TEMPLATE
+    add_bos: bool = False
+    n_tokens: int = 256 + len(SPECIAL)
+    end_tokens: frozenset[int] = frozenset({EOS, SPECIAL["<|im_end|>"]})
+    bos: int | None = BOS
+    eos: int | None = EOS
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        tokens = [BOS] if add_special and self.add_bos else []
+        while text:
+            special = next((name for name in SPECIAL if text.startswith(name)), None) if parse_special else None
+            if special is not None:
+                tokens.append(SPECIAL[special])
+                text = text[len(special) :]
+            else:
+                tokens.extend(text[0].encode())
+                text = text[1:]
+        return tokens
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        if token < 256:
+            return bytes([token])
+        return next(name for name, value in SPECIAL.items() if value == token).encode() if special else b""
+
+
+@dataclass
+class StubService:
+    """Answers every request with `reply`, a byte a token, or with what `script` makes of it."""
+
+    reply: str | bytes = "Hello there"
+    ready: bool = True
+    error: Exception | None = None
+    """raised before the first event"""
+    script: Callable[[Request], AsyncGenerator[TokenEvent, None]] | None = None
+    hold: asyncio.Event | None = None
+    """where given, a reply stops after its first token until it is set"""
+    max_conversation_tokens: int = 1000
+    vocabulary: ByteVocabulary = field(default_factory=ByteVocabulary)
+    model: ModelInfo = MODEL
+    requests: list[Request] = field(default_factory=list)
+    open: int = 0
+    """generators that have begun and not ended"""
+    drained: bool = False
+    closed: bool = False
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        self.requests.append(request)
+        if self.error is not None:
+            raise self.error
+        self.open += 1
+        try:
+            events = self._scripted(request) if self.script is None else self.script(request)
+            async for event in events:
+                yield event
+        finally:
+            self.open -= 1
+
+    async def _scripted(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        data = self.reply.encode() if isinstance(self.reply, str) else self.reply
+        shown = data[: request.max_tokens]
+        for i, token in enumerate(shown):
+            if i == 1 and self.hold is not None:
+                await self.hold.wait()
+            usage = Usage(len(request.prompt), 3, 1) if i == 0 else None
+            yield TokenEvent(token, self._scores(request, token), usage=usage)
+        reason = FinishReason.LENGTH if len(data) > request.max_tokens else FinishReason.STOP
+        yield TokenEvent(None, finish=Finish(reason, Usage(len(request.prompt), 3, len(shown))))
+
+    def _scores(self, request: Request, token: int) -> TokenLogprobs | None:
+        if request.n_logprobs is None:
+            return None
+        return TokenLogprobs(-0.5, tuple((token - i, -0.5 - i) for i in range(request.n_logprobs)))
+
+    def statistics(self) -> ServiceStatistics:
+        return ServiceStatistics(MODEL, _POOL, _SCHEDULER, 12.5, draining=self.drained)
+
+    async def drain(self) -> None:
+        self.drained = True
+        self.ready = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def events_of(tokens: Sequence[int], *, reason: FinishReason = FinishReason.STOP) -> list[TokenEvent]:
+    """Token events with a finish of their own at the end."""
+    finish = Finish(reason, Usage(10, 4, len(tokens)))
+    return [*(TokenEvent(token) for token in tokens), TokenEvent(None, finish=finish)]
+
+
+_POOL = PoolStatistics(
+    shape=PoolShape(4096, 8),
+    used_cells=100,
+    running_cells=60,
+    idle_cells=40,
+    shared_cells=30,
+    saved_cells=50,
+    peak_cells=120,
+    fragmentation=0.25,
+    hit_tokens={"running": 70, "idle": 5},
+    missed_tokens=25,
+    evicted_cells={"cells": 9},
+    compactions=1,
+    namespaces=(),
+    sequences=(
+        SequenceStatistics(SeqId(0), DEFAULT_NAMESPACE, SequenceState.DECODING, 60, 30, 0.0, RequestId("r-0")),
+        SequenceStatistics(SeqId(1), DEFAULT_NAMESPACE, SequenceState.IDLE, 40, 30, 2.5, None),
+    ),
+)
+
+_SCHEDULER = SchedulerStatistics(
+    waiting=1,
+    prefilling=2,
+    decoding=3,
+    swapped=0,
+    submitted_total=10,
+    finished_total={"stop": 4},
+    rejected_total=0,
+    swaps_total=0,
+    prompt_tokens_total=100,
+    cached_tokens_total=70,
+    computed_tokens_total=30,
+    generated_tokens_total=44,
+    steps_total=50,
+    step_seconds_total=2.0,
+    decode_seconds_total=1.9,
+    sample_seconds_total=0.05,
+    prefill_budget_tokens=192,
+    prefill_tokens_per_second=330.0,
+    layout_moves_total=0,
+    invariant_failures_total=0,
+)
