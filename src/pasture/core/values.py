@@ -189,7 +189,7 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Both sequences have computed the same tokens in `[p0, p1)`: target gives its cells back and joins source's. Unified only."""
+    """Both have computed the same tokens in `[p0, p1)`: target gives its cells back and joins source's. Unified only."""
 
     source: SeqId
     target: SeqId

@@ -170,7 +170,7 @@ class FakeEngine:
             outcome = Outcome.NO_ROOM
         if outcome is Outcome.FAILED:
             for work in plan.works[: len(plan.works) // 2 + 1]:  # a part was computed, then cut back
-                if self._recurrent:
+                if self._recurrent and work.start:
                     self._remove(Remove(work.sequence, 0, None))
                     lost.add(work.sequence)
         if outcome is not Outcome.DONE:

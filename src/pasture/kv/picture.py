@@ -17,13 +17,11 @@ def draw(pool: Pool) -> PoolStatistics:
     """What the pool holds now. O(nodes)."""
     cells: Counter[Namespace] = Counter()
     shared: Counter[Namespace] = Counter()
-    breaks = tree_tokens = saved = 0
+    saved = 0
     for namespace in pool.tree.namespaces():
         for node in pool.tree.nodes(namespace):
             copies = 1 if pool.cells_are_shared else len(node.holders)
             cells[namespace] += len(node) * copies
-            breaks += len(node.breaks)
-            tree_tokens += len(node)
             if pool.cells_are_shared and len(node.holders) > 1:
                 shared[namespace] += len(node)
                 saved += len(node) * (len(node.holders) - 1)
@@ -38,7 +36,7 @@ def draw(pool: Pool) -> PoolStatistics:
         shared_cells=sum(shared.values()),
         saved_cells=saved,
         peak_cells=pool.peak_cells,
-        fragmentation=breaks / tree_tokens if tree_tokens else 0.0,
+        fragmentation=pool.fragmentation,
         hit_tokens=dict(pool.hit_tokens),
         missed_tokens=pool.missed_tokens,
         evicted_cells=dict(pool.evicted_cells),

@@ -60,9 +60,6 @@ class Pool:
         shareable: bool = True,
         policy: Policy = least_recently_used,
     ) -> None:
-        self.shape = shape
-        self.tree: RadixTree[Sequence] = RadixTree()
-        self.sequences: dict[SeqId, Sequence] = {}
         self.compactions = 0
         self.hit_tokens: Counter[str] = Counter()
         self.missed_tokens = 0
@@ -70,16 +67,23 @@ class Pool:
         """namespace -> [hit, missed]"""
         self.evicted_cells: Counter[str] = Counter()
         self.peak_cells = 0
-        self.locked_cells = 0
-        """cells that a running sequence holds: what eviction cannot give back"""
-        self._private_cells = 0
         self._share = share
         self._shareable = shareable
         self._policy = policy
         self._clock = clock
+        self._save_keys = 0
+        self.reset(shape)
+
+    def reset(self, shape: PoolShape) -> None:
+        """Forget every sequence, as the engine has. Counters go on."""
+        self.shape = shape
+        self.tree: RadixTree[Sequence] = RadixTree()
+        self.sequences: dict[SeqId, Sequence] = {}
+        self.locked_cells = 0
+        """cells that a running sequence holds: what eviction cannot give back"""
+        self._private_cells = 0
         self._journal: list[CellOperation] = []
         self._free_ids = [SeqId(i) for i in range(shape.n_seqs)]
-        self._save_keys = 0
         self._last_writer: Sequence | None = None
 
     # What is there
@@ -111,6 +115,11 @@ class Pool:
     def unlocked_cells(self) -> int:
         """Cells that are free or could be freed without touching a running sequence."""
         return self.shape.n_cells - self.locked_cells
+
+    @property
+    def fragmentation(self) -> float:
+        """0..1: neighbouring tokens that are not neighbours in the cache, as a share of all tokens. O(nodes)."""
+        return sum(len(node.breaks) for node in self.tree.nodes()) / max(1, self.tree.n_tokens)
 
     @property
     def has_sequence_to_give(self) -> bool:
@@ -195,6 +204,11 @@ class Pool:
             self._shrink(victim, missing, "cells")
         return True
 
+    def evict_idle(self, reason: str) -> None:
+        """Drop every idle sequence."""
+        for sequence in [s for s in self.sequences.values() if s.idle]:
+            self.drop(sequence, reason)
+
     # Going
 
     def finish(self, sequence: Sequence) -> None:
@@ -206,12 +220,15 @@ class Pool:
         if sequence.length == 0 or (self.cells_are_shared and len(sequence.tail.holders) > 1):
             self.drop(sequence)
 
-    def drop(self, sequence: Sequence, reason: str | None = None) -> None:
-        """Forget a sequence; cells that nobody else holds become free. With a reason it counts as an eviction."""
+    def drop(self, sequence: Sequence, reason: str | None = None, *, emptied: bool = False) -> None:
+        """Forget a sequence; cells that nobody else holds become free. With a reason it counts as an eviction.
+
+        `emptied`: the engine has let go of its cells already.
+        """
         before = self.used_cells
         if not sequence.idle:
             self._rest(sequence)
-        if sequence.length:
+        if sequence.length and not emptied:
             self._journal.append(Remove(sequence.id, 0, None))
         self.tree.leave(sequence.tail, sequence)
         if self._last_writer is sequence:
@@ -231,7 +248,7 @@ class Pool:
 
     def lose(self, sequence: Sequence) -> None:
         """The engine emptied the sequence (a recurrent state that could not be cut back): forget it."""
-        self.drop(sequence, "failure")
+        self.drop(sequence, "failure", emptied=True)
 
     # Operations and rebuilding
 

@@ -1,0 +1,176 @@
+"""The engine thread: the only one that touches the engine, the scheduler and the pool.
+
+    inbox (submissions, cancellations)  ->  schedule -> execute -> commit  ->  publish (events, one call a step)
+
+Other threads talk to it through `submit`, `cancel` and `stop`, and read `snapshot`, which is replaced whole. When nothing runs
+it carries out the operations that are left, checks the conservation law, compacts a fragmented cache, and sleeps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from pasture.core.errors import EngineError, InvariantBroken, PastureError
+from pasture.core.ports import Clock, Engine
+from pasture.core.statistics import PoolStatistics, SchedulerStatistics
+from pasture.core.values import FinishReason, RequestId
+from pasture.scheduler.scheduler import Delivery, Scheduler
+from pasture.scheduler.settings import SchedulerSettings
+from pasture.scheduler.task import Task
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_SECONDS = 0.2
+IDLE_SECONDS = 0.3
+"""without work for this long before housekeeping: a closed loop of users leaves shorter gaps"""
+FRAGMENTED = 0.15
+"""share of broken neighbourhoods from which a compaction pays"""
+MIN_COMPACT_CELLS = 512
+
+Publish = Callable[[list[Delivery]], None]
+Snapshot = tuple[PoolStatistics, SchedulerStatistics]
+
+
+class EngineLoop:
+    def __init__(self, engine: Engine, settings: SchedulerSettings, publish: Publish, clock: Clock = time.monotonic) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._publish = publish
+        self._clock = clock
+        self._scheduler = Scheduler(engine, settings, clock)
+        self._inbox: deque[Task | RequestId] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._tidy = True
+        self._snapshot_at = clock()
+        self.snapshot: Snapshot = self._draw()
+        self._thread = threading.Thread(target=self._run, name="pasture-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # From other threads
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def submit(self, task: Task) -> None:
+        self._post(task)
+
+    def cancel(self, request_id: RequestId) -> None:
+        self._post(request_id)
+
+    def nudge(self) -> None:
+        """Something outside has changed (a reader caught up): look again."""
+        with self._wake:
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """End every request with reason `cancelled`, close the engine, join the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _post(self, item: Task | RequestId) -> None:
+        with self._wake:
+            self._inbox.append(item)
+            self._wake.notify()
+
+    # On the engine thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._read_inbox()
+                if not self.step():
+                    self._rest()
+        except Exception:
+            log.exception("the engine thread failed; every request is ended")
+            raise
+        finally:
+            self._read_inbox()
+            self._deliver(self._scheduler.end_all(FinishReason.CANCELLED))
+            self._engine.close()
+            self._stopping = True
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Task):
+                self._scheduler.submit(item)
+            else:
+                self._scheduler.cancel(item)
+
+    def step(self) -> bool:
+        """One schedule, execute, commit. False when there was nothing to do."""
+        started = self._clock()
+        try:
+            plan = self._scheduler.schedule()
+            if not plan.works and not plan.operations:
+                self._deliver(self._scheduler.take_events())
+                return False
+            result = self._engine.execute(plan)
+            events = self._scheduler.commit(plan, result)
+        except PastureError as error:
+            self._start_over(error)
+            return True
+        self._tidy = False
+        if plan.works:
+            self._scheduler.record_step(self._clock() - started, result)
+        self._deliver(events)
+        return True
+
+    def _deliver(self, events: list[Delivery]) -> None:
+        ended = any(event.finish is not None for _, event in events)
+        if ended or self._clock() - self._snapshot_at > SNAPSHOT_SECONDS:
+            self.snapshot = self._draw()
+        if events:
+            self._publish(events)
+
+    def _draw(self) -> Snapshot:
+        self._snapshot_at = self._clock()
+        return self._scheduler.pool.statistics(), self._scheduler.statistics()
+
+    def _start_over(self, error: PastureError) -> None:
+        """Books and engine may disagree: end what runs, empty the cache, go on."""
+        log.error("engine step failed, the live cache is emptied: %s", error, exc_info=error)
+        if isinstance(error, InvariantBroken):
+            self._scheduler.counts["invariant_failures"] += 1
+        self._engine.rebuild((), self._engine.shape.layout, self._engine.shape.n_seqs)
+        self._deliver(self._scheduler.end_all(FinishReason.ERROR, EngineError(f"the engine failed: {error}")))
+
+    # Nothing to do
+
+    def _rest(self) -> None:
+        self.snapshot = self._draw()
+        with self._wake:
+            if self._inbox or self._stopping:
+                return
+            paused = self._scheduler.busy
+            woken = self._wake.wait(timeout=0.05 if paused else None if self._tidy else IDLE_SECONDS)
+        if not woken and not paused and not self._tidy:
+            self._housekeeping()
+
+    def _housekeeping(self) -> None:
+        self._tidy = True
+        try:
+            self._scheduler.pool.check()
+        except InvariantBroken as error:
+            self._start_over(error)
+            return
+        pool = self._scheduler.pool
+        if (
+            self._settings.compact
+            and pool.cells_are_shared
+            and pool.used_cells >= MIN_COMPACT_CELLS
+            and pool.fragmentation > FRAGMENTED
+        ):
+            pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+            self.snapshot = self._draw()

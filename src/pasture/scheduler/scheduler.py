@@ -1,0 +1,459 @@
+"""Decides what each engine step computes, and books what it computed.
+
+    plan = scheduler.schedule()          who decodes, who prefills how much, who starts, who is swapped
+    result = engine.execute(plan)        the one place where time passes
+    events = scheduler.commit(result)    tokens to their readers, cells into the tree
+
+A step's work is *tokens per request*: one for a stream, a chunk for a prompt. Every stream whose reader keeps up is in every
+step. Prompts share what the inter-token target leaves, shortest remaining first, the long-waiting before all. A request that
+would compute what another is just computing waits for that one's cells. When cells run out the youngest request is swapped out
+whole and comes back without recomputation; no running request fails for lack of room.
+
+Owns the tasks; the pool owns cells. Knows no threads and no asyncio: `pasture.scheduler.loop` drives it on the engine thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError
+from pasture.core.ports import Clock, Engine
+from pasture.core.statistics import SchedulerStatistics, SequenceState
+from pasture.core.values import (
+    Finish,
+    FinishReason,
+    Outcome,
+    RequestId,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+    Work,
+)
+from pasture.kv.eviction import POLICIES
+from pasture.kv.pool import Pool
+from pasture.scheduler.budget import PrefillBudget
+from pasture.scheduler.fairness import FairQueue
+from pasture.scheduler.promises import Promises
+from pasture.scheduler.settings import SchedulerSettings
+from pasture.scheduler.task import Task
+
+HEADROOM_CELLS = 16
+"""free cells a running request should find before another one starts or comes back"""
+MIN_GAIN_TOKENS = 8
+"""waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
+MAX_ALONE_TOKENS = 256
+"""in one step, for a request that is suspected of making the engine fail"""
+REPLY_GUESS_TOKENS = 64
+"""what a reply is taken to need at admission; a longer one grows into free cells, or has the youngest swapped out"""
+
+Delivery = tuple[Task, TokenEvent]
+
+
+class Scheduler:
+    def __init__(self, engine: Engine, settings: SchedulerSettings, clock: Clock) -> None:
+        self.settings = settings
+        self.pool = Pool(
+            engine.shape,
+            clock=clock,
+            share=settings.share_prefix,
+            shareable=engine.model.shareable,
+            policy=POLICIES[settings.policy],
+        )
+        self.waiting = FairQueue()
+        self.running: dict[RequestId, Task] = {}
+        """tasks with a sequence"""
+        self.swapped: dict[RequestId, Task] = {}
+        self.budget = PrefillBudget(settings.itl_target_seconds, engine.shape.n_batch)
+        self.counts: Counter[str] = Counter()
+        self.finished: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {"step": 0.0, "decode": 0.0, "sample": 0.0}
+        self._engine = engine
+        self._clock = clock
+        self._tasks: dict[RequestId, Task] = {}
+        self._promises = Promises()
+        self._planned: list[Task] = []
+        self._suspects: list[Task] = []
+        self._events: list[Delivery] = []
+        self._saving: dict[int, Task] = {}
+        self._budget_tokens = 0
+
+    # Requests come and go
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks)
+
+    def submit(self, task: Task) -> None:
+        self._tasks[task.request.request_id] = task
+        self.waiting.push(task)
+        self.counts["submitted"] += 1
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Without effect when the request has ended."""
+        task = self._tasks.get(request_id)
+        if task is not None:
+            self._end(task, FinishReason.CANCELLED)
+
+    # One step
+
+    def schedule(self) -> StepPlan:
+        """The next step. A plan without works still has operations to carry out."""
+        self._expire()
+        if self._suspects:
+            return self._plan_suspect()
+        self._planned = []
+        works = [self._work(task, 1) for task in self._streams()]
+        self._resume(len(works))
+        self._budget_tokens = min(self.budget.tokens(len(works)), self.pool.shape.n_batch - len(works))
+        self._fill(works, self._budget_tokens)
+        if not works and any(not task.paused for task in self.running.values()):
+            self._unjam(works)
+        return self._plan(works)
+
+    def _plan(self, works: list[Work]) -> StepPlan:
+        n_tokens = sum(len(work.tokens) for work in works)
+        if n_tokens and not self.pool.make_room(n_tokens):
+            raise InvariantBroken(f"a step of {n_tokens} tokens was planned, and they do not fit")
+        return StepPlan(self.pool.operations(), tuple(works))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Delivery]:
+        """Book a step's result; returns what readers get, in order."""
+        for key, slab in result.saved.items():
+            task = self._saving.pop(key, None)
+            if task is not None:
+                task.slab, task.swap_key = slab, None
+        if result.outcome is Outcome.DONE:
+            self._book(plan, result)
+            self._suspects = [task for task in self._suspects if task not in self._planned]
+        elif plan.works:
+            self._recover(result)
+        if self.settings.check_invariants:
+            self.pool.check()
+        events, self._events = self._events, []
+        return events
+
+    def record_step(self, seconds: float, result: StepResult) -> None:
+        """Account the engine thread's time for one step."""
+        self.counts["steps"] += 1
+        self.seconds["step"] += seconds
+        self.seconds["decode"] += result.decode_seconds
+        self.seconds["sample"] += result.sample_seconds
+
+    def end_all(self, reason: FinishReason, error: PastureError | None = None) -> list[Delivery]:
+        """The engine is closed, or emptied and in doubt: every task ends, the pool's books start anew."""
+        for task in list(self._tasks.values()):
+            task.sequence = None
+            task.slab, task.swap_key = None, None
+            self._end(task, reason, error)
+        self._saving.clear()
+        self._suspects, self._planned = [], []
+        self.pool.reset(self._engine.shape)
+        events, self._events = self._events, []
+        return events
+
+    def take_events(self) -> list[Delivery]:
+        """Events that arose outside a step (cancellations, deadlines)."""
+        events, self._events = self._events, []
+        return events
+
+    # Streams: every one of them, every step
+
+    def _streams(self) -> list[Task]:
+        streams = [task for task in self.running.values() if task.decoding and not task.paused]
+        while streams and not self.pool.make_room(len(streams)):
+            victim = self._youngest()
+            self._swap_out(victim)
+            streams = [task for task in streams if task is not victim]
+        return streams[: self.pool.shape.n_batch]
+
+    def _youngest(self) -> Task:
+        """Who gives way: a request whose reader does not read, else the last to come."""
+        return max(self.running.values(), key=lambda task: (task.paused, task.submitted_at))
+
+    def _swap_out(self, task: Task) -> None:
+        sequence = task.sequence
+        assert sequence is not None
+        self._promises.remove(task)
+        del self.running[task.request.request_id]
+        task.sequence = None
+        if sequence.length == 0:
+            self.pool.drop(sequence)
+            self.waiting.push(task)
+            return
+        task.swap_key = self.pool.swap_out(sequence)
+        task.n_swaps += 1
+        self._saving[task.swap_key] = task
+        self.swapped[task.request.request_id] = task
+        self.counts["swaps"] += 1
+
+    def _resume(self, taken: int) -> None:
+        """Bring swapped requests back, oldest first, while there is room for them and for everyone's next tokens."""
+        for task in sorted(self.swapped.values(), key=lambda task: task.submitted_at):
+            if task.paused or task.slab is None:
+                continue
+            needed = task.slab.p1 + HEADROOM_CELLS * (len(self.running) + 1)
+            if self.running and needed + taken > self.pool.unlocked_cells:
+                return
+            tokens = task.tokens[: task.slab.p1]
+            sequence = self.pool.swap_in(task.request.namespace, tokens, task.slab, task.request.request_id)
+            if sequence is None:
+                return
+            sequence.state = SequenceState.DECODING if task.n_generated else SequenceState.PREFILLING
+            task.sequence, task.slab = sequence, None
+            del self.swapped[task.request.request_id]
+            self._run(task)
+
+    def _run(self, task: Task) -> None:
+        self.running[task.request.request_id] = task
+        if not task.n_generated:
+            self._promises.add(task)
+
+    # Prompts: what the budget leaves
+
+    def _fill(self, works: list[Work], budget: int) -> None:
+        started = [t for t in self.running.values() if not t.decoding and not t.paused and t not in self._planned]
+        followers: Counter[Task] = Counter()
+        may_start = not self.swapped
+        while budget > 0:
+            taken = sum(len(work.tokens) for work in works)
+            newcomers = self._newcomers(followers) if may_start else []
+            task = self._next_prompt(started, newcomers, followers)
+            if task is None:
+                return
+            if task.sequence is not None:
+                started.remove(task)
+            elif not self._start(task, taken):
+                may_start = self._swap_out_unread()
+                continue
+            n = min(budget, task.remaining, self.pool.unlocked_cells - taken)
+            if n <= 0:
+                return
+            works.append(self._work(task, n))
+            budget -= n
+
+    def _swap_out_unread(self) -> bool:
+        """Let a request whose reader is behind make way for one that waits; False when there is none."""
+        unread = next((task for task in self.running.values() if task.paused and task not in self._planned), None)
+        if unread is not None:
+            self._swap_out(unread)
+        return unread is not None
+
+    def _newcomers(self, followers: Counter[Task]) -> list[Task]:
+        if not len(self.waiting) or len(self.running) >= self.settings.max_running or not self.pool.has_sequence_to_give:
+            return []
+        followers.clear()
+        return self.waiting.eligible(lambda task: self._ready(task, followers), self._cost)
+
+    def _ready(self, task: Task, followers: Counter[Task]) -> bool:
+        """Whether a waiting task has nothing to gain from a prefill that is under way."""
+        if not self.pool.joins:
+            return True
+        leader = task.leader
+        if leader is None or leader.computed >= task.leader_length or leader.sequence is None:
+            promised, leader = self._promises.longest(task)
+            if leader is None or promised < self.pool.lookup(task.request.namespace, task.tokens) + MIN_GAIN_TOKENS:
+                task.leader = None
+                return True
+            task.leader, task.leader_length = leader, promised
+        followers[leader] += 1
+        return False
+
+    def _cost(self, task: Task) -> int:
+        cached = self.pool.lookup(task.request.namespace, task.tokens)
+        return len(task.tokens) - cached + min(task.tokens_to_draw, REPLY_GUESS_TOKENS)
+
+    def _next_prompt(self, started: list[Task], newcomers: list[Task], followers: Counter[Task]) -> Task | None:
+        """The longest-waiting one when it has waited too long, else the one that is done soonest for the most people."""
+        candidates = started + newcomers
+        if not candidates:
+            return None
+        oldest = min(candidates, key=lambda task: task.submitted_at)
+        if self._clock() - oldest.submitted_at > self.settings.age_bound_seconds:
+            return oldest
+
+        def seconds_per_head(task: Task) -> tuple[float, float]:
+            remaining = task.remaining if task.sequence else self._cost(task)
+            return remaining / (1 + followers[task]), task.submitted_at
+
+        return min(candidates, key=seconds_per_head)
+
+    def _start(self, task: Task, taken: int) -> bool:
+        """Give a waiting task its sequence; False when there is no room for it now."""
+        request, pool = task.request, self.pool
+        needed = pool.cells_to_lock(request.namespace, task.tokens) + min(task.tokens_to_draw, REPLY_GUESS_TOKENS)
+        if self.running and needed + taken + HEADROOM_CELLS * len(self.running) > pool.unlocked_cells:
+            return False
+        charge = self._cost(task)
+        sequence = pool.join(request.namespace, task.tokens, request.request_id)
+        if sequence is None:
+            return False
+        self.waiting.remove(task, charge)
+        task.sequence, task.leader = sequence, None
+        if task.started_at is None:
+            task.started_at = self._clock()
+            task.cached_tokens = sequence.length
+            self.counts["prompt"] += len(request.prompt)
+            self.counts["cached"] += sequence.length
+        if task.sampler is None:
+            task.sampler = self._engine.sampler(request.sampling, request.prompt)
+        self._run(task)
+        return True
+
+    def _work(self, task: Task, n: int) -> Work:
+        sequence = task.sequence
+        assert sequence is not None
+        start = sequence.length
+        last = n == task.remaining and task.tokens_to_draw > 0
+        self._planned.append(task)
+        return Work(sequence.id, task.tokens[start : start + n], start, task.sampler if last else None, task.request.n_logprobs)
+
+    def _unjam(self, works: list[Work]) -> None:
+        """Prompts fill the pool between them and none can go on: the youngest make way for the oldest."""
+        while len(self.running) > 1:
+            self._swap_out(self._youngest())
+            self._fill(works, self._budget_tokens)
+            if works:
+                return
+
+    # Results
+
+    def _book(self, plan: StepPlan, result: StepResult) -> None:
+        now = self._clock()
+        rows = prompt_tokens = 0
+        for task, work in zip(self._planned, plan.works, strict=True):
+            sequence = task.sequence
+            assert sequence is not None
+            if task.decoding:
+                rows += 1
+            else:
+                prompt_tokens += len(work.tokens)
+            self.pool.extend(sequence, task.tokens[work.start : work.start + len(work.tokens)])
+            sample = result.samples.get(work.sequence)
+            if sample is not None:
+                self._draw(task, sample.token, TokenEvent(sample.token, sample.logprobs), now)
+            elif task.remaining == 0:
+                self._end(task, FinishReason.LENGTH)  # max_tokens=0: only the prompt was wanted
+        self.counts["computed"] += prompt_tokens
+        if plan.works and result.decode_seconds > 0:
+            self.budget.observe(rows, prompt_tokens, result.decode_seconds)
+
+    def _draw(self, task: Task, token: int, event: TokenEvent, now: float) -> None:
+        request = task.request
+        if task.first_token_at is None:
+            task.first_token_at = now
+            self._promises.remove(task)
+            assert task.sequence is not None
+            task.sequence.state = SequenceState.DECODING
+        if token in request.stop_tokens:
+            self._end(task, FinishReason.STOP)
+            return
+        task.tokens.append(token)
+        task.n_generated += 1
+        self.counts["generated"] += 1
+        usage = task.usage(now) if task.n_generated == 1 else None
+        if task.tokens_to_draw == 0:
+            self._end(task, FinishReason.LENGTH, last=event)
+        else:
+            self._events.append((task, TokenEvent(token, event.logprobs, usage=usage) if usage else event))
+
+    def _end(self, task: Task, reason: FinishReason, error: PastureError | None = None, last: TokenEvent | None = None) -> None:
+        """The task's last event, and its resources back: its tokens stay in the pool as an idle sequence."""
+        request_id = task.request.request_id
+        del self._tasks[request_id]
+        self._promises.remove(task)
+        if task in self.waiting:
+            self.waiting.remove(task)
+        self.running.pop(request_id, None)
+        self.swapped.pop(request_id, None)
+        if task.swap_key is not None:
+            self._saving.pop(task.swap_key, None)
+        if task.sequence is not None:
+            self.pool.finish(task.sequence)
+            task.sequence = None
+        task.slab, task.swap_key = None, None
+        task.release_sampler()
+        self.finished[reason] += 1
+        usage = task.usage(self._clock())
+        token, logprobs = (last.token, last.logprobs) if last is not None else (None, None)
+        self._events.append((task, TokenEvent(token, logprobs, Finish(reason, usage, error), usage)))
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for task in list(self._tasks.values()):
+            limit = task.request.deadline_seconds
+            if limit is None:
+                limit = self.settings.default_deadline_seconds
+            if limit is not None and now - task.submitted_at > limit:
+                error = DeadlineExceeded(f"the request did not finish within its {limit:g} s; ask for less, or raise the limit")
+                self._end(task, FinishReason.ERROR, error)
+
+    # When the engine fails
+
+    def _recover(self, result: StepResult) -> None:
+        """Nothing was computed. Try the tasks one by one: who fails alone is ended, the others go on."""
+        tasks = [task for task in self._planned if task.request.request_id in self._tasks]
+        for task in tasks:
+            if task.sequence is not None and task.sequence.id in result.lost:
+                self._restart(task)
+        if result.outcome is Outcome.NO_ROOM:
+            self.pool.evict_idle("failure")
+        if len(tasks) == 1:
+            tasks[0].n_failures += 1
+        if len(tasks) == 1 and tasks[0].n_failures > 1:
+            self._suspects = [task for task in self._suspects if task is not tasks[0]]
+            self._end(tasks[0], FinishReason.ERROR, EngineError("the engine could not compute this request"))
+        elif not self._suspects:
+            self._suspects = tasks
+
+    def _restart(self, task: Task) -> None:
+        """Its sequence is gone from the engine: begin again, prompt and drawn tokens together."""
+        assert task.sequence is not None
+        self.pool.lose(task.sequence)
+        self._promises.remove(task)
+        del self.running[task.request.request_id]
+        task.sequence = None
+        self.waiting.push(task)
+
+    def _plan_suspect(self) -> StepPlan:
+        self._planned = []
+        works: list[Work] = []
+        suspects = [t for t in self._suspects if t.request.request_id in self._tasks and not t.swapped]
+        self._suspects = suspects
+        while self._suspects and not works:
+            task = self._suspects[0]
+            if task.sequence is None and not self._start(task, 0):
+                self._suspects.pop(0)
+            elif self.pool.make_room(1):
+                most = min(MAX_ALONE_TOKENS, self.pool.unlocked_cells, self.pool.shape.n_batch)
+                works.append(self._work(task, min(task.remaining, most)))
+            else:
+                self._swap_out(task)
+                self._suspects.pop(0)
+        return self._plan(works)
+
+    # Picture
+
+    def statistics(self) -> SchedulerStatistics:
+        decoding = sum(task.decoding for task in self.running.values())
+        return SchedulerStatistics(
+            waiting=len(self.waiting),
+            prefilling=len(self.running) - decoding,
+            decoding=decoding,
+            swapped=len(self.swapped),
+            submitted_total=self.counts["submitted"],
+            finished_total=dict(self.finished),
+            rejected_total=self.counts["rejected"],
+            swaps_total=self.counts["swaps"],
+            prompt_tokens_total=self.counts["prompt"],
+            cached_tokens_total=self.counts["cached"],
+            computed_tokens_total=self.counts["computed"],
+            generated_tokens_total=self.counts["generated"],
+            steps_total=self.counts["steps"],
+            step_seconds_total=self.seconds["step"],
+            decode_seconds_total=self.seconds["decode"],
+            sample_seconds_total=self.seconds["sample"],
+            prefill_budget_tokens=self._budget_tokens,
+            prefill_tokens_per_second=self.budget.tokens_per_second,
+            layout_moves_total=self.counts["layout_moves"],
+            invariant_failures_total=self.counts["invariant_failures"],
+        )

@@ -1,0 +1,174 @@
+"""The asyncio side of the engine: requests in, events out.
+
+Each request has a channel that the engine thread fills and one task reads. Events cross threads once a step and event loop,
+not once a token. A channel is bounded by pausing its request: when `max_unread_tokens` events wait, the scheduler leaves the
+request out of its steps until the reader has caught up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+
+from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
+from pasture.core.ports import Engine, Vocabulary
+from pasture.core.statistics import ServiceStatistics
+from pasture.core.values import Finish, FinishReason, ModelInfo, Request, TokenEvent
+from pasture.scheduler.loop import EngineLoop
+from pasture.scheduler.scheduler import Delivery
+from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+from pasture.scheduler.task import Task
+
+
+class _Channel:
+    """Filled and read on the reader's event loop; the engine thread only looks at `full`."""
+
+    __slots__ = ("_arrived", "_events", "_limit", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self.loop = loop
+        self._events: deque[TokenEvent] = deque()
+        self._limit = limit
+        self._arrived: asyncio.Future[None] | None = None
+
+    def full(self) -> bool:
+        return len(self._events) >= self._limit
+
+    def put(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    async def get(self) -> TokenEvent:
+        while not self._events:
+            self._arrived = self.loop.create_future()
+            await self._arrived
+            self._arrived = None
+        return self._events.popleft()
+
+
+class LocalService:
+    """One engine in this process. Starts its thread at once; `close` ends it and frees the engine."""
+
+    def __init__(self, engine: Engine, settings: SchedulerSettings | None = None) -> None:
+        self._settings = settings or SchedulerSettings()
+        self._model = engine.model
+        self._vocabulary = engine.vocabulary
+        self._limit = engine.shape.n_cells if self._settings.layout is LayoutChoice.AUTO else engine.shape.cells_per_sequence
+        self._channels: dict[Task, _Channel] = {}
+        self._draining = False
+        self._empty: asyncio.Event | None = None
+        """set when the last request has ended; made by `drain`"""
+        self._n_rejected = 0
+        self._started_at = time.monotonic()
+        self._loop = EngineLoop(engine, self._settings, self._publish)
+        self._loop.start()
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._vocabulary
+
+    @property
+    def max_conversation_tokens(self) -> int:
+        return self._limit
+
+    @property
+    def ready(self) -> bool:
+        return self._loop.alive and not self._draining
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """See `pasture.core.ports.Service.generate`."""
+        self._admit(request)
+        channel = _Channel(asyncio.get_running_loop(), self._settings.max_unread_tokens)
+        task = Task(request, time.monotonic(), channel.full)
+        self._channels[task] = channel
+        self._loop.submit(task)
+        ended = False
+        try:
+            while not ended:
+                was_full = channel.full()
+                event = await channel.get()
+                if was_full:
+                    self._loop.nudge()
+                ended = event.finish is not None
+                if event.finish is not None and _never_started(event.finish):
+                    assert event.finish.error is not None
+                    raise event.finish.error
+                yield event
+        finally:
+            del self._channels[task]
+            if not ended:
+                self._loop.cancel(request.request_id)
+            if self._empty is not None and not self._channels:
+                self._empty.set()
+
+    def statistics(self) -> ServiceStatistics:
+        pool, scheduler = self._loop.snapshot
+        scheduler = dataclasses.replace(scheduler, rejected_total=self._n_rejected)
+        return ServiceStatistics(self._model, pool, scheduler, time.monotonic() - self._started_at, self._draining)
+
+    async def drain(self) -> None:
+        """Take nothing new and wait for what runs, at most `drain_seconds`."""
+        self._draining = True
+        if self._channels:
+            self._empty = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), self._settings.drain_seconds)
+
+    def close(self) -> None:
+        self._draining = True
+        self._loop.stop()
+
+    def _admit(self, request: Request) -> None:
+        if self._draining or not self._loop.alive:
+            raise ShuttingDown("the server is shutting down; send the request to another one")
+        if not request.prompt:
+            raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+        if request.max_tokens < 0:
+            raise RequestError("max_tokens must not be negative", param="max_tokens")
+        needed = len(request.prompt) + request.max_tokens
+        if needed > self._limit:
+            raise PromptTooLong(
+                f"{len(request.prompt)} prompt tokens and {request.max_tokens} for the reply are {needed}; "
+                f"one conversation can hold {self._limit}. Shorten the prompt or lower max_tokens",
+                param="messages",
+            )
+        if sum(task.started_at is None for task in self._channels) >= self._settings.max_waiting:
+            self._n_rejected += 1
+            raise QueueFull("too many requests are waiting; try again later", retry_after_seconds=self._retry_after())
+
+    def _retry_after(self) -> float:
+        """How long the line needs for a tenth of itself, as the engine goes now: 1 to 60 s."""
+        _, scheduler = self._loop.snapshot
+        finished = sum(scheduler.finished_total.values())
+        seconds_each = scheduler.step_seconds_total / finished if finished else 1.0
+        return min(60.0, max(1.0, seconds_each * scheduler.waiting / 10))
+
+    def _publish(self, events: list[Delivery]) -> None:
+        """Engine thread: hand the step's events to the loops of their readers, one call each."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Channel, TokenEvent]]] = {}
+        for task, event in events:
+            channel = self._channels.get(task)
+            if channel is not None:
+                batches.setdefault(channel.loop, []).append((channel, event))
+        for loop, batch in batches.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_fill, batch)
+
+
+def _fill(batch: list[tuple[_Channel, TokenEvent]]) -> None:
+    for channel, event in batch:
+        channel.put(event)
+
+
+def _never_started(finish: Finish) -> bool:
+    """Whether the request can be refused with a status instead of ending in the middle of a stream."""
+    return finish.reason is FinishReason.ERROR and isinstance(finish.error, RequestError) and not finish.usage.completion_tokens
