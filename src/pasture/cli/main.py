@@ -13,9 +13,11 @@ from typing import Annotated
 import typer
 
 from pasture import __version__
+from pasture.cli.check import check
 from pasture.cli.configuration import config
 from pasture.cli.flags import normalise
 from pasture.cli.output import report
+from pasture.cli.serve import serve
 from pasture.core.errors import PastureError
 
 app = typer.Typer(
@@ -26,6 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start here: pasture serve -m model.gguf, then open the URL it prints, or point any OpenAI client at it.",
 )
+app.command(rich_help_panel="Serve")(serve)
+app.command(rich_help_panel="Find out")(check)
 app.command(rich_help_panel="Find out")(config)
 
 

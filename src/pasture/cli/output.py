@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -21,6 +23,36 @@ def out() -> Console:
 def err() -> Console:
     """Everything that is not the result: progress, banners, errors."""
     return Console(stderr=True)
+
+
+def set_up_logging(level: str) -> None:
+    """Log to stderr, pasture's own loggers at `level`; llama.cpp's lines only when they warn, or all of them at debug."""
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", level=level.upper())
+    if level != "debug":
+        logging.getLogger("pasture.llama").setLevel(logging.WARNING)
+
+
+class _Remarks(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+@contextmanager
+def remarks() -> Iterator[list[str]]:
+    """What the self-check has to say while the block runs, kept for the reader instead of going to the log."""
+    logger = logging.getLogger("pasture.engine.selfcheck")
+    handler = _Remarks()
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield handler.found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 def print_json(value: Mapping[str, object]) -> None:

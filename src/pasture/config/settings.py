@@ -144,6 +144,10 @@ class Settings(BaseSettings):
         description="A request's time limit from arrival to last token, unless it names its own; no limit unless given.",
     )
 
+    drain_timeout: Annotated[Seconds, Flag(("--drain-timeout",), SCHEDULING, "TIME")] = Field(
+        default=60.0, description="How long running requests may go on after the server was told to end."
+    )
+
     threads: Annotated[int | None, Flag(("-t", "--threads"), SPEED, "N")] = Field(
         default=None, ge=1, description="CPU threads for generation; the physical cores unless given."
     )

@@ -1,0 +1,116 @@
+"""Prefill and decode rates of an engine, measured through its port in a few seconds.
+
+Computes a prompt in one step after a short warm-up, then decodes a few tokens in one and in eight sequences, greedily. Each
+measure is cut to a few seconds, so that a large model on a small machine keeps nobody waiting. The sequences are left empty.
+Uses the clock that is passed in, and the thread that calls it, which must be the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from pasture.core.errors import EngineError
+from pasture.core.ports import Clock, Engine
+from pasture.core.values import Outcome, Remove, SamplingParams, SeqId, StepPlan, Work
+
+WARM_UP_TOKENS = 64
+PREFILL_TOKENS = 512
+DECODE_STEPS = 16
+MEASURE_SECONDS = 2.0
+"""about so long at most, a measure"""
+DECODE_SEQUENCES = (1, 8)
+CONTEXT_TOKENS = 64
+"""each decoding sequence's prompt"""
+
+N_MEASURES = 2 + len(DECODE_SEQUENCES)
+"""calls of `on_progress`"""
+
+_TEXT = "Sixteen sheep graze on one common, and each of them finds what the others have left. "
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRate:
+    """Generation with so many sequences in every step."""
+
+    sequences: int
+    step_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together."""
+        return self.sequences / self.step_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    prefill_tokens_per_second: float
+    decode: tuple[DecodeRate, ...]
+
+
+def measure(engine: Engine, on_progress: Callable[[str], None], clock: Clock = perf_counter) -> Rates:
+    """Measure; `on_progress` gets the name of what comes next. Raises EngineError when a step cannot be computed."""
+    on_progress("Warming up")
+    short = _prompt(engine, WARM_UP_TOKENS)
+    _prefill(engine, short, clock)
+    seconds_a_token = _prefill(engine, short, clock) / len(short)
+    on_progress("Measuring prefill")
+    most = min(PREFILL_TOKENS, engine.shape.n_batch, engine.shape.cells_per_sequence // 2)
+    tokens = _prompt(engine, max(WARM_UP_TOKENS, min(most, int(MEASURE_SECONDS / max(seconds_a_token, 1e-6)))))
+    prefill_seconds = _prefill(engine, tokens, clock)
+    rates = []
+    for n_sequences in DECODE_SEQUENCES:
+        if n_sequences <= engine.shape.n_seqs and n_sequences * 2 * CONTEXT_TOKENS <= engine.shape.n_cells:
+            on_progress(f"Measuring decode, {n_sequences} at once")
+            rates.append(DecodeRate(n_sequences, _decode(engine, tokens[:CONTEXT_TOKENS], n_sequences, clock)))
+    return Rates(len(tokens) / prefill_seconds, tuple(rates))
+
+
+def _prompt(engine: Engine, n_tokens: int) -> Sequence[int]:
+    some = engine.vocabulary.tokenize(_TEXT, add_special=False, parse_special=False)
+    return (some * (n_tokens // len(some) + 1))[:n_tokens]
+
+
+def _prefill(engine: Engine, tokens: Sequence[int], clock: Clock) -> float:
+    sequence = SeqId(0)
+    start = clock()
+    _step(engine, [Work(sequence, tokens, 0, None)])
+    seconds = clock() - start
+    engine.execute(StepPlan((Remove(sequence, 0, None),), ()))
+    return seconds
+
+
+def _decode(engine: Engine, prompt: Sequence[int], n_sequences: int, clock: Clock) -> float:
+    """Seconds a step, the median."""
+    sequences = [SeqId(number) for number in range(n_sequences)]
+    samplers = [engine.sampler(SamplingParams(temperature=0.0), prompt) for _ in sequences]
+    try:
+        for sequence in sequences:
+            _step(engine, [Work(sequence, prompt, 0, None)])
+        seconds: list[float] = []
+        last = [prompt[-1]] * n_sequences
+        begin = clock()
+        for step in range(DECODE_STEPS):
+            if seconds and clock() - begin > MEASURE_SECONDS:
+                break
+            works = [
+                Work(sequence, [token], len(prompt) + step, sampler)
+                for sequence, token, sampler in zip(sequences, last, samplers, strict=True)
+            ]
+            start = clock()
+            samples = _step(engine, works)
+            seconds.append(clock() - start)
+            last = [samples[sequence] for sequence in sequences]
+        return sorted(seconds)[len(seconds) // 2]
+    finally:
+        engine.execute(StepPlan(tuple(Remove(sequence, 0, None) for sequence in sequences), ()))
+        for sampler in samplers:
+            sampler.close()
+
+
+def _step(engine: Engine, works: Sequence[Work]) -> dict[SeqId, int]:
+    result = engine.execute(StepPlan((), tuple(works)))
+    if result.outcome is not Outcome.DONE:
+        raise EngineError(f"a step of {sum(len(work.tokens) for work in works)} tokens ended with {result.outcome.value!r}")
+    return {sequence: sample.token for sequence, sample in result.samples.items()}

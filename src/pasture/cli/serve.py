@@ -1,0 +1,71 @@
+"""`pasture serve`: load the model, say what there is, serve until told to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+
+from pasture.cli.flags import with_settings
+from pasture.cli.output import err, remarks, set_up_logging
+from pasture.config import Configuration, Settings, format_bytes
+from pasture.core.ports import Service
+
+TYPICAL_TOKENS = 4096
+"""the conversation length at which the banner counts users"""
+
+
+@with_settings()
+def serve(configuration: Configuration) -> None:
+    """Serve a model to everybody, behind an OpenAI-compatible API.
+
+        pasture serve -m model.gguf
+        pasture serve -m model.gguf --kv-memory 2GiB --host 0.0.0.0 --api-key secret
+
+    Every setting can also be written in the environment or in a file: see `pasture config`.
+    """
+    from pasture.server import serve as serve_forever  # loads libllama and the web framework: not before they are needed
+
+    settings = configuration.settings
+    set_up_logging(settings.log_level)
+    err().print(f"Loading {settings.model or 'the model'} ...", style="dim", markup=False, highlight=False)
+    with remarks() as found:
+        serve_forever(settings, lambda url, service: err().print(banner(url, service, settings, found), highlight=False))
+
+
+def banner(url: str, service: Service, settings: Settings, remarks: Sequence[str] = ()) -> str:
+    """What a person who just started the server wants to know, as rich markup."""
+    model, shape = service.model, service.statistics().pool.shape
+    url = url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    size = f", {format_bytes(shape.n_cells * model.cell_bytes)}" if model.cell_bytes else ""
+    layout = f"{shape.layout.value} now, follows the traffic" if settings.kv_layout == "auto" else shape.layout.value
+    rows = {
+        "model": escape(f"{settings.alias or model.name}, {model.description}"),
+        "pool": f"{shape.n_cells:,} tokens{size}; {format_bytes(model.cell_bytes)} a token"
+        if size
+        else f"{shape.n_cells:,} tokens",
+        "users": _users(shape.n_cells, settings),
+        "layout": layout,
+        "sharing": "on" if settings.share_prefix and model.shareable else _why_not(settings),
+    }
+    lines = [f"[bold]pasture[/] serves at [bold cyan]{url}/v1[/]"]
+    lines += [f"  [dim]{name:<8}[/] {text}" for name, text in rows.items()]
+    lines += [f"  [yellow]{escape(remark)}[/]" for remark in remarks]
+    if not (settings.api_key or settings.api_key_file) and settings.host not in ("127.0.0.1", "localhost", "::1"):
+        lines.append("  [yellow]open to everybody who can reach this machine: set --api-key[/]")
+    return "\n".join(lines)
+
+
+def _users(n_cells: int, settings: Settings) -> str:
+    alone = n_cells // TYPICAL_TOKENS
+    half = TYPICAL_TOKENS // 2
+    sharing = min(settings.max_running, max(0, n_cells - half) // half)
+    if alone < 1:
+        return f"conversations of up to {n_cells:,} tokens, one at a time; set -c or --kv-memory for more"
+    return f"{alone} conversations of {TYPICAL_TOKENS:,} tokens, or {sharing} of which half is common"
+
+
+def _why_not(settings: Settings) -> str:
+    if not settings.share_prefix:
+        return "off (--no-share-prefix)"
+    return "whole conversations only: this model (or flash attention being off) does not allow parts to be shared"

@@ -1,0 +1,210 @@
+"""The composition root: settings in, a running service or server out.
+
+The one place that knows every room: it translates `Settings` into each room's own settings, sizes the pool, and starts engine,
+scheduler and HTTP in that order. What goes wrong on the way is a PastureError with a sentence for the person who started it.
+`start_service` belongs to the thread that calls it; `serve` blocks until the server is told to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from pasture.api import ApiSettings, create_app, run
+from pasture.config import Settings, format_bytes
+from pasture.core.errors import ConfigError
+from pasture.core.ports import Engine, Service
+from pasture.core.values import Layout, ModelInfo, PoolShape, SamplingParams
+from pasture.engine import EngineSettings, open_engine, probe_model
+from pasture.engine.fake import FakeEngine
+from pasture.engine.gguf_header import read_header
+from pasture.engine.memory import MemoryPlan, check_fits, plan_memory
+from pasture.scheduler.service import LocalService
+from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+
+MAX_SEQUENCES = 256
+"""of llama.cpp; pasture asks for two a running request, so that idle conversations stay, and not for all: each costs logits"""
+
+DEFAULT_CELLS = 32768
+FREE_SHARE = 0.8
+"""of the largest cache that fits, at most so much unless somebody said how much"""
+
+CELLS_ALIGNMENT = 256
+"""llama.cpp rounds a cache up to a multiple of this"""
+
+MIN_STREAM_CELLS = 2048
+"""the shortest conversation that the streams layout should still hold at start"""
+
+
+def start_service(settings: Settings) -> Service:
+    """Load the model and start its scheduler; ready when it returns. The caller closes it."""
+    return LocalService(_start_engine(settings), scheduler_settings(settings))
+
+
+def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> None:
+    """Serve HTTP until SIGINT or SIGTERM; what runs then may finish. `on_started` gets the URL once the server listens."""
+    api = api_settings(settings)
+    service = start_service(settings)
+    try:
+        run(
+            create_app(service, api),
+            host=settings.host,
+            port=settings.port,
+            ssl_cert_file=settings.ssl_cert_file,
+            ssl_key_file=settings.ssl_key_file,
+            log_level=settings.log_level,
+            on_started=lambda url: on_started(url, service),
+        )
+    finally:
+        service.close()
+
+
+@contextmanager
+def measuring_engine(settings: Settings, n_cells: int, n_seqs: int) -> Iterator[Engine]:
+    """An engine alone, for the thread in the block, with a pool just large enough to measure on."""
+    small = settings.model_copy(update={"kv_cells": n_cells, "kv_memory": None, "kv_layout": "unified", "max_running": n_seqs})
+    engine = _start_engine(small)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def probe(settings: Settings) -> ModelInfo:
+    """The model as its file's header tells it. Raises ModelError for a file that is none, ConfigError when none is named."""
+    if settings.model is None:
+        raise ConfigError("no model: give -m FILE.gguf, or set PASTURE_MODEL, or model in pasture.toml")
+    return probe_model(settings.model, type_k=settings.cache_type_k, type_v=settings.cache_type_v)
+
+
+def engine_settings(settings: Settings) -> EngineSettings:
+    """The engine's part, with the pool sized. Reads the model file's header and the machine's free memory."""
+    model = probe(settings)
+    wanted = EngineSettings(
+        model_path=model.path,
+        n_cells=CELLS_ALIGNMENT,
+        n_seqs=min(MAX_SEQUENCES, 2 * settings.max_running),
+        layout=_start_layout(settings),
+        n_batch=settings.batch_size,
+        n_ubatch=min(settings.ubatch_size, settings.batch_size),
+        n_gpu_layers=-1 if settings.n_gpu_layers is None else settings.n_gpu_layers,
+        n_threads=settings.threads,
+        n_threads_batch=settings.threads_batch,
+        type_k=settings.cache_type_k,
+        type_v=settings.cache_type_v,
+        flash_attn=settings.flash_attn != "off",
+        use_mmap=settings.mmap,
+        use_mlock=settings.mlock,
+        main_gpu=settings.main_gpu,
+        tensor_split=settings.tensor_split,
+        self_check=settings.self_check,
+    )
+    n_cells = pool_cells(settings, model, _memory_plan(model, wanted).largest_cells)
+    return replace(wanted, n_cells=n_cells, n_seqs=_start_sequences(wanted, n_cells))
+
+
+def planned_cells(settings: Settings) -> int:
+    """Cells that `serve` would start with here. Raises DoesNotFit when it would not start."""
+    wanted = engine_settings(settings)
+    check_fits(_memory_plan(probe(settings), wanted), wanted.n_cells)
+    return wanted.n_cells
+
+
+def pool_cells(settings: Settings, model: ModelInfo, largest: int) -> int:
+    """Cells of the pool: as many as were asked for, as `kv_memory` buys, or as reason and the `largest` that fits allow."""
+    if settings.kv_cells is not None:
+        return settings.kv_cells
+    if settings.kv_memory is None:
+        return max(CELLS_ALIGNMENT, min(DEFAULT_CELLS, _aligned(int(largest * FREE_SHARE))))
+    if model.cell_bytes == 0:
+        raise ConfigError(f"kv_memory: {model.architecture} keeps no KV a token, so bytes cannot size its cache: use kv_cells")
+    n_cells = _aligned(settings.kv_memory // model.cell_bytes)
+    if n_cells == 0:
+        least = format_bytes(CELLS_ALIGNMENT * model.cell_bytes)
+        raise ConfigError(f"kv_memory is too small: a token takes {format_bytes(model.cell_bytes)}, the least is {least}")
+    return n_cells
+
+
+def scheduler_settings(settings: Settings) -> SchedulerSettings:
+    """The scheduler's part."""
+    return SchedulerSettings(
+        share_prefix=settings.share_prefix,
+        layout=LayoutChoice(settings.kv_layout),
+        itl_target_seconds=settings.itl_target,
+        max_waiting=settings.max_queue,
+        max_running=settings.max_running,
+        default_deadline_seconds=settings.timeout,
+        drain_seconds=settings.drain_timeout,
+    )
+
+
+def api_settings(settings: Settings) -> ApiSettings:
+    """HTTP's part; reads the key file and the template file."""
+    return ApiSettings(
+        model_alias=settings.alias,
+        api_keys=(*settings.api_key, *_keys(settings.api_key_file)),
+        cors_origins=settings.cors_origins,
+        sampling=SamplingParams(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repeat_penalty=settings.repeat_penalty,
+        ),
+        chat_template=chat_template_of(settings),
+        deadline_seconds=settings.timeout,
+        log_level=settings.log_level,
+    )
+
+
+def chat_template_of(settings: Settings) -> str | None:
+    """The template that replaces the model's own, if one was given."""
+    if settings.chat_template_file is not None:
+        return _read(settings.chat_template_file, "chat_template_file")
+    return settings.chat_template
+
+
+def _start_engine(settings: Settings) -> Engine:
+    if not settings.fake_engine:
+        return open_engine(engine_settings(settings))
+    n_cells = settings.kv_cells or DEFAULT_CELLS
+    n_seqs = min(MAX_SEQUENCES, 2 * settings.max_running)
+    return FakeEngine(PoolShape(n_cells, n_seqs, _start_layout(settings), settings.batch_size))
+
+
+def _start_layout(settings: Settings) -> Layout:
+    return Layout.STREAMS if settings.kv_layout == "streams" else Layout.UNIFIED
+
+
+def _start_sequences(wanted: EngineSettings, n_cells: int) -> int:
+    """In the streams layout every sequence has its share of the cells, so there are only as many as can hold a conversation."""
+    if wanted.layout is Layout.UNIFIED:
+        return wanted.n_seqs
+    return max(1, min(wanted.n_seqs, n_cells // MIN_STREAM_CELLS))
+
+
+def _memory_plan(model: ModelInfo, wanted: EngineSettings) -> MemoryPlan:
+    return plan_memory(model, wanted, n_embd=read_header(model.path).number("embedding_length"))
+
+
+def _aligned(n_cells: int) -> int:
+    return n_cells // CELLS_ALIGNMENT * CELLS_ALIGNMENT
+
+
+def _keys(file: str | None) -> tuple[str, ...]:
+    if file is None:
+        return ()
+    lines = (line.strip() for line in _read(file, "api_key_file").splitlines())
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"api_key_file: {file} holds no key, and a server without keys is open to everybody")
+    return keys
+
+
+def _read(file: str, setting: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting}: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
