@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pasture.api import ApiSettings
+from tests.unit.api.conftest import Connect
+from tests.unit.api.wire import CHAT, chat_body, error_of
+from tests.unit.stub_service import EOS, SPECIAL, StubService
+
+
+async def test_models_are_listed_and_found_under_their_name(connect: Connect) -> None:
+    client = connect(StubService(), ApiSettings(model_alias="team/herd"))
+    listed = (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["team/herd"]
+    assert (await client.get("/v1/models/team/herd")).json() == listed["data"][0]
+    assert (await client.get("/v1/models/stub-model")).status_code == 404
+
+
+async def test_text_becomes_tokens_and_comes_back(client: httpx.AsyncClient) -> None:
+    tokens = (await client.post("/tokenize", json={"content": "Hé</s>"})).json()["tokens"]
+    assert tokens == [72, 0xC3, 0xA9, EOS]
+    assert (await client.post("/detokenize", json={"tokens": tokens})).json() == {"content": "Hé</s>"}
+
+
+async def test_tokenising_can_leave_special_tokens_alone_and_show_pieces(client: httpx.AsyncClient) -> None:
+    plain = await client.post("/tokenize", json={"content": "</s>", "parse_special": False})
+    assert plain.json() == {"tokens": [*b"</s>"]}
+    pieces = await client.post("/tokenize", json={"content": "é</s>", "with_pieces": True})
+    assert pieces.json()["tokens"] == [
+        {"id": 0xC3, "piece": [0xC3]},
+        {"id": 0xA9, "piece": [0xA9]},
+        {"id": EOS, "piece": "</s>"},
+    ]
+
+
+@pytest.mark.parametrize("tokens", [[-1], [260], ["a"], [1.5], [10**30]])
+async def test_tokens_that_do_not_exist_are_refused(client: httpx.AsyncClient, tokens: object) -> None:
+    response = await client.post("/detokenize", json={"tokens": tokens})
+    assert response.status_code == 400
+    assert (error_of(response)["param"] or "tokens").startswith("tokens")
+
+
+async def test_the_chat_template_can_be_applied_alone(client: httpx.AsyncClient, service: StubService) -> None:
+    prompt = (await client.post("/apply-template", json={"messages": chat_body()["messages"]})).json()["prompt"]
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    await client.post(CHAT, json=chat_body())
+    assert service.requests[0].prompt[0] == SPECIAL["<|im_start|>"]
+    assert service.vocabulary.tokenize(prompt, add_special=True, parse_special=True) == list(service.requests[0].prompt)
+
+
+async def test_readiness_follows_the_service_and_liveness_does_not(client: httpx.AsyncClient, service: StubService) -> None:
+    for path in ("/health", "/health/ready"):
+        assert (await client.get(path)).json() == {"status": "ok"}
+    await service.drain()
+    for path in ("/health", "/health/ready"):
+        response = await client.get(path)
+        assert response.status_code == 503
+        assert error_of(response)["type"] == "unavailable_error"
+    assert (await client.get("/health/live")).status_code == 200
+
+
+async def test_props_and_slots_show_the_pool(client: httpx.AsyncClient) -> None:
+    props = (await client.get("/props")).json()
+    assert props["total_slots"] == 8
+    assert props["default_generation_settings"]["n_ctx"] == 1000
+    assert props["default_generation_settings"]["params"]["temperature"] == 0.8
+    assert "<|im_start|>" in props["chat_template"]
+    assert (props["bos_token"], props["eos_token"]) == ("<s>", "</s>")
+    slots = (await client.get("/slots")).json()
+    assert [(slot["id"], slot["is_processing"], slot["id_task"]) for slot in slots] == [(0, True, "r-0"), (1, False, None)]
+
+
+async def test_metrics_show_statistics_and_what_clients_felt(client: httpx.AsyncClient) -> None:
+    await client.post(CHAT, json=chat_body())
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+    assert samples["pasture_kv_used_cells", "running"] == 60
+    assert samples["pasture_prefix_hit_tokens_total", "running"] == 70
+    assert samples["pasture_requests_finished_total", "stop"] == 4
+    assert samples["pasture_generated_tokens_total",] == 44
+    assert samples["pasture_time_to_first_token_seconds_count",] == 1
+    assert samples["pasture_inter_token_seconds_count",] == 10
+    assert samples["pasture_request_seconds_count",] == 1
+
+
+async def test_two_apps_in_one_process_keep_their_metrics_apart(connect: Connect) -> None:
+    one, other = connect(StubService()), connect(StubService())
+    await one.post(CHAT, json=chat_body())
+    assert "pasture_request_seconds_count 0.0" in (await other.get("/metrics")).text
