@@ -20,21 +20,20 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from pasture.core.errors import ConfigError
 from pasture.core.ports import Service
 
 _log = logging.getLogger("pasture.api")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BACKLOG = 2048
 _LAST_WORDS_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """Where and how to listen."""
+    """How to serve on a socket."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
-    """0: any free one"""
     ssl_cert_file: str | None = None
     ssl_key_file: str | None = None
     log_level: str = "info"
@@ -55,10 +54,22 @@ def run(
     """Serve until a signal ends it. `sockets`, already bound, replace host and port (0: any free one).
 
     `on_started` is called with the server's URL once it listens. The app must come from `create_app`. Blocks; takes the main
-    thread's signal handlers for as long as it runs. Raises SystemExit when it cannot listen.
+    thread's signal handlers for as long as it runs. Raises ConfigError when it cannot listen there or use that certificate.
     """
-    options = ServerOptions(host, port, ssl_cert_file, ssl_key_file, log_level)
-    DrainingServer(app, options, on_started).run(sockets)
+    options = ServerOptions(ssl_cert_file, ssl_key_file, log_level)
+    server = DrainingServer(app, options, on_started)
+    server.run(sockets or [bind(host, port)])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one. Raises ConfigError with the reason where it cannot be had."""
+    if not 0 <= port < 65536:
+        raise ConfigError(f"cannot listen on port {port}: a port is a number from 0 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
 
 
 class DrainingServer(uvicorn.Server):
@@ -67,8 +78,6 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, app: FastAPI, options: ServerOptions, on_started: Callable[[str], None] | None = None) -> None:
         config = uvicorn.Config(
             app,
-            host=options.host,
-            port=options.port,
             ssl_certfile=options.ssl_cert_file,
             ssl_keyfile=options.ssl_key_file,
             timeout_keep_alive=options.keep_alive_seconds,
@@ -80,6 +89,10 @@ class DrainingServer(uvicorn.Server):
             ws="none",
             http="httptools",
         )
+        try:
+            config.load()
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"the TLS certificate or its key cannot be used: {error.strerror or error}") from error
         super().__init__(config)
         self._service: Service = app.state.service
         self._on_started = on_started
@@ -108,6 +121,8 @@ class DrainingServer(uvicorn.Server):
         _log.warning("second signal: ending at once")
         self._service.close()
         self.force_exit = self.should_exit = True
+        # streams have a moment to say that the server has closed
+        asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, self._drop_everything)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -129,16 +144,6 @@ class DrainingServer(uvicorn.Server):
         else:
             self._loop.call_soon_threadsafe(self.stop)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.force_exit:
-            # streams are told that the service has closed, and have a moment to say so
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                    await super().shutdown(sockets)
-            self._drop_everything()
-            return
-        await super().shutdown(sockets)
-
     async def _drain(self) -> None:
         _log.info("draining: nothing new is taken, open replies finish")
         try:
@@ -147,10 +152,13 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
 
     def _drop_everything(self) -> None:
-        for task in list(self.server_state.tasks):
-            task.cancel()
         if self._draining is not None:
             self._draining.cancel()
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 def _uvicorn_level(level: str) -> str:
