@@ -143,7 +143,7 @@ def scheduler_settings(settings: Settings) -> SchedulerSettings:
 def api_settings(settings: Settings) -> ApiSettings:
     """HTTP's part; reads the key file and the template file."""
     return ApiSettings(
-        model_alias=settings.alias,
+        model_alias=settings.alias or (Path(settings.model).stem if settings.model else None),
         api_keys=(*settings.api_key, *_keys(settings.api_key_file)),
         cors_origins=settings.cors_origins,
         sampling=SamplingParams(

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from pasture import __version__
+from pasture.cli.bench import bench, demo
 from pasture.cli.check import check
 from pasture.cli.configuration import config
 from pasture.cli.flags import normalise
@@ -29,6 +30,8 @@ app = typer.Typer(
     epilog="Start here: pasture serve -m model.gguf, then open the URL it prints, or point any OpenAI client at it.",
 )
 app.command(rich_help_panel="Serve")(serve)
+app.command(rich_help_panel="Measure")(demo)
+app.command(rich_help_panel="Measure")(bench)
 app.command(rich_help_panel="Find out")(check)
 app.command(rich_help_panel="Find out")(config)
 

@@ -28,7 +28,7 @@ def serve(configuration: Configuration) -> None:
 
     settings = configuration.settings
     set_up_logging(settings.log_level)
-    err().print(f"Loading {settings.model or 'the model'} ...", style="dim", markup=False, highlight=False)
+    err().print(f"Loading {settings.model or 'the model'} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
     with remarks() as found:
         serve_forever(settings, lambda url, service: err().print(banner(url, service, settings, found), highlight=False))
 
@@ -57,12 +57,11 @@ def banner(url: str, service: Service, settings: Settings, remarks: Sequence[str
 
 
 def _users(n_cells: int, settings: Settings) -> str:
-    alone = n_cells // TYPICAL_TOKENS
     half = TYPICAL_TOKENS // 2
-    sharing = min(settings.max_running, max(0, n_cells - half) // half)
-    if alone < 1:
-        return f"conversations of up to {n_cells:,} tokens, one at a time; set -c or --kv-memory for more"
-    return f"{alone} conversations of {TYPICAL_TOKENS:,} tokens, or {sharing} of which half is common"
+    alone, sharing = n_cells // TYPICAL_TOKENS, min(settings.max_running, max(0, n_cells - half) // half)
+    if alone < 2:
+        return f"one conversation of up to {n_cells:,} tokens, or several short ones; -c or --kv-memory for more"
+    return f"{alone} conversations of {TYPICAL_TOKENS:,} tokens, or {sharing} with half of each in common"
 
 
 def _why_not(settings: Settings) -> str:
