@@ -18,6 +18,7 @@ import argparse
 import codecs
 import ctypes
 import json
+import sys
 import threading
 import time
 from collections import deque
@@ -31,6 +32,16 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BATCH_TOKENS = 512
+_LOG_LEVEL_ERROR = 4
+
+
+def _print_errors(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    if level == _LOG_LEVEL_ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+_ONLY_ERRORS = llama_cpp.llama_log_callback(_print_errors)
+"""kept for as long as llama.cpp may call it"""
 
 
 class Turns:
@@ -110,6 +121,7 @@ class Herdless:
     """The model, its contexts, and who has which."""
 
     def __init__(self, path: str, n_cells: int, n_contexts: int, n_threads: int, *, whole_requests: bool, repack: bool) -> None:
+        llama_cpp.llama_log_set(_ONLY_ERRORS, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.use_extra_bufts = repack

@@ -109,7 +109,7 @@ def find_llama_server(options: BenchOptions) -> Path:
 
 
 def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = False) -> list[System]:
-    """Every way in which `peer` is measured, sized for the workload. `repack`: ggml may rearrange weights, see `repack_survives`."""
+    """Every way in which `peer` is measured, sized for the workload. For `repack` see `repack_survives`."""
     if peer.startswith(("http://", "https://")):
         return [System(peer, "", (), Endpoint.parse(peer, options.api_key))]
     model = str(options.model or default_model())
