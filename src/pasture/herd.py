@@ -44,14 +44,18 @@ class OpenOptions(TypedDict, total=False):
     max_queue: int
     itl_target: str | float
     timeout: str | float
+    drain_timeout: str | float
     threads: int
     threads_batch: int
     batch_size: int
     ubatch_size: int
     flash_attn: Literal["on", "off", "auto"]
     n_gpu_layers: int
+    main_gpu: int
+    tensor_split: Sequence[float]
     mmap: bool
     mlock: bool
+    self_check: bool
     alias: str
     chat_template: str
     chat_template_file: str

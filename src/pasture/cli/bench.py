@@ -73,7 +73,9 @@ Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Keep the server up
 
 
 def bench(
-    benchmark: Annotated[Benchmark, typer.Argument(metavar="WORKLOAD", help="team, docs, private, agents or overhead.", show_default=False)],
+    benchmark: Annotated[
+        Benchmark, typer.Argument(metavar="WORKLOAD", help="team, docs, private, agents or overhead.", show_default=False)
+    ],
     serve_flags: ServeFlags = None,
     users: Users = None,
     turns: Turns = None,
