@@ -8,11 +8,12 @@ scheduler and HTTP in that order. What goes wrong on the way is a PastureError w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from pasture.api import ApiSettings, create_app, run
+from pasture.api.server import bind
 from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Engine, Service
@@ -44,21 +45,23 @@ def start_service(settings: Settings) -> Service:
 
 
 def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> None:
-    """Serve HTTP until SIGINT or SIGTERM; what runs then may finish. `on_started` gets the URL once the server listens."""
+    """Serve HTTP until SIGINT or SIGTERM; what runs then may finish. `on_started` gets the URL once the server listens.
+
+    Whatever can be wrong without the model is found out before the model is loaded; who connects meanwhile waits.
+    """
     api = api_settings(settings)
-    service = start_service(settings)
-    try:
+    for name in ("ssl_cert_file", "ssl_key_file"):
+        if file := getattr(settings, name):
+            _read(file, name)
+    with closing(bind(settings.host, settings.port)) as listener, closing(start_service(settings)) as service:
         run(
             create_app(service, api),
-            host=settings.host,
-            port=settings.port,
             ssl_cert_file=settings.ssl_cert_file,
             ssl_key_file=settings.ssl_key_file,
             log_level=settings.log_level,
+            sockets=[listener],
             on_started=lambda url: on_started(url, service),
         )
-    finally:
-        service.close()
 
 
 @contextmanager
