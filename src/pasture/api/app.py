@@ -14,7 +14,7 @@ from pasture.api.disconnect import ClientGone
 from pasture.api.gateway import Gateway
 from pasture.api.generation import generation_routes
 from pasture.api.inspection import health_routes, inspection_routes, text_routes
-from pasture.api.middleware import ApiKeys, RequestIds
+from pasture.api.middleware import ApiKeys, LastResort, RequestIds
 from pasture.api.settings import ApiSettings
 from pasture.core.errors import ConfigError, RequestError
 from pasture.core.ports import Clock, Service
@@ -41,6 +41,7 @@ def create_app(service: Service, settings: ApiSettings | None = None, *, clock: 
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(LastResort)
     app.add_middleware(RequestIds)
     return app
 

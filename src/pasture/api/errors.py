@@ -101,12 +101,12 @@ def explain(error: ValidationError) -> tuple[str, str | None]:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the app, the framework's own included, leave in this shape."""
+    """Make every error that is expected, the framework's own included, leave in this shape."""
 
     async def answer(_: Request, error: Exception) -> Response:
         return problem(error).response()
 
-    for kind in (HTTPException, PastureError, ValidationError, Exception):
+    for kind in (HTTPException, PastureError, ValidationError):
         app.add_exception_handler(kind, answer)
 
 

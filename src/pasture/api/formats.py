@@ -21,6 +21,8 @@ from pasture.text.replies import Fragment, ScoredToken
 
 Json = dict[str, object]
 
+_NEVER = -9999.0
+
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = f"pasture-{version('pasture')}"
 
@@ -111,8 +113,8 @@ class CompletionShape:
     def scores(self, scored: Sequence[ScoredToken], vocabulary: Vocabulary, offset: int) -> object:
         return {
             "tokens": [_show(one.token, vocabulary) for one in scored],
-            "token_logprobs": [one.logprobs.logprob for one in scored],
-            "top_logprobs": [{_show(token, vocabulary): lp for token, lp in one.logprobs.top} for one in scored],
+            "token_logprobs": [_finite(one.logprobs.logprob) for one in scored],
+            "top_logprobs": [{_show(token, vocabulary): _finite(lp) for token, lp in one.logprobs.top} for one in scored],
             "text_offset": [offset + one.offset for one in scored],
         }
 
@@ -242,6 +244,11 @@ def _show(token: int, vocabulary: Vocabulary) -> str:
     return vocabulary.piece(token, special=True).decode("utf-8", errors="replace")
 
 
+def _finite(logprob: float) -> float:
+    # JSON has no infinity; OpenAI's API says -9999 for "never"
+    return max(logprob, _NEVER)
+
+
 def _token(token: int, logprob: float, vocabulary: Vocabulary) -> Json:
     piece = vocabulary.piece(token, special=True)
-    return {"token": piece.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(piece)}
+    return {"token": piece.decode("utf-8", errors="replace"), "logprob": _finite(logprob), "bytes": list(piece)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 
 import orjson
 from fastapi import APIRouter, Request
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from pasture.api.bodies import read_body
 from pasture.api.formats import FINGERPRINT, Json
 from pasture.api.gateway import Gateway
+from pasture.api.offload import off_loop
 from pasture.api.schemas import DetokenizeBody, TemplateBody, TokenizeBody
 from pasture.core.statistics import SequenceState, SequenceStatistics
 from pasture.core.values import SamplingParams
@@ -60,7 +62,8 @@ def text_routes(gateway: Gateway) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeBody, limit)
         vocabulary = gateway.service.vocabulary
-        tokens = vocabulary.tokenize(body.content, add_special=body.add_special, parse_special=body.parse_special)
+        tokenised = partial(vocabulary.tokenize, body.content, add_special=body.add_special, parse_special=body.parse_special)
+        tokens = await off_loop(len(body.content), tokenised)
         if not body.with_pieces:
             return _json({"tokens": tokens})
         return _json({"tokens": [{"id": token, "piece": _piece(vocabulary.piece(token, special=True))} for token in tokens]})
@@ -68,7 +71,7 @@ def text_routes(gateway: Gateway) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, limit)
-        return _json({"content": gateway.prompts.detokenize(body.tokens)})
+        return _json({"content": await off_loop(len(body.tokens), partial(gateway.prompts.detokenize, body.tokens))})
 
     @router.post("/apply-template")
     async def apply_template(request: Request) -> Response:

@@ -7,16 +7,16 @@ hold up the loop that carries everybody's streams.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from pydantic import JsonValue
 
+from pasture.api.offload import off_loop
 from pasture.api.schemas import ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
 from pasture.api.settings import ApiSettings
 from pasture.core.errors import PromptTooLong, RequestError
@@ -28,7 +28,6 @@ from pasture.text.stops import StopStrings
 MAX_REQUESTS = 256
 """prompts times choices in one call"""
 
-_INLINE_CHARACTERS = 16_384
 _SEEDS = 2**32 - 1  # the largest 32-bit seed means "any" to the engine
 
 _SAMPLING_FIELDS = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("seed", "logit_bias"))
@@ -72,7 +71,7 @@ class Jobs:
         """Raises RequestError for whatever cannot be done as asked."""
         _check_chat(body)
         text = self.render(body)
-        prompt = await _off_loop(len(text), partial(self._prompts.text, text, param="messages"))
+        prompt = await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
         limit = body.max_completion_tokens or body.max_tokens
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._job("chatcmpl-", body, user, [(prompt, "")], limit, n_logprobs)
@@ -82,7 +81,7 @@ class Jobs:
         _check_completion(body)
         prompts = []
         for prompt in body.prompt:
-            tokens = await _off_loop(len(prompt), partial(self._tokens, prompt))
+            tokens = await off_loop(len(prompt), partial(self._tokens, prompt))
             prompts.append((tokens, self._echo(prompt) if body.echo else ""))
         return self._job("cmpl-", body, user, prompts, body.max_tokens, body.logprobs)
 
@@ -205,7 +204,3 @@ def _check_response_format(response_format: Mapping[str, JsonValue] | None) -> N
         raise RequestError(
             f"response_format {kind!r} needs constrained decoding, which is not supported", param="response_format"
         )
-
-
-async def _off_loop(size: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-    return work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)

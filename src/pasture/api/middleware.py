@@ -1,4 +1,5 @@
-"""Pure ASGI middleware: request ids and API keys. Neither touches bodies, so neither costs a streamed token anything."""
+"""Pure ASGI middleware: request ids, the last resort for errors, API keys. None looks at a body, so a streamed token costs
+nothing beyond the call."""
 
 from __future__ import annotations
 
@@ -38,6 +39,28 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class LastResort:
+    """Answers for what nothing inside it has answered for: a bug is a 500 in the usual shape, and in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            await problem(error).response()(scope, receive, send)
 
 
 class ApiKeys:

@@ -33,6 +33,8 @@ UNSUPPORTED: Mapping[str, str] = {
     "suffix": "filling in before a suffix is not supported",
     "lora": "adapters are not supported",
     "use_beam_search": "beam search is not supported",
+    "xtc_probability": "the XTC sampler is not supported",
+    "dynatemp_range": "a dynamic temperature is not supported",
 }
 """field -> why; refused unless its value is null, false or empty"""
 

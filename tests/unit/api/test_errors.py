@@ -60,6 +60,7 @@ async def test_a_full_queue_says_when_to_come_back(connect: Connect) -> None:
 async def test_the_words_of_a_bug_are_not_shown(connect: Connect) -> None:
     response = await connect(StubService(error=ValueError("/secret/path"))).post(CHAT, json=chat_body())
     assert "secret" not in response.text
+    assert response.headers["x-request-id"]
 
 
 @pytest.mark.parametrize(
