@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pasture.bench import counters as count
@@ -80,7 +80,6 @@ class _Demo:
     async def _play(self, up: Running, label: str) -> Run:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[pool]}"),
@@ -114,7 +113,7 @@ async def _pool_watched(endpoint: Endpoint, progress: Progress, task: TaskID) ->
             now = await count.counters(endpoint)
             if count.USED_CELLS in now:
                 used, saved = now[count.USED_CELLS], now.get(count.SAVED_CELLS, 0.0)
-                progress.update(task, pool=f"{used:,.0f} cells hold what would take {used + saved:,.0f}")
+                progress.update(task, pool=f"{used:,.0f} cells hold {used + saved:,.0f} tokens")
             await asyncio.sleep(POLL_SECONDS)
 
     watcher = asyncio.create_task(watch())
@@ -130,7 +129,7 @@ def _summary(isolated: Run, shared: Run, workload: Workload, each_cells: int) ->
     table = Table(title=f"{workload.users} people, one model")
     for heading in ("", "a context each", "pasture", "gain", "the article's"):
         table.add_column(heading, justify="left" if not heading else "right")
-    fitting = users_that_fit(ARTICLE_USERS * each_cells, ours.workload_cells, workload)
+    fitting = users_that_fit(ARTICLE_USERS * each_cells, shared)
     table.add_row(
         f"people in the memory of {ARTICLE_USERS} contexts",
         str(ARTICLE_USERS),
@@ -170,15 +169,21 @@ def _summary(isolated: Run, shared: Run, workload: Workload, each_cells: int) ->
     return table
 
 
-def users_that_fit(cells: int, workload_cells: int | None, workload: Workload) -> int | None:
+def users_that_fit(cells: int, shared: Run) -> int | None:
     """How many such users a shared pool of `cells` holds, from the cells that this run's users needed in it.
 
-    `workload_cells` is the opening once and everybody's own part; None where the server did not tell its tokens.
+    With n users, an opening of o tokens and e tokens of everybody's own, a pool holds o + sum(e), and contexts of their own
+    would hold n * o + sum(e). None where the server does not tell its tokens, or for a single user.
     """
-    if workload_cells is None:
+    together = shared.figures.workload_cells
+    lengths: dict[str, int] = {}
+    for trace in shared.traces:
+        if trace.prompt_tokens is not None:
+            lengths[trace.user] = max(lengths.get(trace.user, 0), trace.prompt_tokens + 1 + len(trace.gaps))
+    if together is None or len(lengths) < 2:
         return None
-    opening = min(workload.opening_tokens, workload_cells)
-    own = max(1.0, (workload_cells - opening) / workload.users)
+    opening = (sum(lengths.values()) - together) / (len(lengths) - 1)
+    own = max(1.0, (together - opening) / len(lengths))
     return int(max(0.0, cells - opening) / own)
 
 

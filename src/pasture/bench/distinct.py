@@ -90,8 +90,11 @@ async def _rendered(endpoint: Endpoint, messages: Sequence[Message]) -> str | No
     return prompt if isinstance(prompt, str) else None
 
 
-async def distinct_prompt_tokens(exchanges: Sequence[Exchange], tokens: PromptTokens) -> tuple[int, int]:
-    """Distinct prompt tokens of a run, and the size of the trie: the cells that a pool needs to hold all of it."""
+async def distinct_prompt_tokens(warm_up: Exchange, exchanges: Sequence[Exchange], tokens: PromptTokens) -> tuple[int, int]:
+    """Distinct prompt tokens of a run, and the size of the trie: the cells that a pool needs to hold all of it.
+
+    What the warm-up asked is in the trie before, but not counted: its prompt begins as every prompt of a template does.
+    """
     events: list[tuple[float, bool, list[int]]] = []
     for exchange in exchanges:
         if exchange.error is not None:
@@ -100,6 +103,7 @@ async def distinct_prompt_tokens(exchanges: Sequence[Exchange], tokens: PromptTo
         events.append((exchange.sent, True, prompt))
         events.append((exchange.ended, False, prompt + (await tokens.reply(exchange.reply))[:-1]))
     trie = Trie()
+    trie.insert(await tokens.prompt(warm_up.chat.messages))
     distinct = 0
     for _, is_prompt, sequence in sorted(events, key=lambda event: event[0]):
         new = trie.insert(sequence)

@@ -76,7 +76,7 @@ async def measure(up: Running, workload: Workload, options: BenchOptions, on_exc
     after = await count.counters(endpoint)
     peak_bytes = None if up.memory is None else await up.memory.sample()
     tokens = await PromptTokens.of(endpoint)
-    distinct, cells = (None, None) if tokens is None else await distinct_prompt_tokens(exchanges, tokens)
+    distinct, cells = (None, None) if tokens is None else await distinct_prompt_tokens(warm, exchanges, tokens)
     counted = count.increase(before, after, count.COMPUTED_TOKENS)
     peak_cells = after.get(count.PEAK_CELLS)
     outside = Outside(

@@ -85,9 +85,9 @@ async def test_distinct_tokens_share_beginnings_and_replies_but_not_a_replys_las
         follow_up = exchange(2.0, 3.0, prompt="s1 s2 q1 r1 r2 q2", text="t1")
         twin = exchange(2.5, 3.5, prompt="s1 s2 q1", text="r1 u1")
         failed = exchange(0.0, prompt="never counted", error="no")
-        distinct, cells = await distinct_prompt_tokens([follow_up, failed, twin, first], tokens)
-    assert distinct == 3 + 2 + 1
-    assert cells == len({"s1", "s2", "q1", "r1", "r2", "q2"})
+        distinct, cells = await distinct_prompt_tokens(exchange(0.0, prompt="s1 w"), [follow_up, failed, twin, first], tokens)
+    assert distinct == 2 + 2 + 1
+    assert cells == len({"s1", "w", "s2", "q1", "r1", "r2", "q2"})
 
 
 async def test_without_a_tokenizer_nothing_is_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pasture.bench.report import print_report
 from pasture.bench.results import Report, Run, best_variants, summarise, traces
 from pasture.bench.run import cells_needed, describe
 from pasture.bench.workloads import build
+from tests.unit.bench.test_client import CHAT
 from tests.unit.bench.test_figures import exchange
 
 
@@ -121,11 +123,13 @@ def test_changes_in_per_cent(ours: float | None, theirs: float, text: str) -> No
 
 
 def test_users_that_fit_share_the_opening() -> None:
-    workload = build(BenchOptions(users=16))
-    opening = workload.opening_tokens
-    assert users_that_fit(opening + 1000, opening + 16 * 100, workload) == 10
-    assert users_that_fit(opening // 2, opening + 1600, workload) == 0
-    assert users_that_fit(5000, None, workload) is None
+    chats = [dataclasses.replace(CHAT, user=user) for user in ("Ada", "Bruno")]
+    exchanges = [dataclasses.replace(exchange(0.0, 1.0, 2.0), chat=chat, prompt_tokens=1098) for chat in chats]
+    pool = Run("p", "p", figures(exchanges, Outside(workload_cells=1000 + 100 + 100)), traces(exchanges))
+    assert users_that_fit(2000, pool) == 10
+    assert users_that_fit(900, pool) == 0
+    untold = Run("p", "p", figures(exchanges), traces(exchanges))
+    assert users_that_fit(2000, untold) is None
 
 
 def test_one_late_answer_makes_a_user_late() -> None:
