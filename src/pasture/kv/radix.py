@@ -185,6 +185,13 @@ class RadixTree(Generic[H]):
         node.children[tokens[0]] = child
         return child
 
+    def insert(self, namespace: Namespace, tokens: array[int], holder: H) -> Node[H]:
+        """Hold a whole path, making what is missing of it. Returns the node in which it ends."""
+        match = self.match(namespace, tokens)
+        node = self.cut(match) if match.length else self.root(namespace)
+        self.hold(node, holder)
+        return self.grow(node, tokens[match.length :], holder) if match.length < len(tokens) else node
+
     def leave(self, node: Node[H], holder: H, down_to: Node[H] | None = None) -> list[Node[H]]:
         """Take a holder off a node and its ancestors, as far as (and without) `down_to`.
 

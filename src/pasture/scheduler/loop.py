@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pasture.core.errors import EngineError, InvariantBroken, PastureError
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics
-from pasture.core.values import FinishReason, RequestId
+from pasture.core.values import FinishReason, RequestId, StepPlan
+from pasture.scheduler.keeper import LayoutKeeper
 from pasture.scheduler.scheduler import Delivery, Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
@@ -27,10 +28,6 @@ log = logging.getLogger(__name__)
 SNAPSHOT_SECONDS = 0.2
 IDLE_SECONDS = 0.3
 """without work for this long before housekeeping: a closed loop of users leaves shorter gaps"""
-FRAGMENTED = 0.15
-"""share of broken neighbourhoods from which a compaction pays"""
-MIN_COMPACT_CELLS = 512
-
 Publish = Callable[[list[Delivery]], None]
 Snapshot = tuple[PoolStatistics, SchedulerStatistics]
 
@@ -38,10 +35,10 @@ Snapshot = tuple[PoolStatistics, SchedulerStatistics]
 class EngineLoop:
     def __init__(self, engine: Engine, settings: SchedulerSettings, publish: Publish, clock: Clock = time.monotonic) -> None:
         self._engine = engine
-        self._settings = settings
         self._publish = publish
         self._clock = clock
         self._scheduler = Scheduler(engine, settings, clock)
+        self._keeper = LayoutKeeper(engine, self._scheduler, clock)
         self._inbox: deque[Task | RequestId] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -112,6 +109,7 @@ class EngineLoop:
         """One schedule, execute, commit. False when there was nothing to do."""
         started = self._clock()
         try:
+            self._follow_traffic()
             plan = self._scheduler.schedule()
             if not plan.works and not plan.operations:
                 self._deliver(self._scheduler.take_events())
@@ -124,8 +122,22 @@ class EngineLoop:
         self._tidy = False
         if plan.works:
             self._scheduler.record_step(self._clock() - started, result)
+            self._keeper.observe(plan, result)
         self._deliver(events)
         return True
+
+    def _follow_traffic(self) -> None:
+        """Move the pool to the layout that suits who runs and waits, when the keeper says so."""
+        target = self._keeper.target()
+        if target is not None and self._keeper.make_movable(target):
+            self._flush()
+            self._keeper.move(target)
+
+    def _flush(self) -> None:
+        """Carry out the operations that are due, so that the engine's cells are what the books say."""
+        plan = StepPlan(self._scheduler.pool.operations(), ())
+        if plan.operations:
+            self._deliver(self._scheduler.commit(plan, self._engine.execute(plan)))
 
     def _deliver(self, events: list[Delivery]) -> None:
         ended = any(event.finish is not None for _, event in events)
@@ -165,12 +177,6 @@ class EngineLoop:
         except InvariantBroken as error:
             self._start_over(error)
             return
-        pool = self._scheduler.pool
-        if (
-            self._settings.compact
-            and pool.cells_are_shared
-            and pool.used_cells >= MIN_COMPACT_CELLS
-            and pool.fragmentation > FRAGMENTED
-        ):
-            pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+        if self._keeper.wants_compaction:
+            self._keeper.compact()
             self.snapshot = self._draw()

@@ -17,15 +17,7 @@ class Promises:
 
     def add(self, task: Task) -> None:
         """The task will compute all its tokens."""
-        namespace = task.request.namespace
-        match = self._tree.match(namespace, task.tokens)
-        node = self._tree.cut(match)
-        if node.parent is None:
-            node = self._tree.root(namespace)
-        self._tree.hold(node, task)
-        if match.length < len(task.tokens):
-            node = self._tree.grow(node, task.tokens[match.length :], task)
-        self._ends[task] = node
+        self._ends[task] = self._tree.insert(task.request.namespace, task.tokens, task)
 
     def remove(self, task: Task) -> None:
         """The task has computed its prompt, or never will. Without effect when it promised nothing."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError
+from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, RequestError
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import SchedulerStatistics, SequenceState
 from pasture.core.values import (
@@ -127,10 +127,10 @@ class Scheduler:
             self._suspects = [task for task in self._suspects if task not in self._planned]
         elif plan.works:
             self._recover(result)
+        self._planned = []
         if self.settings.check_invariants:
             self.pool.check()
-        events, self._events = self._events, []
-        return events
+        return self.take_events()
 
     def record_step(self, seconds: float, result: StepResult) -> None:
         """Account the engine thread's time for one step."""
@@ -148,8 +148,7 @@ class Scheduler:
         self._saving.clear()
         self._suspects, self._planned = [], []
         self.pool.reset(self._engine.shape)
-        events, self._events = self._events, []
-        return events
+        return self.take_events()
 
     def take_events(self) -> list[Delivery]:
         """Events that arose outside a step (cancellations, deadlines)."""
@@ -159,12 +158,16 @@ class Scheduler:
     # Streams: every one of them, every step
 
     def _streams(self) -> list[Task]:
-        streams = [task for task in self.running.values() if task.decoding and not task.paused]
+        streams = [t for t in self.running.values() if t.decoding and not t.paused and self._room_in_stream(t)]
         while streams and not self.pool.make_room(len(streams)):
             victim = self._youngest()
             self._swap_out(victim)
             streams = [task for task in streams if task is not victim]
         return streams[: self.pool.shape.n_batch]
+
+    def _room_in_stream(self, task: Task) -> int:
+        """Tokens by which its sequence can grow in this layout."""
+        return self.pool.shape.cells_per_sequence - task.computed
 
     def _youngest(self) -> Task:
         """Who gives way: a request whose reader does not read, else the last to come."""
@@ -222,10 +225,12 @@ class Scheduler:
                 return
             if task.sequence is not None:
                 started.remove(task)
+            elif not self._arm(task):
+                continue
             elif not self._start(task, taken):
                 may_start = self._swap_out_unread()
                 continue
-            n = min(budget, task.remaining, self.pool.unlocked_cells - taken)
+            n = min(budget, task.remaining, self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return
             works.append(self._work(task, n))
@@ -280,6 +285,8 @@ class Scheduler:
     def _start(self, task: Task, taken: int) -> bool:
         """Give a waiting task its sequence; False when there is no room for it now."""
         request, pool = task.request, self.pool
+        if len(task.tokens) >= pool.shape.cells_per_sequence:
+            return False  # a long one among streams: the layout has to change first
         needed = pool.cells_to_lock(request.namespace, task.tokens) + min(task.tokens_to_draw, REPLY_GUESS_TOKENS)
         if self.running and needed + taken + HEADROOM_CELLS * len(self.running) > pool.unlocked_cells:
             return False
@@ -294,9 +301,17 @@ class Scheduler:
             task.cached_tokens = sequence.length
             self.counts["prompt"] += len(request.prompt)
             self.counts["cached"] += sequence.length
-        if task.sampler is None:
-            task.sampler = self._engine.sampler(request.sampling, request.prompt)
         self._run(task)
+        return True
+
+    def _arm(self, task: Task) -> bool:
+        """Make its sampler; False when its parameters do not allow one, which ends the task."""
+        if task.sampler is None:
+            try:
+                task.sampler = self._engine.sampler(task.request.sampling, task.request.prompt)
+            except RequestError as error:
+                self._end(task, FinishReason.ERROR, error)
+                return False
         return True
 
     def _work(self, task: Task, n: int) -> Work:
@@ -421,7 +436,7 @@ class Scheduler:
         self._suspects = suspects
         while self._suspects and not works:
             task = self._suspects[0]
-            if task.sequence is None and not self._start(task, 0):
+            if task.sequence is None and not (self._arm(task) and self._start(task, 0)):
                 self._suspects.pop(0)
             elif self.pool.make_room(1):
                 most = min(MAX_ALONE_TOKENS, self.pool.unlocked_cells, self.pool.shape.n_batch)

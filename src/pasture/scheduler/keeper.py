@@ -1,0 +1,122 @@
+"""Keeps the live cache in the layout that suits the traffic, and compact: the scheduler's hand on `Engine.rebuild`.
+
+Watches who runs and waits, asks the advisor, and moves the pool by save and restore. Engine thread, between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from itertools import islice
+
+from pasture.core.errors import DoesNotFit
+from pasture.core.ports import Clock, Engine
+from pasture.core.values import Layout, StepPlan, StepResult
+from pasture.kv.radix import RadixTree
+from pasture.scheduler.layout import LayoutAdvisor, Target, Traffic
+from pasture.scheduler.scheduler import Scheduler
+from pasture.scheduler.settings import LayoutChoice
+from pasture.scheduler.task import Task
+
+log = logging.getLogger(__name__)
+
+LOOK_STEPS = 8
+"""steps between two looks at unchanged traffic"""
+MAX_LOOKED_AT = 64
+"""requests that one look counts"""
+REPLY_TOKENS = 64
+"""of a reply that is expected when cells are estimated"""
+LONG_REPLY_TOKENS = 512
+"""of a reply that a stream must leave room for"""
+LATELY_SECONDS = 60.0
+"""an idle sequence used since then is taken along into streams, or there is no move"""
+FRAGMENTED = 0.15
+"""share of broken neighbourhoods from which a compaction pays"""
+MIN_COMPACT_CELLS = 512
+
+
+class LayoutKeeper:
+    def __init__(self, engine: Engine, scheduler: Scheduler, clock: Clock) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._clock = clock
+        self._advisor = LayoutAdvisor(engine.shape)
+        settings = scheduler.settings
+        self._moves = settings.layout is LayoutChoice.AUTO and scheduler.pool.joins and engine.shape.layout is Layout.UNIFIED
+        self._traffic: Traffic | None = None
+        self._looked_at = -1
+        self._steps_since = 0
+
+    def observe(self, plan: StepPlan, result: StepResult) -> None:
+        """Learn from a step that has just run."""
+        self._steps_since += 1
+        if self._moves and self._traffic is not None and plan.works:
+            self._advisor.observe(self._scheduler.pool.shape.layout, self._traffic, plan.n_tokens, result.decode_seconds)
+
+    def target(self) -> Target | None:
+        """Where the pool should move before the next step; None to stay."""
+        submitted = self._scheduler.counts["submitted"]
+        if not self._moves or (submitted == self._looked_at and self._steps_since < LOOK_STEPS):
+            return None
+        self._looked_at, self._steps_since = submitted, 0
+        self._traffic = self._look()
+        return self._advisor.advise(self._scheduler.pool.shape, self._traffic) if self._traffic is not None else None
+
+    def move(self, target: Target) -> None:
+        """Lay the pool out anew; the journal must be empty. Stays where it is when that turns out not to fit."""
+        pool, before = self._scheduler.pool, self._scheduler.pool.shape
+        try:
+            pool.rebuilt(self._engine.rebuild(pool.segments(), target.layout, target.n_seqs))
+        except DoesNotFit as error:
+            log.warning("the cache stays in the %s layout: %s", before.layout, error)
+            self._moves = False
+            return
+        self._scheduler.counts["layout_moves"] += 1
+        self._advisor.moved()
+        log.info("layout: %s with %d sequences -> %s with %d", before.layout, before.n_seqs, target.layout, target.n_seqs)
+
+    def make_movable(self, target: Target) -> bool:
+        """Drop old idle sequences that cannot come along; False when something running could not."""
+        n_cells = self._engine.shape.n_cells
+        longest = n_cells if target.layout is Layout.UNIFIED else n_cells // target.n_seqs // 256 * 256
+        return self._scheduler.pool.make_movable(target.layout, target.n_seqs, longest)
+
+    @property
+    def wants_compaction(self) -> bool:
+        pool = self._scheduler.pool
+        return (
+            self._scheduler.settings.compact
+            and pool.cells_are_shared
+            and pool.used_cells >= MIN_COMPACT_CELLS
+            and pool.fragmentation > FRAGMENTED
+        )
+
+    def compact(self) -> None:
+        """Put neighbours next to each other again; the journal must be empty."""
+        pool = self._scheduler.pool
+        pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+
+    def _look(self) -> Traffic | None:
+        scheduler = self._scheduler
+        tasks = list(islice((*scheduler.running.values(), *scheduler.waiting), MAX_LOOKED_AT))
+        if not tasks:
+            return None
+        now, pool = self._clock(), scheduler.pool
+        ids = [s.id for s in pool.sequences.values() if not s.idle or now - s.tail.last_used < LATELY_SECONDS]
+        replies = sum(min(task.tokens_to_draw, REPLY_TOKENS) // 2 for task in tasks)
+        return Traffic(
+            rows=len(tasks),
+            attended_cells=sum(len(task.tokens) for task in tasks) + replies,
+            distinct_cells=_distinct(tasks) + replies,
+            idle_cells=max(0, pool.used_cells - pool.locked_cells),
+            longest_tokens=max(len(task.tokens) + min(task.tokens_to_draw, LONG_REPLY_TOKENS) for task in tasks),
+            n_ids=max(ids, default=-1) + 1,
+        )
+
+
+def _distinct(tasks: Iterable[Task]) -> int:
+    """Tokens of all these conversations, common prefixes counted once."""
+    tree: RadixTree[Task] = RadixTree()
+    for task in tasks:
+        tree.insert(task.request.namespace, task.tokens, task)
+    return tree.n_tokens

@@ -1,0 +1,211 @@
+"""Thousands of random steps on the fake engine: the books stay true, and every request gets the text that a lone run gives.
+
+Rules: requests arrive (new, alike, following up on finished ones, several choices of one prompt), readers fall behind, clients
+vanish, the engine fails, the pool is compacted or moved to the other layout, steps run. The pools are small, so eviction and
+swapping happen all the time. After every step the conservation law is checked and the engine's cells are compared with the tree.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from pasture.core.values import (
+    FinishReason,
+    Layout,
+    Namespace,
+    Outcome,
+    PoolShape,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+)
+from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.scheduler.scheduler import Delivery, Scheduler
+from pasture.scheduler.settings import SchedulerSettings
+from pasture.scheduler.task import Task
+
+TOKENS = st.integers(0, 255)
+STEMS = [[(7 * stem + i) % 250 for i in range(length)] for stem, length in enumerate((5, 24, 47, 60))]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    layout = Layout.UNIFIED
+    share = True
+    recurrent = False
+
+    @initialize(
+        n_cells=st.sampled_from([192, 320, 1024]), n_seqs=st.sampled_from([2, 3, 8]), n_batch=st.sampled_from([4, 24, 256])
+    )
+    def start(self, n_cells: int, n_seqs: int, n_batch: int) -> None:
+        self.now = 0.0
+        self.engine = FakeEngine(PoolShape(n_cells, n_seqs, self.layout, n_batch), recurrent=self.recurrent)
+        self.scheduler = Scheduler(
+            self.engine, SchedulerSettings(share_prefix=self.share, check_invariants=True), lambda: self.now
+        )
+        self.n_requests = 0
+        self.live: dict[RequestId, Task] = {}
+        self.replies: dict[RequestId, list[int]] = {}
+        self.finished: list[list[int]] = []
+        self.unread: set[RequestId] = set()
+        self.engine_failed = False
+
+    # Requests
+
+    @rule(
+        stem=st.sampled_from(STEMS),
+        tail=st.lists(TOKENS, max_size=12),
+        n_choices=st.integers(1, 4),
+        max_tokens=st.integers(0, 24),
+        user=st.sampled_from("abc"),
+        stops=st.frozensets(st.integers(0, 511), max_size=12),
+        sampled=st.booleans(),
+    )
+    def arrive(
+        self,
+        stem: list[int],
+        tail: list[int],
+        n_choices: int,
+        max_tokens: int,
+        user: str,
+        stops: frozenset[int],
+        sampled: bool,
+    ) -> None:
+        for _ in range(n_choices):
+            self._submit(stem + tail, max_tokens, user, stops, sampled)
+
+    @precondition(lambda self: bool(self.finished))
+    @rule(data=st.data(), tail=st.lists(TOKENS, min_size=1, max_size=6), max_tokens=st.integers(1, 16))
+    def follow_up(self, data: Any, tail: list[int], max_tokens: int) -> None:
+        self._submit(data.draw(st.sampled_from(self.finished)) + tail, max_tokens, "a", frozenset(), False)
+
+    def _submit(self, prompt: list[int], max_tokens: int, user: str, stops: frozenset[int], sampled: bool) -> None:
+        limit = self.scheduler.pool.shape.cells_per_sequence
+        prompt = prompt[: limit - 2] or [1]
+        self.n_requests += 1
+        request_id = RequestId(f"r{self.n_requests}")
+        request = Request(
+            request_id,
+            tuple(prompt),
+            min(max_tokens, limit - len(prompt) - 1),
+            SamplingParams(temperature=1.0 if sampled else 0.0, seed=self.n_requests),
+            namespace=Namespace(user if user == "c" else "shared"),
+            tenant=user,
+            user=user,
+            stop_tokens=stops,
+        )
+        task = Task(request, self.now, lambda: request_id in self.unread)
+        self.live[request_id], self.replies[request_id] = task, []
+        self.scheduler.submit(task)
+
+    @precondition(lambda self: bool(self.live))
+    @rule(data=st.data())
+    def vanish(self, data: Any) -> None:
+        self.scheduler.cancel(data.draw(st.sampled_from(sorted(self.live))))
+
+    @precondition(lambda self: bool(self.live))
+    @rule(data=st.data())
+    def stop_reading(self, data: Any) -> None:
+        self.unread.add(data.draw(st.sampled_from(sorted(self.live))))
+
+    @rule()
+    def read_again(self) -> None:
+        self.unread.clear()
+
+    # The engine
+
+    @rule(outcomes=st.lists(st.sampled_from([Outcome.FAILED, Outcome.NO_ROOM]), min_size=1, max_size=2))
+    def fail(self, outcomes: list[Outcome]) -> None:
+        self.engine.fail_next(*outcomes)
+        self.engine_failed = True
+
+    @rule()
+    def evict(self) -> None:
+        self.scheduler.pool.evict_idle("cells")
+
+    @precondition(lambda self: self.share and not self.recurrent)
+    @rule(layout=st.sampled_from(Layout))
+    def lay_out_anew(self, layout: Layout) -> None:
+        pool = self.scheduler.pool
+        longest = pool.shape.n_cells if layout is Layout.UNIFIED else pool.shape.n_cells // pool.shape.n_seqs
+        too_long = any(len(t.request.prompt) + t.request.max_tokens >= longest for t in self.live.values())
+        if too_long or not pool.make_movable(layout, pool.shape.n_seqs, longest):
+            return
+        plan = StepPlan(pool.operations(), ())
+        self._deliver(self.scheduler.commit(plan, self.engine.execute(plan)))
+        pool.rebuilt(self.engine.rebuild(pool.segments(), layout, pool.shape.n_seqs))
+
+    @rule(n=st.integers(1, 12))
+    def step(self, n: int) -> None:
+        for _ in range(n):
+            plan = self.scheduler.schedule()
+            self._deliver(self.scheduler.commit(plan, self.engine.execute(plan)))
+            self.now += 0.25
+
+    def _deliver(self, events: list[Delivery]) -> None:
+        for task, event in events:
+            request = task.request
+            reply = self.replies[request.request_id]
+            if event.token is not None:
+                reply.append(event.token)
+            if event.finish is None:
+                continue
+            del self.live[request.request_id]
+            self.unread.discard(request.request_id)
+            expected = expected_reply(request.prompt, request.max_tokens, request.sampling, request.stop_tokens)
+            assert reply == expected[: len(reply)]
+            if event.finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert reply == expected
+                assert event.finish.usage.completion_tokens == len(reply)
+            elif event.finish.reason is FinishReason.ERROR:
+                assert self.engine_failed
+            self.finished.append(list(request.prompt) + reply)
+
+    @invariant()
+    def books_are_true(self) -> None:
+        pool = self.scheduler.pool
+        pool.check()
+        if not pool.has_operations:
+            assert self.engine.used_cells == pool.used_cells
+            for sequence in pool.sequences.values():
+                assert self.engine.tokens_of(sequence.id) == list(sequence.tokens())
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.unread.clear()
+        for _ in range(20_000):
+            if not self.scheduler.busy:
+                break
+            self.step(1)
+        assert not self.live
+        assert self.scheduler.pool.locked_cells == 0
+        assert not self.scheduler.running
+        assert not self.scheduler.swapped
+        assert not len(self.scheduler.waiting)
+
+
+@pytest.mark.parametrize(
+    ("layout", "share", "recurrent"),
+    [
+        (Layout.UNIFIED, True, False),
+        (Layout.STREAMS, True, False),
+        (Layout.UNIFIED, False, False),
+        (Layout.UNIFIED, True, True),
+    ],
+    ids=["unified", "streams", "sharing off", "recurrent"],
+)
+@pytest.mark.timeout(300)
+def test_books_and_texts(layout: Layout, share: bool, recurrent: bool) -> None:
+    machine = type("Machine", (SchedulerMachine,), {"layout": layout, "share": share, "recurrent": recurrent})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        ),
+    )
