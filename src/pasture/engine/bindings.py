@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from typing import Any, NewType, cast
 
 import llama_cpp
-from llama_cpp import llama_cpp as lib
+
+lib: Any = llama_cpp.llama_cpp
+"""The C functions by their own names. ctypes checks arguments when they are called; their stubs fit no real pointer."""
 
 Handle = NewType("Handle", int)
 """The address of a C object."""
@@ -49,8 +51,9 @@ LOAD_MMAP = 1
 LOAD_MLOCK = 2
 LOAD_MMAP_MLOCK = 3
 
-_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.DEBUG}
-_ERROR_LEVEL = 3
+_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
+"""ggml_log_level -> ours, one step quieter: what matters to a user we raise or say ourselves"""
+_ERROR_LEVEL = 4
 
 logger = logging.getLogger("pasture.llama")
 
@@ -86,9 +89,11 @@ class LibraryLog:
 library_log = LibraryLog()
 
 
-@lib.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: int) -> None:
     library_log.write(level, text.decode("utf-8", "replace"))
+
+
+_log_callback = lib.llama_log_callback(_on_log)
 
 
 _initialised = False
@@ -99,7 +104,7 @@ def initialise() -> None:
     global _initialised
     if not _initialised:
         _initialised = True
-        lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+        lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
         lib.llama_backend_init()
 
 
@@ -115,11 +120,11 @@ def text_of(raw: bytes | None) -> str | None:
 def model_text(model: Handle, key: str) -> str | None:
     """A scalar of the file's metadata as text."""
     buffer = ctypes.create_string_buffer(1024)
-    length = lib.llama_model_meta_val_str(cast(Any, model), key.encode(), cast(Any, buffer), len(buffer))
+    length = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return None if length < 0 else text_of(buffer.value)
 
 
 def model_description(model: Handle) -> str:
     buffer = ctypes.create_string_buffer(256)
-    lib.llama_model_desc(cast(Any, model), cast(Any, buffer), len(buffer))
+    lib.llama_model_desc(model, buffer, len(buffer))
     return text_of(buffer.value) or ""

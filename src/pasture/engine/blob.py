@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -121,6 +121,8 @@ class KvSlab(Slab):
     p0: int
     p1: int
     caches: tuple[CacheRows, ...]
+    blob: Bytes | None = field(default=None, repr=False, compare=False)
+    """the whole blob the rows are views of, where they are all of it: it goes back without being put together"""
 
     def __post_init__(self) -> None:
         if self.p0 < 0 or self.p1 < self.p0:
@@ -136,6 +138,8 @@ class KvSlab(Slab):
 
     def cut(self, p0: int, p1: int) -> KvSlab:
         """The part `[p0, p1)` as views of this slab's memory. Raises EngineError outside of it."""
+        if (p0, p1) == (self.p0, self.p1):
+            return self
         if not self.p0 <= p0 <= p1 <= self.p1:
             raise EngineError(f"[{p0}, {p1}) is not a part of the slab [{self.p0}, {self.p1})")
         return KvSlab(p0, p1, tuple(cache.between(p0, p1) for cache in self.caches))
@@ -236,6 +240,11 @@ def _parse_rows(cursor: _Cursor, n_cells: int) -> Rows:
     return Rows(ggml_type, cursor.take(n_cells * row_size).reshape(n_cells, row_size))
 
 
+def slab_of(blob: Bytes, form: BlobFormat, p0: int, p1: int) -> KvSlab:
+    """The slab of a blob that holds exactly `[p0, p1)`. Raises EngineError when it does not."""
+    return KvSlab(p0, p1, parse(blob, form), blob)
+
+
 def detect_format(blob: Bytes | bytes, n_cells: int) -> BlobFormat | None:
     """The one format in which `blob` is a sequence of `[0, n_cells)`; None where it is none we know."""
     for n_caches in (1, 2, 3):
@@ -272,6 +281,8 @@ def _join_rows(parts: Sequence[Rows]) -> Rows:
 def concatenate(slabs: Sequence[KvSlab]) -> KvSlab:
     """One slab out of neighbours, copied. Raises EngineError where they do not touch or do not match."""
     _check_neighbours(slabs)
+    if len(slabs) == 1:
+        return slabs[0]
     return KvSlab(slabs[0].p0, slabs[-1].p1, tuple(map(join_caches, _by_cache(slabs))))
 
 
@@ -292,16 +303,22 @@ def _by_cache(slabs: Sequence[KvSlab]) -> Iterator[list[CacheRows]]:
 
 
 def assemble(slabs: Sequence[KvSlab], *, n_streams: int) -> Bytes:
-    """The blob of neighbouring slabs for a cache of `n_streams`; each row is copied once."""
+    """The blob of neighbouring slabs for a cache of `n_streams`; each row is copied once, a whole blob not at all."""
     slabs = [slab for slab in slabs if slab.p1 > slab.p0]
+    if len(slabs) == 1 and slabs[0].blob is not None and _streams_of(slabs[0].blob) == n_streams:
+        return slabs[0].blob
     _check_neighbours(slabs)
     caches = list(_by_cache(slabs))
     blob = np.empty(_HEADER.size + sum(_cache_bytes(parts, n_streams) for parts in caches), np.uint8)
-    _HEADER.pack_into(blob, 0, MAGIC, 0)
+    _HEADER.pack_into(blob.data, 0, MAGIC, 0)
     offset = _HEADER.size
     for parts in caches:
         offset = _write_cache(blob, offset, parts, n_streams)
     return blob
+
+
+def _streams_of(blob: Bytes) -> int:
+    return int(_U32.unpack_from(blob.data, _HEADER.size)[0])
 
 
 def _cell_type(cache: CacheRows) -> np.dtype[np.void]:
@@ -316,8 +333,8 @@ def _cache_bytes(parts: Sequence[CacheRows], n_streams: int) -> int:
 
 def _write_cache(blob: Bytes, offset: int, parts: Sequence[CacheRows], n_streams: int) -> int:
     n_cells = sum(part.n_cells for part in parts)
-    _U32.pack_into(blob, offset, n_streams)
-    _U32.pack_into(blob, offset + _U32.size, n_cells)
+    _U32.pack_into(blob.data, offset, n_streams)
+    _U32.pack_into(blob.data, offset + _U32.size, n_cells)
     offset += 2 * _U32.size
     cells = np.zeros(n_cells, _cell_type(parts[0]))
     cells["position"] = np.concatenate([part.positions for part in parts])
@@ -326,10 +343,10 @@ def _write_cache(blob: Bytes, offset: int, parts: Sequence[CacheRows], n_streams
         cells["ext"] = np.concatenate([part.ext for part in parts])
     blob[offset : offset + cells.nbytes] = cells.view(np.uint8)
     offset += cells.nbytes
-    _LAYERS.pack_into(blob, offset, 0, len(parts[0].keys))
+    _LAYERS.pack_into(blob.data, offset, 0, len(parts[0].keys))
     offset += _LAYERS.size
     for index, rows in enumerate(parts[0].tensors):
-        _TENSOR.pack_into(blob, offset, rows.ggml_type, rows.row_size)
+        _TENSOR.pack_into(blob.data, offset, rows.ggml_type, rows.row_size)
         offset += _TENSOR.size
         for part in parts:
             data = part.tensors[index].data

@@ -23,12 +23,12 @@ import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pasture.core.errors import DoesNotFit, EngineError
+from pasture.core.errors import DoesNotFit, EngineError, ModelError
 from pasture.core.values import Layout, PoolShape
 from pasture.engine import bindings
 from pasture.engine.bindings import KV_TYPES, MAX_SEQUENCES, lib
@@ -87,11 +87,10 @@ class Context:
         self._n_vocab = model.vocabulary.n_tokens
         with bindings.library_log.errors() as reasons:
             params = self._params(settings, n_seqs + n_hidden)
-            self._handle = cast(Any, lib.llama_init_from_model(cast(Any, model.handle), params))
+            self._handle = lib.llama_init_from_model(model.handle, params)
             if not self._handle:
-                why = reasons[0] if reasons else "the library gave no reason"
-                raise DoesNotFit(f"a cache of {self.shape.n_cells} cells cannot be made: {why}")
-        self._memory = cast(Any, lib.llama_get_memory(self._handle))
+                raise _refusal(self.shape, list(reasons))
+        self._memory = lib.llama_get_memory(self._handle)
         self._closed = False
         real = int(lib.llama_n_ctx(self._handle)), int(lib.llama_n_batch(self._handle))
         if real != (self.shape.n_cells, self.shape.n_batch):
@@ -135,7 +134,7 @@ class Context:
             ("seq_id", self._seq_pointers),
             ("logits", self._wanted),
         ):
-            pointer = dict(lib.llama_batch._fields_)[name]
+            pointer = type(getattr(batch, name))
             setattr(batch, name, ctypes.cast(array.ctypes.data, pointer))
         self._batch = batch
 
@@ -168,9 +167,7 @@ class Context:
         """The wanted rows of the last decode in batch order, `(n_rows, n_vocab) float32`, valid until the next decode."""
         if not n_rows:
             return np.empty((0, self._n_vocab), np.float32)
-        pointer = lib.llama_get_logits(self._handle)
-        flat = (ctypes.c_float * (n_rows * self._n_vocab)).from_address(ctypes.addressof(pointer.contents))
-        return np.frombuffer(flat, np.float32).reshape(n_rows, self._n_vocab)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._handle), (n_rows, self._n_vocab))
 
     # Sequences
 
@@ -231,6 +228,13 @@ class Context:
         if not self._closed:
             self._closed = True
             lib.llama_free(self._handle)
+
+
+def _refusal(shape: PoolShape, reasons: list[str]) -> ModelError:
+    """DoesNotFit where memory was short, ModelError where the settings do not suit the model."""
+    why = "; ".join(reasons[:2]) or "the library gave no reason"
+    message = f"a cache of {shape.n_cells} cells cannot be made: {why}"
+    return DoesNotFit(message) if "alloc" in why or "reserve" in why else ModelError(message)
 
 
 def _bytes_of(blob: NDArray[np.uint8]) -> Any:

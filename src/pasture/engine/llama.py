@@ -37,12 +37,13 @@ from pasture.core.values import (
     Save,
     Segment,
     SeqId,
+    Share,
     Slab,
     StepPlan,
     StepResult,
     Work,
 )
-from pasture.engine.blob import BlobFormat, KvSlab
+from pasture.engine.blob import BlobFormat
 from pasture.engine.context import Context, Piece
 from pasture.engine.model import Model
 from pasture.engine.relayout import check_fit, fill, gather
@@ -146,20 +147,15 @@ class LlamaEngine:
                 self._check_ids(sequence)
                 if not self._context.remove(sequence, p0, p1):
                     raise EngineError(f"sequence {sequence} keeps a running state that cannot be cut at {p0}")
+            case Share(source, target, p0, p1):
+                self._check_ids(source, target)
+                self._transfer.swap_cells(source, target, p0, p1)
             case Save(sequence, p0, p1, key):
                 self._check_ids(sequence)
                 saved[key] = self._transfer.save(sequence, p0, p1)
             case Restore(sequence, slab):
                 self._check_ids(sequence)
-                self._restore(sequence, slab)
-
-    def _restore(self, sequence: SeqId, slab: Slab) -> None:
-        if isinstance(self._transfer, StateTransfer):
-            self._transfer.restore(sequence, [slab])
-        elif isinstance(slab, KvSlab):
-            self._transfer.restore(sequence, [slab])
-        else:
-            raise EngineError(f"a {type(slab).__name__} is not this engine's")
+                self._transfer.restore(sequence, [slab])
 
     def _check_ids(self, *sequences: int) -> None:
         for sequence in sequences:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from pasture.core.errors import ModelError
 from pasture.core.values import ModelInfo
@@ -40,7 +40,7 @@ class Model:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            lib.llama_model_free(cast(Any, self.handle))
+            lib.llama_model_free(self.handle)
 
 
 def load_model(settings: EngineSettings) -> Model:
@@ -54,12 +54,12 @@ def load_model(settings: EngineSettings) -> Model:
     params.main_gpu = settings.main_gpu
     if settings.tensor_split:
         shares = (ctypes.c_float * int(lib.llama_max_devices()))(*settings.tensor_split)
-        params.tensor_split = cast(Any, shares)
+        params.tensor_split = shares
     with bindings.library_log.errors() as reasons:
         handle = bindings.handle(lib.llama_model_load_from_file(settings.model_path.encode(), params))
         if handle is None:
             raise ModelError(f"{settings.model_path} cannot be loaded: {_reason(reasons)}")
-    model = cast(Any, handle)
+    model = handle
     if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
         lib.llama_model_free(model)
         raise ModelError(f"{settings.model_path} ({info.architecture}) is not a decoder-only language model")

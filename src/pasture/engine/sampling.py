@@ -17,7 +17,7 @@ import ctypes
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,9 @@ class LlamaSampler(Sampler):
     """One request's sampler. `prompt` fills the penalty and DRY windows. Raises RequestError on impossible parameters."""
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocabulary: LlamaVocabulary, n_context: int) -> None:
+        self._chain: Any = None
+        if params.mirostat not in (0, 1, 2):
+            raise RequestError(f"there is no mirostat version {params.mirostat}", param="mirostat")
         self._n_vocab = vocabulary.n_tokens
         self._bias = _bias_of(params, self._n_vocab)
         self._top_k = 1 if params.temperature <= 0 else params.top_k
@@ -81,7 +84,6 @@ class LlamaSampler(Sampler):
         self._recent: deque[int] | None = deque(prompt[-window:], window) if window else None
         self.is_greedy = params.temperature <= 0 and not window
         """argmax of the row (and its bias) is all there is to do"""
-        self._chain: Any = None
         if not self.is_greedy:
             self._make_chain(params, vocabulary, n_context)
             for token in self._recent or ():
@@ -159,7 +161,7 @@ class LlamaSampler(Sampler):
             links.append(lib.llama_sampler_init_dist(seed))
         chain_params = lib.llama_sampler_chain_default_params()
         chain_params.no_perf = True
-        self._chain = cast(Any, lib.llama_sampler_chain_init(chain_params))
+        self._chain = lib.llama_sampler_chain_init(chain_params)
         for link in links:
             lib.llama_sampler_chain_add(self._chain, link)
 
@@ -198,7 +200,7 @@ def _penalties(params: SamplingParams, vocabulary: LlamaVocabulary, n_context: i
             params.presence_penalty,
         ),
         lib.llama_sampler_init_dry(
-            cast(Any, vocabulary.handle),
+            vocabulary.handle,
             params.dry_multiplier,
             params.dry_base,
             params.dry_allowed_length,
@@ -212,6 +214,4 @@ def _penalties(params: SamplingParams, vocabulary: LlamaVocabulary, n_context: i
 def _mirostat(params: SamplingParams, n_vocab: int, seed: int) -> Any:
     if params.mirostat == 1:
         return lib.llama_sampler_init_mirostat(n_vocab, seed, params.mirostat_tau, params.mirostat_eta, _MIROSTAT_CANDIDATES)
-    if params.mirostat == 2:
-        return lib.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)
-    raise RequestError(f"there is no mirostat version {params.mirostat}", param="mirostat")
+    return lib.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)

@@ -181,16 +181,15 @@ def _remember(path: Path, verdict: Verdict) -> None:
 
 
 def _child() -> dict[str, object]:
-    from pasture.engine.open import open_unchecked
     from pasture.core.values import SamplingParams, SeqId, StepPlan, Work
+    from pasture.engine.open import open_unchecked
 
     asked = json.loads(sys.stdin.read())
     asked["layout"] = Layout(asked["layout"])
     asked["tensor_split"] = tuple(asked["tensor_split"])
-    small = {"n_cells": 256, "n_seqs": 2, "n_batch": 256, "use_mmap": True, "use_mlock": False, "self_check": False}
-    small["layout"] = Layout.UNIFIED
+    settings = replace(EngineSettings(**asked), n_cells=256, n_seqs=2, n_batch=256, use_mmap=True, use_mlock=False)
     try:
-        engine = open_unchecked(EngineSettings(**{**asked, **small}))
+        engine = open_unchecked(settings)
         sampler = engine.sampler(SamplingParams(temperature=0), [])
         tokens, start = [1] * _PREFILL_TOKENS, 0
         for _ in range(1 + _DECODE_TOKENS):

@@ -17,6 +17,7 @@ Owns nothing; works on a `Context` from the engine thread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pasture.core.errors import EngineError
 from pasture.core.values import Layout, Slab
@@ -30,6 +31,7 @@ from pasture.engine.blob import (
     concatenate,
     join_caches,
     parse,
+    slab_of,
 )
 from pasture.engine.context import WINDOW_STATE_ONLY, Context
 
@@ -54,21 +56,24 @@ class PartTransfer:
             return self._parsed(sequence, p0, p1)
         return concatenate([self._save_piece(sequence, a, b) for a, b in self._pieces(p0, p1)])
 
-    def restore(self, sequence: int, slabs: Sequence[KvSlab]) -> None:
+    def restore(self, sequence: int, slabs: Sequence[Slab]) -> None:
         """Put neighbouring slabs behind the sequence's `[0, slabs[0].p0)`. Raises EngineError when there is no room."""
         p0, p1 = slabs[0].p0, slabs[-1].p1
+        parts = [slab for slab in slabs if isinstance(slab, KvSlab)]
+        if len(parts) != len(slabs):
+            raise EngineError("a slab of another kind of model cannot be restored here")
         length = self._context.length(sequence)
         if length != p0:
             raise EngineError(f"sequence {sequence} holds [0, {length}): a slab of [{p0}, {p1}) does not continue it")
         if p0 == p1:
             return
         if p0 == 0:
-            self._context.write_state(sequence, self._blob(slabs))
+            self._context.write_state(sequence, self._blob(parts))
         elif self._context.shape.layout is Layout.STREAMS:
             held = self._save_stream(sequence, length)
-            self._context.write_state(sequence, self._blob([held, *slabs]))
+            self._context.write_state(sequence, self._blob([held, *parts]))
         else:
-            self.share([sequence], slabs)
+            self.share([sequence], parts)
 
     def share(self, holders: Sequence[int], slabs: Sequence[KvSlab]) -> None:
         """Put slabs into cells once and let every holder join them. Unified layout."""
@@ -85,6 +90,11 @@ class PartTransfer:
         else:
             self.restore(target, [self.save(source, p0, p1)])
 
+    def swap_cells(self, source: int, target: int, p0: int, p1: int) -> None:
+        """Target leaves its own cells in `[p0, p1)` and joins source's, which hold the same tokens. Unified layout."""
+        self._context.remove(target, p0, p1)
+        self._context.join(source, target, p0, p1)
+
     def _blob(self, slabs: Sequence[KvSlab]) -> Bytes:
         return assemble(slabs, n_streams=self._context.n_streams)
 
@@ -94,14 +104,14 @@ class PartTransfer:
         return self._context.scratch
 
     def _parsed(self, sequence: int, p0: int, p1: int) -> KvSlab:
-        return KvSlab(p0, p1, parse(self._context.read_state(sequence), self._form))
+        return slab_of(self._context.read_state(sequence), self._form, p0, p1)
 
     def _pieces(self, p0: int, p1: int) -> list[tuple[int, int]]:
         step = self._piece_tokens
         if step is None:
             return [(p0, p1)]
         edges = [p0, *range((p0 // step + 1) * step, p1, step), p1]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(pairwise(edges))
 
     def _save_piece(self, sequence: int, p0: int, p1: int) -> KvSlab:
         scratch = self._scratch()
@@ -113,9 +123,10 @@ class PartTransfer:
 
     def _save_stream(self, sequence: int, length: int) -> KvSlab:
         """A whole stream; rewrites it where a window hid some rows."""
-        base, *others = parse(self._context.read_state(sequence), self._form)
+        blob = self._context.read_state(sequence)
+        base, *others = parse(blob, self._form)
         if all(cache.n_cells == length for cache in others):
-            return KvSlab(0, length, (base, *others))
+            return KvSlab(0, length, (base, *others), blob)
         whole = KvSlab(0, length, (base, self._uncover(sequence, others[0])))
         self._context.write_state(sequence, self._blob([whole]))
         return whole
@@ -153,6 +164,9 @@ class StateTransfer:
         if self._context.length(sequence):
             raise EngineError(f"sequence {sequence} is not empty: a running state cannot continue it")
         self._context.write_state(sequence, slab.blob)
+
+    def swap_cells(self, source: int, target: int, p0: int, p1: int) -> None:
+        raise EngineError(f"a running state has no cells that [{p0}, {p1}) of {target} and {source} could share")
 
     def copy(self, source: int, target: int, p0: int, p1: int) -> None:
         if (p0, p1) != (0, self._context.length(source)):

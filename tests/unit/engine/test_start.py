@@ -1,0 +1,141 @@
+"""What happens before a model is loaded: settings, memory, and the self-check's decisions."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pasture.core.errors import ConfigError, DoesNotFit, ModelError
+from pasture.engine import selfcheck
+from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
+from pasture.engine.probe import probe_model
+from pasture.engine.selfcheck import find_safe_settings
+from pasture.engine.settings import EngineSettings
+from tests.gguf_factory import write_llama
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSettings:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.platform", "linux")
+    return EngineSettings(model_path=str(write_llama(tmp_path / "m.gguf")), n_cells=512, n_seqs=4)
+
+
+def children(monkeypatch: pytest.MonkeyPatch, *outcomes: str) -> list[EngineSettings]:
+    """Replace the child process by prepared deaths ('' lives); returns what was tried."""
+    tried: list[EngineSettings] = []
+    left = iter(outcomes)
+
+    def run(candidate: EngineSettings) -> str:
+        tried.append(candidate)
+        return next(left)
+
+    monkeypatch.setattr(selfcheck, "_run_child", run)
+    return tried
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"n_cells": 0}, {"n_seqs": 0}, {"n_threads": 0}, {"type_k": "q9"}, {"type_v": "q8_0", "flash_attn": False}):
+        with pytest.raises(ConfigError):
+            EngineSettings(model_path="m", **wrong)
+
+
+def test_healthy_settings_stay(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    children(monkeypatch, "")
+    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True)
+
+
+def test_a_crash_turns_off_what_crashed_and_says_so(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = children(monkeypatch, "a trial run was killed by SIGSEGV", "")
+    with caplog.at_level(logging.WARNING):
+        safe = find_safe_settings(settings)
+    assert [candidate.use_extra_bufts for candidate in tried] == [True, False]
+    assert safe.use_extra_bufts is False
+    assert safe.n_gpu_layers == settings.n_gpu_layers
+    assert "SIGSEGV" in caplog.text
+    assert "use_extra_bufts" in caplog.text
+
+
+def test_the_gpu_goes_last(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    children(monkeypatch, "x", "x", "")
+    assert find_safe_settings(settings).n_gpu_layers == 0
+
+
+def test_nothing_works(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    children(monkeypatch, "x", "x", "a trial run was killed by SIGILL")
+    with pytest.raises(ModelError, match="SIGILL"):
+        find_safe_settings(settings)
+
+
+def test_the_verdict_is_kept(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    children(monkeypatch, "x", "")
+    first = find_safe_settings(settings)
+    children(monkeypatch)
+    assert find_safe_settings(settings) == first
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"use_extra_bufts": 3}', "null"])
+def test_a_damaged_verdict_is_ignored(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    children(monkeypatch, "")
+    find_safe_settings(settings)
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    kept.write_text(damage)
+    tried = children(monkeypatch, "")
+    find_safe_settings(settings)
+    assert len(tried) == 1
+
+
+def test_another_file_is_another_question(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    children(monkeypatch, "")
+    find_safe_settings(settings)
+    write_llama(Path(settings.model_path), n_ff=64)
+    tried = children(monkeypatch, "")
+    find_safe_settings(settings)
+    assert len(tried) == 1
+
+
+def test_a_child_killed_by_a_signal_is_told_from_one_that_answers(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Child:
+        def __init__(self, returncode: int, stdout: str) -> None:
+            self.returncode, self.stdout = returncode, stdout
+
+    for child, expected in (
+        (Child(-11, ""), "killed by SIGSEGV"),
+        (Child(-99, ""), "killed by signal 99"),
+        (Child(1, "Traceback"), "status 1"),
+        (Child(0, json.dumps({"ok": True})), ""),
+    ):
+        monkeypatch.setattr("subprocess.run", lambda *_, child=child, **__: child)
+        outcome = selfcheck._run_child(settings)
+        assert expected in outcome
+        assert bool(outcome) == bool(expected)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: Child(0, json.dumps({"error": "cut short"})))
+    with pytest.raises(ModelError, match="cut short"):
+        selfcheck._run_child(settings)
+
+
+def test_the_largest_pool_that_fits_is_named() -> None:
+    plan = MemoryPlan(cell_bytes=1024, fixed_bytes=10 * MIB, available_bytes=12 * MIB)
+    check_fits(plan, 2048)
+    with pytest.raises(DoesNotFit, match="largest that fits is 2048 cells"):
+        check_fits(plan, 4096)
+    with pytest.raises(DoesNotFit, match="not even"):
+        check_fits(replace(plan, available_bytes=MIB), 256)
+
+
+def test_weights_count_where_they_are_read(settings: EngineSettings) -> None:
+    info = probe_model(settings.model_path)
+    mapped = plan_memory(info, settings, n_embd=64, available=MIB)
+    read = plan_memory(info, replace(settings, use_mmap=False), n_embd=64, available=MIB)
+    assert read.fixed_bytes - mapped.fixed_bytes == info.n_bytes
+    assert available_bytes() > 0
