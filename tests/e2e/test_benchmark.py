@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from pasture.bench.client import Chat, Endpoint, call, chat
 from pasture.bench.options import BenchOptions
+from pasture.bench.overhead import http_throughput
 from pasture.bench.run import main
 from pasture.bench.systems import Size, default_model, running, variants
 
@@ -66,6 +68,15 @@ def test_a_whole_benchmark_on_the_fake_engine(tmp_path: Path, capsys: pytest.Cap
     assert median["computed_tokens"] <= 1.05 * median["distinct_tokens"]
     assert (tmp_path / "report.html").stat().st_size > 100_000
     assert "computed / distinct" in capsys.readouterr().out
+
+
+async def test_the_fake_engine_streams_over_every_connection_without_an_error(tmp_path: Path) -> None:
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    carried = await http_throughput(BenchOptions(seconds=0.5), tmp_path)
+    assert carried.errors == ()
+    assert carried.tokens_per_second > 0
+    if affinity is not None:
+        assert os.sched_getaffinity(0) == affinity
 
 
 def test_a_system_that_does_not_start_is_one_line_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
