@@ -1,7 +1,7 @@
 """Tiny random models as GGUF files: valid for llama.cpp, a few hundred kilobytes, and without any sense.
 
-`write_llama`, `write_gemma3` (sliding windows), `write_mamba` and `write_falcon_h1` (a hybrid of attention and state) share one byte-level vocabulary of 300
-tokens. Weights are seeded, so a file is the same on every run.
+`write_llama`, `write_gemma3` (sliding windows), `write_mamba` and `write_falcon_h1` (a hybrid of attention and state) share
+one byte-level vocabulary of 300 tokens. Weights are seeded, so a file is the same on every run.
 """
 
 from __future__ import annotations

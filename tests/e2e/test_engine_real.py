@@ -1,6 +1,7 @@
 """The engine on SmolLM2 135M and Gemma 3 270M: real weights, real tokens, the same promises as on the tiny models.
 
-Equal chunks must give equal rows to the last bit; other chunks (and other layouts) agree within TOLERANCE in log probability.
+Equal chunks must give equal rows to the last bit, in both layouts and across a move between them; other chunks agree within
+TOLERANCE.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pasture.core.errors import RequestError
 from pasture.core.values import Layout, SamplingParams, Segment, SeqId, StepPlan, Work
@@ -22,8 +24,8 @@ from tests.engine_support import GREEDY, Hand, open_small, smollm_path
 
 pytestmark = pytest.mark.model
 
-TOLERANCE = 0.15
-"""f16 caches and another order of sums: log probabilities of likely tokens move by hundredths"""
+TOLERANCE = 0.02
+"""llama.cpp itself moves by 0.006 nats when one prompt is computed in other chunks (f16 KV, other kernels)"""
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +49,10 @@ def tokens(engine: LlamaEngine) -> list[int]:
     return engine.vocabulary.tokenize(topics["assert"][:4000], add_special=False, parse_special=False)[:160]
 
 
-def likely(row: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    return row > row.max() - 6
-
-
-def assert_close(
-    left: np.ndarray[tuple[int], np.dtype[np.float64]], right: np.ndarray[tuple[int], np.dtype[np.float64]]
-) -> None:
-    assert np.abs(left - right)[likely(left)].max() < TOLERANCE
+def assert_close(expected: NDArray[np.float64], found: NDArray[np.float64]) -> None:
+    """Kullback-Leibler divergence of the two distributions, in nats."""
+    divergence = float((np.exp(expected) * (expected - found)).sum())
+    assert divergence < TOLERANCE
 
 
 def test_the_vocabulary(engine: LlamaEngine) -> None:
@@ -110,7 +108,7 @@ def test_sharing_saving_and_rebuilding_keep_the_answer(hand: Hand, tokens: list[
     assert np.array_equal(hand.look(1, tail, 120), expected)
     hand.remove(1, 120)
     hand.engine.rebuild(shared, Layout.STREAMS, 4)
-    assert_close(hand.look(1, tail, 120), expected)
+    assert np.array_equal(hand.look(1, tail, 120), expected)
     hand.remove(1, 120)
     hand.engine.rebuild(shared, Layout.UNIFIED, 4)
     assert np.array_equal(hand.look(1, tail, 120), expected)
@@ -148,7 +146,7 @@ def test_a_reply_does_not_depend_on_its_neighbours(hand: Hand, tokens: list[int]
         SamplingParams(temperature=0, repeat_penalty=2.0),
         SamplingParams(seed=3, logit_bias={7: 9.0, 8: float("-inf")}),
     ],
-    ids=repr,
+    ids=["default", "top-k 100", "typical", "penalties", "dry", "greedy with a penalty", "bias"],
 )
 def test_fewer_candidates_draw_the_same_tokens(
     engine: LlamaEngine, tokens: list[int], params: SamplingParams, monkeypatch: pytest.MonkeyPatch

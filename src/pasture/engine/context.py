@@ -51,7 +51,7 @@ class Piece:
 
 
 def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, *, n_hidden: int) -> PoolShape:
-    """The shape that `n_cells` really gives: rounded down to llama.cpp's padding, never above what was asked."""
+    """The shape that `n_cells` really gives: rounded down to llama.cpp's padding (up only to the first 256)."""
     if layout is Layout.UNIFIED:
         n_cells = max(CELL_PADDING, settings.n_cells // CELL_PADDING * CELL_PADDING)
     else:

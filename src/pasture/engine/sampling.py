@@ -30,8 +30,8 @@ from pasture.engine.vocabulary import LlamaVocabulary
 Logits = NDArray[np.float32]
 
 _CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
-_GROUPS = 64
-"""`top_ids` looks at the maxima of strided groups of this many tokens"""
+_GROUP_TOKENS = 64
+"""`top_ids` looks at the maxima of strided groups of at most this many tokens"""
 _DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 _MIROSTAT_CANDIDATES = 100
 
@@ -42,13 +42,14 @@ def top_ids(row: Logits, count: int) -> NDArray[np.intp]:
     The count-th largest of the group maxima is a lower bound of the count-th largest value: count groups reach it. So one
     comparison of the row with the bound leaves a short list.
     """
-    n_groups = len(row) // _GROUPS
-    if count * 4 >= n_groups:
-        if count >= len(row):
-            return np.arange(len(row))
+    if count >= len(row):
+        return np.arange(len(row))
+    width = min(_GROUP_TOKENS, len(row) // (count * 4))
+    if width < 2:
         bound = np.partition(row, len(row) - count)[len(row) - count]
         return np.flatnonzero(row >= bound)
-    maxima = row[: n_groups * _GROUPS].reshape(_GROUPS, n_groups).max(axis=0)
+    n_groups = len(row) // width
+    maxima = row[: n_groups * width].reshape(width, n_groups).max(axis=0)
     bound = np.partition(maxima, n_groups - count)[n_groups - count]
     found = np.flatnonzero(row >= bound)
     if len(found) > count * 2:

@@ -6,7 +6,7 @@ a signal ends it, the next safer settings are tried: without repacked buffers, t
 and why, goes to the log. The verdict is kept for this machine, this file and these settings, so later starts skip the child.
 
 `python -m pasture.engine.selfcheck` is the child: settings as JSON on stdin, one JSON line on stdout. The parent holds no C
-state of its own. A child that takes too long proves nothing: the safest buffers are used and the log says so.
+state of its own. A child that takes too long proves nothing: repacked buffers stay off and the log says so, and the next start asks again.
 """
 
 from __future__ import annotations
@@ -54,8 +54,15 @@ def find_safe_settings(settings: EngineSettings) -> EngineSettings:
     cache = _cache_file(settings)
     verdict = _recall(cache)
     if verdict is None:
-        verdict = _try_candidates(settings)
-        _remember(cache, verdict)
+        try:
+            verdict = _try_candidates(settings)
+        except subprocess.TimeoutExpired as error:
+            too_slow = (
+                f"self-check: no answer in {error.timeout:.0f} s; repacked weight buffers turned off, nothing else is known"
+            )
+            verdict = Verdict(False, settings.n_gpu_layers, (too_slow,))
+        else:
+            _remember(cache, verdict)
     for reason in verdict.reasons:
         logger.warning("%s", reason)
     return verdict.apply(settings)
@@ -86,21 +93,21 @@ def _try_candidates(settings: EngineSettings) -> Verdict:
 
 
 def _run_child(settings: EngineSettings) -> str:
-    """How the child died; empty when it lived. Raises ModelError when the model itself cannot be loaded."""
+    """How the child died; empty when it lived.
+
+    Raises ModelError when the model itself cannot be loaded, TimeoutExpired (with the child gone) when no answer comes.
+    """
     size = os.path.getsize(settings.model_path)
     command = [sys.executable, "-m", "pasture.engine.selfcheck"]
-    try:
-        child = subprocess.run(
-            command,
-            input=json.dumps(asdict(settings)),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_BASE_TIMEOUT_SECONDS + size / _SLOWEST_BYTES_PER_SECOND,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        return f"a trial run took longer than {error.timeout:.0f} s"
+    child = subprocess.run(
+        command,
+        input=json.dumps(asdict(settings)),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_BASE_TIMEOUT_SECONDS + size / _SLOWEST_BYTES_PER_SECOND,
+        check=False,
+    )
     if child.returncode < 0:
         return f"a trial run was killed by {_signal_name(-child.returncode)}"
     try:

@@ -124,6 +124,28 @@ def test_a_child_killed_by_a_signal_is_told_from_one_that_answers(
         selfcheck._run_child(settings)
 
 
+def test_a_real_signal_is_seen(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    crashing = tmp_path / "python"
+    crashing.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    crashing.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(crashing))
+    with pytest.raises(ModelError, match="SIGSEGV"):
+        find_safe_settings(settings)
+
+
+def test_a_slow_child_proves_nothing_and_is_not_remembered(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(slow))
+    monkeypatch.setattr(selfcheck, "_BASE_TIMEOUT_SECONDS", 0.05)
+    assert find_safe_settings(settings).use_extra_bufts is False
+    assert "no answer" in caplog.text
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
 def test_the_largest_pool_that_fits_is_named() -> None:
     plan = MemoryPlan(cell_bytes=1024, fixed_bytes=10 * MIB, available_bytes=12 * MIB)
     check_fits(plan, 2048)
