@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -36,10 +37,15 @@ def _listening(output: IO[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API's URL of a server of its own, which ends in good order afterwards."""
     command = [sys.executable, "-m", "pasture", "serve", "-m", str(MODEL), "--port", "0", "-c", "4096", "--api-key", KEY]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as reader:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PASTURE_")} | {"COLUMNS": "200"}
+    folder = tmp_path_factory.mktemp("serve")  # without a pasture.toml
+    with (
+        subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process,
+        ThreadPoolExecutor(1) as reader,
+    ):
         assert process.stderr is not None
         try:
             found = _listening(process.stderr)
