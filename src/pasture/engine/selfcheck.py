@@ -6,7 +6,8 @@ a signal ends it, the next safer settings are tried: without repacked buffers, t
 and why, goes to the log. The verdict is kept for this machine, this file and these settings, so later starts skip the child.
 
 `python -m pasture.engine.selfcheck` is the child: settings as JSON on stdin, one JSON line on stdout. The parent holds no C
-state of its own. A child that takes too long proves nothing: repacked buffers stay off and the log says so, and the next start asks again.
+state of its own. A child that takes too long proves nothing: repacked buffers stay off, the log says so, and the next start
+asks again.
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ def find_safe_settings(settings: EngineSettings) -> EngineSettings:
         try:
             verdict = _try_candidates(settings)
         except subprocess.TimeoutExpired as error:
-            too_slow = (
-                f"self-check: no answer in {error.timeout:.0f} s; repacked weight buffers turned off, nothing else is known"
-            )
+            too_slow = f"self-check: no answer in {error.timeout:.0f} s; repacked weight buffers turned off to be safe"
             verdict = Verdict(False, settings.n_gpu_layers, (too_slow,))
         else:
             _remember(cache, verdict)
