@@ -22,7 +22,7 @@ from rich.table import Table
 from pasture.bench import counters as count
 from pasture.bench.client import Endpoint, run_loop
 from pasture.bench.options import BenchOptions, WorkloadName
-from pasture.bench.report import mebibytes, seconds
+from pasture.bench.report import mebibytes, print_errors, seconds
 from pasture.bench.results import Run
 from pasture.bench.run import CELL_MARGIN, measure
 from pasture.bench.systems import PASTURE, Running, Size, repack_survives, running, variants
@@ -72,6 +72,8 @@ class _Demo:
         ours = variants(PASTURE, together, self._options)[0]
         async with running(ours, self._folder / "pasture.log") as up:
             shared = await self._play(up, f"one pasture, {together.cells:,} cells")
+            for run in (isolated, shared):
+                print_errors(run, console)
             console.print(_summary(isolated, shared, workload, each))
             if self._options.wait:
                 await self._stay(up.system.endpoint)

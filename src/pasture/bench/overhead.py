@@ -23,6 +23,7 @@ from statistics import median
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pasture.bench import counters as count
 from pasture.bench.client import Chat, Endpoint, Exchange, chat, run_loop
@@ -91,7 +92,7 @@ async def _main(options: BenchOptions, console: Console) -> int:
         carried = await http_throughput(options, folder)
     console.print(_table(cost, carried))
     for error in dict.fromkeys(carried.errors):
-        console.print(f"[red]fake engine:[/] {error}", highlight=False)
+        console.print(Text.assemble(("fake engine: ", "red"), error))
     return 1 if carried.errors else 0
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pasture.bench.measure import Figures
-from pasture.bench.results import Report
+from pasture.bench.results import Report, Run
 
 Number = int | float | None
 
@@ -70,12 +71,17 @@ def print_report(report: Report, console: Console) -> None:
     for summary in left_out:
         console.print(f"not shown, slower: {summary.label}, wall {seconds(summary.median.wall_seconds)}", highlight=False)
     for run in report.runs:
-        for error in dict.fromkeys(trace.error for trace in run.traces if trace.error is not None):
-            console.print(f"[red]{run.label}:[/] {error}", highlight=False, markup=True)
+        print_errors(run, console)
     if report.users_within_slo:
         console.print(_users_table(report))
     if report.memory:
         console.print(_memory_table(report))
+
+
+def print_errors(run: Run, console: Console) -> None:
+    """Each different error of a run once."""
+    for error in dict.fromkeys(trace.error for trace in run.traces if trace.error is not None):
+        console.print(Text.assemble((f"{run.label}: ", "red"), error))
 
 
 def _figures_table(report: Report) -> Table:
