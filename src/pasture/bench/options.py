@@ -64,7 +64,7 @@ class BenchOptions:
     users: int | None = None
     """--users: people at once; for agents the branches a step. None: the workload's own (16; agents 8)"""
     turns: int | None = None
-    """--turns: questions each; for agents the steps. None: the workload's own (3; private 2)"""
+    """--turns: questions each; for agents the steps. None: 3"""
     seed: int = 1
     """--seed: of questions, documents, arrivals and think times"""
     against: tuple[str, ...] = ()

@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
 
-from pasture.bench.corpus import CHARACTERS_PER_TOKEN, passage, subjects
+from pasture.bench.corpus import CHARACTERS_PER_TOKEN, paragraphs, passage, subjects
 from pasture.bench.options import Arrivals, BenchOptions, WorkloadName
 
-TEMPLATE_TOKENS = 8
-"""what a chat template adds to a message, generously"""
+TEMPLATE_TOKENS = 6
+"""what a chat template adds to a message"""
 N_DOCUMENTS = 4
+QUOTING_SHARE = 0.8
+"""of the questions, those that quote a line"""
+QUOTED_WORDS = 18
 MEAN_STAGGER_SECONDS = 1.0
 MEAN_BRANCH_STAGGER_SECONDS = 0.2
 
 DEFAULT_USERS = {WorkloadName.TEAM: 16, WorkloadName.DOCS: 16, WorkloadName.PRIVATE: 16, WorkloadName.AGENTS: 8}
-DEFAULT_TURNS = {WorkloadName.TEAM: 3, WorkloadName.DOCS: 3, WorkloadName.PRIVATE: 2, WorkloadName.AGENTS: 3}
+DEFAULT_TURNS = 3
 
 # fmt: off
 _NAMES = (
@@ -125,7 +128,7 @@ def build(options: BenchOptions, *, users: int | None = None) -> Workload:
     """The workload that `options` describe; `users` overrides theirs."""
     name = options.workload
     n_users = users or options.users or DEFAULT_USERS[name]
-    n_turns = options.turns or DEFAULT_TURNS[name]
+    n_turns = options.turns or DEFAULT_TURNS
     rng = Random(f"{name}-{options.seed}")
     if name is WorkloadName.AGENTS:
         actors: tuple[Conversation | ForkingAgent, ...] = (_agent(rng, n_users, n_turns, options),)
@@ -159,13 +162,13 @@ def _openings(name: WorkloadName, rng: Random, n_users: int) -> Callable[[int], 
         return lambda _: handbook
     if name is WorkloadName.DOCS:
         documents = [
-            f"Document {index + 1} of the library. Answer questions about it and nothing else.\n\n{passage(rng, 1980)}"
+            f"Document {index + 1} of the library. Answer questions about it and nothing else.\n\n{passage(rng, 2050)}"
             for index in range(N_DOCUMENTS)
         ]
         weights = [1 / (rank + 1) for rank in range(N_DOCUMENTS)]
         chosen = rng.choices(range(N_DOCUMENTS), weights=weights, k=n_users)
         return lambda index: documents[chosen[index]]
-    private = [f"{_user(index)}'s own notes, for nobody else.\n\n{passage(rng, 980)}" for index in range(n_users)]
+    private = [f"{_user(index)}'s own notes, for nobody else.\n\n{passage(rng, 1040)}" for index in range(n_users)]
     return lambda index: private[index]
 
 
@@ -173,12 +176,15 @@ def _questions(rng: Random, n_turns: int) -> tuple[str, ...]:
     questions = []
     for _ in range(n_turns):
         topic, other = rng.sample(subjects(), 2)
-        questions.append(rng.choice(_QUESTIONS).format(topic=f'"{topic}"', other=f'"{other}"'))
+        question = rng.choice(_QUESTIONS).format(topic=f'"{topic}"', other=f'"{other}"')
+        if rng.random() < QUOTING_SHARE:
+            question += f' I have just read: "{" ".join(rng.choice(paragraphs()).split()[:QUOTED_WORDS])} ..."'
+        questions.append(question)
     return tuple(questions)
 
 
 def _agent(rng: Random, n_branches: int, n_steps: int, options: BenchOptions) -> ForkingAgent:
-    opening = "You plan a refactoring of a Python code base, step by step. What you know so far:\n\n" + passage(rng, 1470)
+    opening = "You plan a refactoring of a Python code base, step by step. What you know so far:\n\n" + passage(rng, 1580)
     steps = []
     for index in range(n_steps):
         topics = [rng.choice(subjects()) for _ in range(n_branches)]
@@ -217,4 +223,4 @@ def _longest(actor: Conversation | ForkingAgent, max_tokens: int) -> int:
 
 
 def _tokens(text: str) -> int:
-    return int(len(text) / CHARACTERS_PER_TOKEN * 1.1)
+    return int(len(text) / CHARACTERS_PER_TOKEN * 1.02)

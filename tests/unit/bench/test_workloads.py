@@ -37,7 +37,7 @@ def test_documents_are_few_long_and_unevenly_popular() -> None:
     users = conversations(build(BenchOptions(WorkloadName.DOCS, users=200, turns=3)))
     popularity = Counter(user.opening for user in users)
     assert len(popularity) == 4
-    assert all(1800 < tokens(document) < 2200 for document in popularity)
+    assert all(1950 < tokens(document) < 2200 for document in popularity)
     assert max(popularity.values()) > 2 * min(popularity.values())
     assert {len(user.questions) for user in users} == {1, 2, 3}
 
@@ -45,7 +45,7 @@ def test_documents_are_few_long_and_unevenly_popular() -> None:
 def test_private_contexts_differ_from_their_first_word_on() -> None:
     users = conversations(build(BenchOptions(WorkloadName.PRIVATE, users=20)))
     assert len({user.opening.split()[0] for user in users}) == 20
-    assert all(900 < tokens(user.opening) < 1100 for user in users)
+    assert all(950 < tokens(user.opening) < 1150 for user in users)
 
 
 def test_agents_fork_one_context_at_every_step() -> None:
