@@ -63,6 +63,11 @@ async def test_the_reply_may_be_as_long_as_fits(connect: Connect) -> None:
     assert {request.max_tokens for request in service.requests} == {6}
 
 
+async def test_the_last_free_token_is_used(connect: Connect) -> None:
+    body = (await connect(StubService(max_conversation_tokens=PROMPT_TOKENS + 1)).post(CHAT, json=chat_body())).json()
+    assert body["choices"][0]["message"]["content"] == "H"
+
+
 async def test_a_prompt_without_room_for_a_reply_is_refused(connect: Connect) -> None:
     response = await connect(StubService(max_conversation_tokens=PROMPT_TOKENS)).post(CHAT, json=chat_body())
     assert response.status_code == 400

@@ -68,7 +68,7 @@ async def settled(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_frees_its_requests_at_once(stream: bool, n: int) -> None:
+async def test_a_client_that_leaves_frees_its_requests_at_once(stream: bool, n: int, caplog: pytest.LogCaptureFixture) -> None:
     service = StubService(hold=asyncio.Event())
     exchange = Exchange(service, chat_body(stream=stream, n=n))
     await settled(lambda: service.open == n)
@@ -76,6 +76,7 @@ async def test_a_client_that_leaves_frees_its_requests_at_once(stream: bool, n: 
     await exchange.task
     assert service.open == 0
     assert b"[DONE]" not in exchange.body
+    assert not caplog.records, "leaving is nobody's error"
 
 
 async def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_request() -> None:
