@@ -150,6 +150,7 @@ async def test_a_body_that_is_no_request_is_a_400(client: httpx.AsyncClient, pat
         ({"stop": ["x"] * 33}, "stop"),
         ({"stop": "x" * 2000}, "stop"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias"),
         ({"logit_bias": {"65": "x"}}, "logit_bias"),
         ({"logit_bias": {"1000": 1}}, "logit_bias"),
         ({"logit_bias": 5}, "logit_bias"),
