@@ -55,7 +55,7 @@ class LayoutKeeper:
 
     def target(self) -> Target | None:
         """Where the pool should move before the next step; None to stay."""
-        submitted = self._scheduler.counts["submitted"]
+        submitted = self._scheduler.accounts.submitted
         if not self._moves or (submitted == self._looked_at and self._steps_since < LOOK_STEPS):
             return None
         self._looked_at, self._steps_since = submitted, 0
@@ -71,7 +71,7 @@ class LayoutKeeper:
             log.warning("the cache stays in the %s layout: %s", before.layout, error)
             self._moves = False
             return
-        self._scheduler.counts["layout_moves"] += 1
+        self._scheduler.accounts.layout_moves += 1
         self._advisor.moved()
         log.info("layout: %s with %d sequences -> %s with %d", before.layout, before.n_seqs, target.layout, target.n_seqs)
 

@@ -121,7 +121,7 @@ class EngineLoop:
             return True
         self._tidy = False
         if plan.works:
-            self._scheduler.record_step(self._clock() - started, result)
+            self._scheduler.accounts.record_step(self._clock() - started, result)
             self._keeper.observe(plan, result)
         self._deliver(events)
         return True
@@ -154,7 +154,7 @@ class EngineLoop:
         """Books and engine may disagree: end what runs, empty the cache, go on."""
         log.error("engine step failed, the live cache is emptied: %s", error, exc_info=error)
         if isinstance(error, InvariantBroken):
-            self._scheduler.counts["invariant_failures"] += 1
+            self._scheduler.accounts.invariant_failures += 1
         self._engine.rebuild((), self._engine.shape.layout, self._engine.shape.n_seqs)
         self._deliver(self._scheduler.end_all(FinishReason.ERROR, EngineError(f"the engine failed: {error}")))
 

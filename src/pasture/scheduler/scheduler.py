@@ -22,6 +22,7 @@ from pasture.core.statistics import SchedulerStatistics, SequenceState
 from pasture.core.values import (
     Finish,
     FinishReason,
+    Layout,
     Outcome,
     RequestId,
     StepPlan,
@@ -31,6 +32,7 @@ from pasture.core.values import (
 )
 from pasture.kv.eviction import POLICIES
 from pasture.kv.pool import Pool
+from pasture.scheduler.accounts import Accounts
 from pasture.scheduler.budget import PrefillBudget
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.promises import Promises
@@ -64,9 +66,7 @@ class Scheduler:
         """tasks with a sequence"""
         self.swapped: dict[RequestId, Task] = {}
         self.budget = PrefillBudget(settings.itl_target_seconds, engine.shape.n_batch)
-        self.counts: Counter[str] = Counter()
-        self.finished: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {"step": 0.0, "decode": 0.0, "sample": 0.0}
+        self.accounts = Accounts()
         self._engine = engine
         self._clock = clock
         self._tasks: dict[RequestId, Task] = {}
@@ -86,7 +86,7 @@ class Scheduler:
     def submit(self, task: Task) -> None:
         self._tasks[task.request.request_id] = task
         self.waiting.push(task)
-        self.counts["submitted"] += 1
+        self.accounts.submitted += 1
 
     def cancel(self, request_id: RequestId) -> None:
         """Without effect when the request has ended."""
@@ -111,6 +111,11 @@ class Scheduler:
         return self._plan(works)
 
     def _plan(self, works: list[Work]) -> StepPlan:
+        if self.pool.shape.layout is Layout.STREAMS:
+            # only neighbouring streams in ascending order share a micro-batch
+            order = sorted(range(len(works)), key=lambda i: works[i].sequence)
+            works = [works[i] for i in order]
+            self._planned = [self._planned[i] for i in order]
         n_tokens = sum(len(work.tokens) for work in works)
         if n_tokens and not self.pool.make_room(n_tokens):
             raise InvariantBroken(f"a step of {n_tokens} tokens was planned, and they do not fit")
@@ -131,13 +136,6 @@ class Scheduler:
         if self.settings.check_invariants:
             self.pool.check()
         return self.take_events()
-
-    def record_step(self, seconds: float, result: StepResult) -> None:
-        """Account the engine thread's time for one step."""
-        self.counts["steps"] += 1
-        self.seconds["step"] += seconds
-        self.seconds["decode"] += result.decode_seconds
-        self.seconds["sample"] += result.sample_seconds
 
     def end_all(self, reason: FinishReason, error: PastureError | None = None) -> list[Delivery]:
         """The engine is closed, or emptied and in doubt: every task ends, the pool's books start anew."""
@@ -187,7 +185,7 @@ class Scheduler:
         task.n_swaps += 1
         self._saving[task.swap_key] = task
         self.swapped[task.request.request_id] = task
-        self.counts["swaps"] += 1
+        self.accounts.swaps += 1
 
     def _resume(self, taken: int) -> None:
         """Bring swapped requests back, oldest first, while there is room for them and for everyone's next tokens."""
@@ -299,8 +297,8 @@ class Scheduler:
         if task.started_at is None:
             task.started_at = self._clock()
             task.cached_tokens = sequence.length
-            self.counts["prompt"] += len(request.prompt)
-            self.counts["cached"] += sequence.length
+            self.accounts.prompt_tokens += len(request.prompt)
+            self.accounts.cached_tokens += sequence.length
         self._run(task)
         return True
 
@@ -348,7 +346,7 @@ class Scheduler:
                 self._draw(task, sample.token, TokenEvent(sample.token, sample.logprobs), now)
             elif task.remaining == 0:
                 self._end(task, FinishReason.LENGTH)  # max_tokens=0: only the prompt was wanted
-        self.counts["computed"] += prompt_tokens
+        self.accounts.computed_tokens += prompt_tokens
         if plan.works and result.decode_seconds > 0:
             self.budget.observe(rows, prompt_tokens, result.decode_seconds)
 
@@ -364,7 +362,7 @@ class Scheduler:
             return
         task.tokens.append(token)
         task.n_generated += 1
-        self.counts["generated"] += 1
+        self.accounts.generated_tokens += 1
         usage = task.usage(now) if task.n_generated == 1 else None
         if task.tokens_to_draw == 0:
             self._end(task, FinishReason.LENGTH, last=event)
@@ -387,7 +385,7 @@ class Scheduler:
             task.sequence = None
         task.slab, task.swap_key = None, None
         task.release_sampler()
-        self.finished[reason] += 1
+        self.accounts.finished[reason] += 1
         usage = task.usage(self._clock())
         token, logprobs = (last.token, last.logprobs) if last is not None else (None, None)
         self._events.append((task, TokenEvent(token, logprobs, Finish(reason, usage, error), usage)))
@@ -449,26 +447,28 @@ class Scheduler:
     # Picture
 
     def statistics(self) -> SchedulerStatistics:
+        """What the scheduler knows; refusals happen before it (`LocalService` counts them)."""
+        accounts = self.accounts
         decoding = sum(task.decoding for task in self.running.values())
         return SchedulerStatistics(
             waiting=len(self.waiting),
             prefilling=len(self.running) - decoding,
             decoding=decoding,
             swapped=len(self.swapped),
-            submitted_total=self.counts["submitted"],
-            finished_total=dict(self.finished),
-            rejected_total=self.counts["rejected"],
-            swaps_total=self.counts["swaps"],
-            prompt_tokens_total=self.counts["prompt"],
-            cached_tokens_total=self.counts["cached"],
-            computed_tokens_total=self.counts["computed"],
-            generated_tokens_total=self.counts["generated"],
-            steps_total=self.counts["steps"],
-            step_seconds_total=self.seconds["step"],
-            decode_seconds_total=self.seconds["decode"],
-            sample_seconds_total=self.seconds["sample"],
+            submitted_total=accounts.submitted,
+            finished_total=dict(accounts.finished),
+            rejected_total=0,
+            swaps_total=accounts.swaps,
+            prompt_tokens_total=accounts.prompt_tokens,
+            cached_tokens_total=accounts.cached_tokens,
+            computed_tokens_total=accounts.computed_tokens,
+            generated_tokens_total=accounts.generated_tokens,
+            steps_total=accounts.steps,
+            step_seconds_total=accounts.step_seconds,
+            decode_seconds_total=accounts.decode_seconds,
+            sample_seconds_total=accounts.sample_seconds,
             prefill_budget_tokens=self._budget_tokens,
             prefill_tokens_per_second=self.budget.tokens_per_second,
-            layout_moves_total=self.counts["layout_moves"],
-            invariant_failures_total=self.counts["invariant_failures"],
+            layout_moves_total=accounts.layout_moves,
+            invariant_failures_total=accounts.invariant_failures,
         )
