@@ -105,7 +105,9 @@ def engine_settings(settings: Settings) -> EngineSettings:
         self_check=settings.self_check,
     )
     n_cells = pool_cells(settings, model, _memory_plan(model, wanted).largest_cells)
-    return replace(wanted, n_cells=n_cells, n_seqs=_start_sequences(wanted, n_cells))
+    if wanted.layout is Layout.UNIFIED:
+        return replace(wanted, n_cells=n_cells)
+    return replace(wanted, n_cells=n_cells, n_seqs=stream_sequences(wanted.n_seqs, n_cells))
 
 
 def planned_cells(settings: Settings) -> int:
@@ -174,6 +176,8 @@ def _start_engine(settings: Settings) -> Engine:
         return open_engine(engine_settings(settings))
     n_cells = settings.kv_cells or DEFAULT_CELLS
     n_seqs = min(MAX_SEQUENCES, 2 * settings.max_running)
+    if _start_layout(settings) is Layout.STREAMS:
+        n_seqs = stream_sequences(n_seqs, n_cells)
     return FakeEngine(PoolShape(n_cells, n_seqs, _start_layout(settings), settings.batch_size))
 
 
@@ -181,11 +185,12 @@ def _start_layout(settings: Settings) -> Layout:
     return Layout.STREAMS if settings.kv_layout == "streams" else Layout.UNIFIED
 
 
-def _start_sequences(wanted: EngineSettings, n_cells: int) -> int:
-    """In the streams layout every sequence has its share of the cells, so there are only as many as can hold a conversation."""
-    if wanted.layout is Layout.UNIFIED:
-        return wanted.n_seqs
-    return max(1, min(wanted.n_seqs, n_cells // MIN_STREAM_CELLS))
+def stream_sequences(wanted: int, n_cells: int) -> int:
+    """In the streams layout every sequence has its share of the cells, so there are only as many as can hold a conversation.
+
+    Two at least: whoever continues an idle conversation joins it with a sequence of their own.
+    """
+    return max(2, min(wanted, n_cells // MIN_STREAM_CELLS))
 
 
 def _memory_plan(model: ModelInfo, wanted: EngineSettings) -> MemoryPlan:

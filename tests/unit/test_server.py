@@ -50,6 +50,12 @@ def test_no_model_is_a_matter_of_settings_and_a_missing_file_is_not() -> None:
         server.engine_settings(validate_settings({"model": "nowhere.gguf"}))
 
 
+def test_streams_are_long_enough_for_a_conversation_and_two_at_least() -> None:
+    assert server.stream_sequences(128, 32768) == 16
+    assert server.stream_sequences(4, 32768) == 4
+    assert server.stream_sequences(128, 512) == 2
+
+
 def test_the_schedulers_part() -> None:
     part = server.scheduler_settings(
         validate_settings(
