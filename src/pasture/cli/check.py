@@ -120,10 +120,10 @@ class Answer:
         facts.add_row("free memory", format_bytes(self.free_bytes))
         facts.add_row("pool", f"{self.n_cells:,} tokens, {format_bytes(self.n_cells * model.cell_bytes)}")
         facts.add_row("sharing", "any common beginning" if model.shareable else "whole conversations only")
-        facts.add_row("prefill", f"{self.rates.prefill_tokens_per_second:,.0f} tokens/s")
+        facts.add_row("prefill", _rate(self.rates.prefill_tokens_per_second))
         for rate in self.rates.decode:
             step = format_seconds(rate.step_seconds)
-            facts.add_row(f"decode, {rate.sequences} at once", f"{rate.tokens_per_second:,.0f} tokens/s ({step} a step)")
+            facts.add_row(f"decode, {rate.sequences} at once", f"{_rate(rate.tokens_per_second)} ({step} a step)")
         facts.add_row("self-check", "\n".join(map(escape, self.turned_off)) or "nothing had to be turned off")
         console.print(facts, highlight=False)
         table = Table(title="Conversations that fit at once", title_justify="left")
@@ -132,6 +132,10 @@ class Answer:
         for n_tokens in CONVERSATION_TOKENS:
             table.add_row(f"{n_tokens:,}", f"{self.users(n_tokens, 0):,}", f"{self.users(n_tokens, n_tokens // 2):,}")
         console.print(table)
+
+
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second >= 10 else f"{tokens_per_second:.1f} tokens/s"
 
 
 def _progress() -> Progress:
