@@ -10,8 +10,9 @@ forgotten.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pasture.scheduler.task import Task
 
@@ -77,33 +78,35 @@ class FairQueue:
 
     def eligible(self, ready: Ready, cost: Cost) -> list[Task]:
         """One task a user whose turn it may be now. Adds quanta where nobody could start; empty when nobody is ready."""
-        heads: list[tuple[_Tenant, _User, Task, int]] = []
+        able: list[tuple[_Tenant, Task, int]] = []
+        asking: list[_Tenant] = []
         for tenant in self._tenants.values():
-            for user in tenant.users.values():
-                if len(heads) >= MAX_OFFERED:
-                    break
-                task = next((t for t in _first(user.line, SCAN_PER_USER) if ready(t)), None)
-                if task is not None:
-                    heads.append((tenant, user, task, cost(task)))
+            offers = self._offers(tenant, ready, cost, MAX_OFFERED - len(able))
+            if offers:
+                asking.append(tenant)
+                able += offers
+        if not able:
+            return []
+        rounds = min(_rounds(tenant.deficit, tokens, tenant.weight) for tenant, _, tokens in able)
+        for tenant in asking:
+            tenant.deficit += rounds * QUANTUM_TOKENS * tenant.weight
+        return [task for tenant, task, tokens in able if tenant.deficit >= tokens]
+
+    @staticmethod
+    def _offers(tenant: _Tenant, ready: Ready, cost: Cost, most: int) -> list[tuple[_Tenant, Task, int]]:
+        """The tasks that fairness inside the tenant lets go next, at least one where anybody is ready."""
+        heads: list[tuple[_User, Task, int]] = []
+        for user in islice(tenant.users.values(), max(0, most)):
+            task = next((task for task in islice(user.line, SCAN_PER_USER) if ready(task)), None)
+            if task is not None:
+                heads.append((user, task, cost(task)))
         if not heads:
             return []
-        users = [(user, tokens) for _, user, _, tokens in heads]
-        rounds = min(_rounds(user.deficit, tokens, 1.0) for user, tokens in users)
-        for user, _ in users:
+        rounds = min(_rounds(user.deficit, tokens, 1.0) for user, _, tokens in heads)
+        for user, _, _ in heads:
             user.deficit += rounds * QUANTUM_TOKENS
-        able = [head for head in heads if head[1].deficit >= head[3]]
-        rounds = min(_rounds(tenant.deficit, tokens, tenant.weight) for tenant, _, _, tokens in able)
-        for tenant in {id(head[0]): head[0] for head in heads}.values():
-            tenant.deficit += rounds * QUANTUM_TOKENS * tenant.weight
-        return [task for tenant, _, task, tokens in able if tenant.deficit >= tokens]
+        return [(tenant, task, tokens) for user, task, tokens in heads if user.deficit >= tokens]
 
 
 def _rounds(deficit: float, tokens: int, weight: float) -> int:
     return max(0, math.ceil((tokens - deficit) / (QUANTUM_TOKENS * weight)))
-
-
-def _first(tasks: Iterable[Task], n: int) -> Iterator[Task]:
-    for i, task in enumerate(tasks):
-        if i >= n:
-            return
-        yield task

@@ -456,7 +456,7 @@ class Scheduler:
             decoding=decoding,
             swapped=len(self.swapped),
             submitted_total=accounts.submitted,
-            finished_total=dict(accounts.finished),
+            finished_total={str(reason): n for reason, n in accounts.finished.items()},
             rejected_total=0,
             swaps_total=accounts.swaps,
             prompt_tokens_total=accounts.prompt_tokens,
