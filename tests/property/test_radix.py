@@ -53,15 +53,3 @@ def test_cut_ends_a_node_where_the_match_ends_and_keeps_every_path(paths: list[l
     assert list(node.path_tokens()) == asked[: match.length]
     assert [list(end.path_tokens()) for end in ends] == paths
     assert node.parent is None or node.holders == {i for i, path in enumerate(paths) if shared(path, asked) >= match.length}
-
-
-@given(PATHS, st.data())
-def test_truncate_forgets_the_end(path: list[int], data: st.DataObject) -> None:
-    tree: RadixTree[int] = RadixTree()
-    end = tree.insert(Namespace("n"), token_array(path), 1)
-    if len(path) < 2:
-        return
-    kept = data.draw(st.integers(1, len(path) - 1))
-    tree.truncate(end, kept)
-    tree.check()
-    assert list(end.path_tokens()) == path[:kept]

@@ -41,7 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     recurrent = False
 
     @initialize(
-        n_cells=st.sampled_from([192, 320, 1024]), n_seqs=st.sampled_from([2, 3, 8]), n_batch=st.sampled_from([4, 24, 256])
+        n_cells=st.sampled_from([192, 320, 1024]), n_seqs=st.sampled_from([1, 2, 3, 8]), n_batch=st.sampled_from([4, 24, 256])
     )
     def start(self, n_cells: int, n_seqs: int, n_batch: int) -> None:
         self.now = 0.0

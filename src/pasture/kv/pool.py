@@ -42,6 +42,7 @@ from pasture.core.values import (
     Slab,
 )
 from pasture.kv.eviction import Candidate, Policy, least_recently_used
+from pasture.kv.law import check
 from pasture.kv.picture import draw
 from pasture.kv.radix import Match, Node, RadixTree, common_prefix
 from pasture.kv.sequence import Sequence
@@ -83,7 +84,7 @@ class Pool:
         """cells that a running sequence holds: what eviction cannot give back"""
         self._private_cells = 0
         self._journal: list[CellOperation] = []
-        self._free_ids = [SeqId(i) for i in range(shape.n_seqs)]
+        self.free_ids = [SeqId(i) for i in range(shape.n_seqs)]
         self._last_writer: Sequence | None = None
 
     # What is there
@@ -123,7 +124,7 @@ class Pool:
 
     @property
     def has_sequence_to_give(self) -> bool:
-        return bool(self._free_ids) or any(sequence.idle for sequence in self.sequences.values())
+        return bool(self.free_ids) or any(sequence.idle for sequence in self.sequences.values())
 
     def lookup(self, namespace: Namespace, prompt: array[int]) -> int:
         """How many tokens of the prompt a `join` would find: at most all but the last, whose logits are needed."""
@@ -152,13 +153,11 @@ class Pool:
         if found is None:
             if match.length:
                 source = self._best_state(node)
-            found = self._enter(namespace, node, match.length, request_id)
+            found = self._enter(namespace, node, match.length, request_id) or self._cut_down(node, request_id)
             if found is None:
                 return None
         else:
-            found.state = SequenceState.PREFILLING
-            found.request_id = request_id
-            self._run(found)
+            self._take_over(found, request_id)
         self._touch(found)
         self._count(namespace, source, match.length, len(prompt) - match.length)
         return found
@@ -235,7 +234,7 @@ class Pool:
             self._last_writer = None
         self._private_cells -= sequence.length
         del self.sequences[sequence.id]
-        heapq.heappush(self._free_ids, sequence.id)
+        heapq.heappush(self.free_ids, sequence.id)
         if reason is not None:
             self.evicted_cells[reason] += before - self.used_cells
 
@@ -272,7 +271,7 @@ class Pool:
         assert not self._journal, "a rebuild must not overtake operations"
         self.shape = shape
         self.compactions += 1
-        self._free_ids = [SeqId(i) for i in range(shape.n_seqs) if SeqId(i) not in self.sequences]
+        self.free_ids = [SeqId(i) for i in range(shape.n_seqs) if SeqId(i) not in self.sequences]
         for node in self.tree.nodes():
             node.breaks.clear()
         self._last_writer = None
@@ -293,39 +292,8 @@ class Pool:
     # Checks and pictures
 
     def check(self) -> None:
-        """Raises InvariantBroken when the conservation law does not hold. O(cells)."""
-        self.tree.check()
-        ids = sorted([*self._free_ids, *self.sequences])
-        if ids != list(range(self.shape.n_seqs)):
-            raise InvariantBroken(f"{self.shape.n_seqs} sequence ids, but free and live ones are {ids}")
-        expected: Counter[int] = Counter()
-        running: Counter[int] = Counter()
-        for sequence in self.sequences.values():
-            path = list(sequence.tail.path())
-            if sequence.tail.end != sequence.length:
-                raise InvariantBroken(f"{sequence!r} ends at {sequence.tail.end}")
-            for node in path:
-                expected[id(node)] += 1
-                running[id(node)] += not sequence.idle
-                if sequence not in node.holders:
-                    raise InvariantBroken(f"{sequence!r} runs through a node at {node.start} that does not know it")
-            if sequence.idle and self.cells_are_shared and len(sequence.tail.holders) != 1:
-                raise InvariantBroken(f"{sequence!r} is idle and holds nothing of its own")
-        for node in self.tree.nodes():
-            if len(node.holders) != expected[id(node)] or node.running != running[id(node)]:
-                raise InvariantBroken(f"the node at {node.start} counts {len(node.holders)} holders, {node.running} running")
-        self._check_counts()
-
-    def _check_counts(self) -> None:
-        private = sum(sequence.length for sequence in self.sequences.values())
-        if private != self._private_cells:
-            raise InvariantBroken(f"lengths add up to {private} tokens, counted {self._private_cells}")
-        if self.used_cells > self.shape.n_cells:
-            raise InvariantBroken(f"{self.used_cells} cells used of {self.shape.n_cells}")
-        locked = self.locked_cells
-        self._recount_locked()
-        if locked != self.locked_cells:
-            raise InvariantBroken(f"{locked} cells counted as locked, {self.locked_cells} are")
+        """Raises InvariantBroken when the conservation law does not hold. O(nodes and sequences)."""
+        check(self)
 
     def statistics(self) -> PoolStatistics:
         return draw(self)
@@ -383,13 +351,37 @@ class Pool:
         self._run(sequence)
         return sequence
 
+    def _take_over(self, sequence: Sequence, request_id: RequestId) -> None:
+        sequence.state = SequenceState.PREFILLING
+        sequence.request_id = request_id
+        self._run(sequence)
+
+    def _cut_down(self, node: Node[Sequence], request_id: RequestId) -> Sequence | None:
+        """No id is left but those of idle sequences that run on beyond `node`: one of them gives its tail and goes on."""
+        idle = [sequence for sequence in node.holders if sequence.idle]
+        if not idle or not self.cuttable:
+            return None
+        sequence = min(idle, key=lambda s: self._policy(_candidate(s)))
+        self._cut_back(sequence, node, "sequences")
+        self._take_over(sequence, request_id)
+        return sequence
+
+    def _cut_back(self, sequence: Sequence, node: Node[Sequence], reason: str) -> None:
+        """The idle sequence leaves everything below `node`, which is on its path."""
+        before = self.used_cells
+        self.tree.leave(sequence.tail, sequence, down_to=node)
+        self._private_cells -= sequence.length - node.end
+        sequence.tail, sequence.length = node, node.end
+        self._journal.append(Remove(sequence.id, node.end, None))
+        self.evicted_cells[reason] += before - self.used_cells
+
     def _take_id(self, keep: Sequence | None) -> SeqId | None:
-        if not self._free_ids:
+        if not self.free_ids:
             idle = [s for s in self.sequences.values() if s.idle and s is not keep]
             if not idle:
                 return None
             self.drop(min(idle, key=lambda s: self._policy(_candidate(s))), "sequences")
-        return heapq.heappop(self._free_ids)
+        return heapq.heappop(self.free_ids)
 
     def _append(self, sequence: Sequence, tokens: array[int], rejoin: bool = False) -> None:
         node, at, n = sequence.tail, 0, len(tokens)
@@ -471,24 +463,14 @@ class Pool:
         """Give back at least `n_cells` of an idle sequence's own cells, or all its own cells when it has fewer."""
         leaf = victim.tail
         n = max(n_cells, TRIM_TOKENS)
-        if not self.cells_are_shared or not self.cuttable:
-            self.drop(victim, reason)
-            return
-        if n < len(leaf):
-            self.tree.truncate(leaf, len(leaf) - n)
+        parent = leaf.parent
+        assert parent is not None
+        if self.cells_are_shared and n < len(leaf):
+            self._cut_back(victim, self.tree.split(leaf, len(leaf) - n), reason)
+        elif self.cells_are_shared and parent.parent is not None and len(parent.holders) == 1:
+            self._cut_back(victim, parent, reason)
         else:
-            n = len(leaf)
-            parent = leaf.parent
-            assert parent is not None
-            if parent.parent is None or len(parent.holders) > 1:
-                self.drop(victim, reason)
-                return
-            self.tree.leave(leaf, victim, down_to=parent)
-            victim.tail = parent
-        victim.length -= n
-        self._private_cells -= n
-        self._journal.append(Remove(victim.id, victim.length, None))
-        self.evicted_cells[reason] += n
+            self.drop(victim, reason)
 
     def _count(self, namespace: Namespace, source: str, hit: int, missed: int) -> None:
         if hit:

@@ -211,15 +211,6 @@ class RadixTree(Generic[H]):
                 self.n_tokens -= len(step)
         return left
 
-    def truncate(self, node: Node[H], offset: int) -> None:
-        """Drop a leaf's tokens from `offset` on (`0 < offset < len(node)`)."""
-        assert not node.children
-        assert 0 < offset < len(node)
-        self.n_tokens -= len(node) - offset
-        del node.tokens[offset:]
-        end = node.end
-        node.breaks = [p for p in node.breaks if p < end]
-
     def nodes(self, namespace: Namespace | None = None) -> Iterator[Node[H]]:
         """Every node but the roots, parents before children."""
         roots = self._roots.values() if namespace is None else [self.root(namespace)]

@@ -140,6 +140,19 @@ def test_sequence_ids_come_from_idle_sequences_and_then_not_at_all() -> None:
     assert pool.join(A, token_array([7, 8]), RequestId("x")) is None
 
 
+def test_the_only_idle_sequence_gives_its_tail_and_goes_on_from_the_common_prefix() -> None:
+    pool = make(n_seqs=1)
+    only = run(pool, PROMPT)
+    pool.finish(only)
+    pool.operations()
+    joined = pool.join(A, PROMPT[:30] + token_array([900]), RequestId("s"))
+    assert joined is only
+    assert joined.length == 30
+    assert pool.operations() == (Remove(only.id, 30, None),)
+    assert pool.used_cells == 30
+    pool.check()
+
+
 def test_a_swapped_sequence_comes_back_by_joining_what_is_live_and_restoring_the_rest() -> None:
     pool = make()
     keeper, swapped = run(pool, PROMPT), run(pool, PROMPT[:80] + token_array([700] * 20))
