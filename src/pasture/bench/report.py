@@ -88,7 +88,7 @@ def _figures_table(report: Report) -> Table:
     ours, *peers = report.best
     repeats = f", medians of {ours.runs} runs" if ours.runs > 1 else ""
     table = Table(title=report.title + repeats)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column(ours.label, justify="right")
     for peer in peers:
         table.add_column(peer.label, justify="right")

@@ -9,6 +9,7 @@ thread.
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
 from asyncio import CancelledError
 from dataclasses import fields, replace
@@ -47,6 +48,7 @@ from pasture.core.errors import PastureError
 CELL_MARGIN = 256
 """llama.cpp rounds a context up to a multiple of this"""
 
+_NOT_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 _WARM_UP = Chat("warm-up", ({"role": "system", "content": "~"}, {"role": "user", "content": "0123456789"}), 8)
 
 
@@ -133,7 +135,7 @@ class Bench:
 
     async def _once(self, system: System, workload: Workload, label: str, progress: Progress) -> Run:
         task = progress.add_task(label, total=workload.n_requests)
-        log = self._folder / f"{system.label.replace('/', '_').replace(' ', '-')}.log"
+        log = self._folder / f"{_NOT_A_NAME.sub('-', system.label).strip('-')}.log"
         async with running(system, log) as up:
             return await measure(up, workload, self._options, lambda _: progress.advance(task))
 
