@@ -50,7 +50,7 @@ class LayoutKeeper:
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step that has just run."""
         self._steps_since += 1
-        if self._moves and self._traffic is not None and plan.works:
+        if self._moves and self._traffic is not None and plan.works and result.decode_seconds > 0:
             self._advisor.observe(self._scheduler.pool.shape.layout, self._traffic, plan.n_tokens, result.decode_seconds)
 
     def target(self) -> Target | None:

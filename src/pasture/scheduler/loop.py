@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from pasture.core.errors import EngineError, InvariantBroken, PastureError
+from pasture.core.errors import EngineError, InvariantBroken, PastureError, ShuttingDown
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics
 from pasture.core.values import FinishReason, RequestId, StepPlan
@@ -57,7 +57,9 @@ class EngineLoop:
         return self._thread.is_alive() and not self._stopping
 
     def submit(self, task: Task) -> None:
-        self._post(task)
+        """Raises ShuttingDown when the thread has ended or is about to."""
+        if not self._post(task):
+            raise ShuttingDown("the server is shutting down; send the request to another one")
 
     def cancel(self, request_id: RequestId) -> None:
         self._post(request_id)
@@ -75,10 +77,13 @@ class EngineLoop:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _post(self, item: Task | RequestId) -> None:
+    def _post(self, item: Task | RequestId) -> bool:
         with self._wake:
+            if self._stopping:
+                return False
             self._inbox.append(item)
             self._wake.notify()
+            return True
 
     # On the engine thread
 
@@ -92,10 +97,11 @@ class EngineLoop:
             log.exception("the engine thread failed; every request is ended")
             raise
         finally:
+            with self._wake:
+                self._stopping = True  # from here on nothing is posted any more
             self._read_inbox()
             self._deliver(self._scheduler.end_all(FinishReason.CANCELLED))
             self._engine.close()
-            self._stopping = True
 
     def _read_inbox(self) -> None:
         while self._inbox:

@@ -43,6 +43,8 @@ HEADROOM_CELLS = 16
 """free cells a running request should find before another one starts or comes back"""
 MIN_GAIN_TOKENS = 8
 """waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
+MAX_FAILURES = 3
+"""in a row, alone in a step, before a request is given up"""
 MAX_ALONE_TOKENS = 256
 """in one step, for a request that is suspected of making the engine fail"""
 REPLY_GUESS_TOKENS = 64
@@ -340,6 +342,7 @@ class Scheduler:
                 rows += 1
             else:
                 prompt_tokens += len(work.tokens)
+            task.n_failures = 0
             self.pool.extend(sequence, task.tokens[work.start : work.start + len(work.tokens)])
             sample = result.samples.get(work.sequence)
             if sample is not None:
@@ -412,7 +415,7 @@ class Scheduler:
             self.pool.evict_idle("failure")
         if len(tasks) == 1:
             tasks[0].n_failures += 1
-        if len(tasks) == 1 and tasks[0].n_failures > 1:
+        if len(tasks) == 1 and tasks[0].n_failures >= MAX_FAILURES:
             self._suspects = [task for task in self._suspects if task is not tasks[0]]
             self._end(tasks[0], FinishReason.ERROR, EngineError("the engine could not compute this request"))
         elif not self._suspects:

@@ -90,9 +90,9 @@ class LocalService:
         channel = _Channel(asyncio.get_running_loop(), self._settings.max_unread_tokens)
         task = Task(request, time.monotonic(), channel.full)
         self._channels[task] = channel
-        self._loop.submit(task)
         ended = False
         try:
+            self._loop.submit(task)
             while not ended:
                 was_full = channel.full()
                 event = await channel.get()
@@ -128,7 +128,7 @@ class LocalService:
         self._loop.stop()
 
     def _admit(self, request: Request) -> None:
-        if self._draining or not self._loop.alive:
+        if self._draining:
             raise ShuttingDown("the server is shutting down; send the request to another one")
         if not request.prompt:
             raise RequestError("the prompt is empty: it needs at least one token", param="prompt")

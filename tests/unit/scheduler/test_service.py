@@ -1,0 +1,265 @@
+"""The service over the fake engine: sharing, limits, readers, endings."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from pasture.core.errors import DeadlineExceeded, EngineError, PromptTooLong, QueueFull, RequestError, ShuttingDown
+from pasture.core.values import (
+    Finish,
+    FinishReason,
+    Layout,
+    Outcome,
+    PoolShape,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+)
+from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.scheduler.service import LocalService
+from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+
+GREEDY = SamplingParams(temperature=0.0)
+SYSTEM = tuple(i % 250 for i in range(700))
+SHAPE = PoolShape(8192, 64)
+
+
+class GatedEngine(FakeEngine):
+    """Computes a step only when the test lets it."""
+
+    def __init__(self, shape: PoolShape) -> None:
+        super().__init__(shape)
+        self.broken = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.broken and plan.works:
+            raise EngineError("out of order")
+        return super().execute(plan)
+
+
+def request(name: str, prompt: tuple[int, ...], max_tokens: int = 8, **fields: float) -> Request:
+    return Request(RequestId(name), prompt, max_tokens, GREEDY, user=name, deadline_seconds=fields.get("deadline"))
+
+
+async def collect(service: LocalService, asked: Request) -> tuple[list[int], Finish]:
+    tokens: list[int] = []
+    async for event in service.generate(asked):
+        if event.token is not None:
+            tokens.append(event.token)
+        if event.finish is not None:
+            return tokens, event.finish
+    raise AssertionError("a stream without an end")
+
+
+@contextlib.contextmanager
+def served(engine: FakeEngine, **options: object) -> Iterator[LocalService]:
+    service = LocalService(engine, SchedulerSettings(check_invariants=True, **options))  # type: ignore[arg-type]
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+async def settled(service: LocalService) -> None:
+    """Wait until the engine thread has let go of everything."""
+    for _ in range(400):
+        pool, scheduler = service.statistics().pool, service.statistics().scheduler
+        if not (scheduler.waiting + scheduler.prefilling + scheduler.decoding + pool.running_cells):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"requests are left: {service.statistics()}")
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+async def test_a_prefix_that_many_ask_for_at_once_is_computed_once(staggered: bool) -> None:
+    engine = FakeEngine(SHAPE)
+    with served(engine) as service:
+
+        async def one(i: int) -> tuple[list[int], Finish]:
+            if staggered:
+                await asyncio.sleep(0.002 * i)
+            return await collect(service, request(f"user{i}", (*SYSTEM, 251, i)))
+
+        results = await asyncio.gather(*(one(i) for i in range(16)))
+    for i, (tokens, finish) in enumerate(results):
+        assert tokens == expected_reply((*SYSTEM, 251, i), 8, GREEDY)
+        assert finish.usage.prompt_tokens == 702
+    computed = sum(finish.usage.prompt_tokens - finish.usage.cached_tokens for _, finish in results)
+    assert computed <= 1.05 * (len(SYSTEM) + 2 * 16)
+
+
+async def test_the_next_turn_computes_only_what_is_new() -> None:
+    with served(FakeEngine(SHAPE)) as service:
+        reply, _ = await collect(service, request("first", SYSTEM))
+        _, finish = await collect(service, request("second", (*SYSTEM, *reply, 1, 2, 3)))
+    assert finish.usage.prompt_tokens - finish.usage.cached_tokens == 4  # the last reply token was never computed
+
+
+async def test_five_hundred_clients_that_vanish_leave_nothing_behind() -> None:
+    engine = FakeEngine(PoolShape(4096, 32))
+    with served(engine, max_waiting=1000) as service:
+        tasks_before = len(asyncio.all_tasks())
+
+        async def vanish(i: int) -> None:
+            stream = service.generate(request(f"v{i}", (*SYSTEM[: 50 + i % 300], i % 251), 400))
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with asyncio.timeout(0.001 * (i % 37)):
+                    async for _ in stream:
+                        if i % 5 == 0:
+                            break
+            await stream.aclose()
+
+        await asyncio.gather(*(vanish(i) for i in range(500)))
+        await settled(service)
+        statistics = service.statistics()
+        assert statistics.pool.running_cells == 0
+        assert all(sequence.request_id is None for sequence in statistics.pool.sequences)
+        assert len(asyncio.all_tasks()) == tasks_before
+        tokens, _ = await collect(service, request("last", SYSTEM))
+    assert tokens == expected_reply(SYSTEM, 8, GREEDY)
+
+
+async def test_four_times_more_requests_than_cells_all_finish_by_swapping() -> None:
+    engine = FakeEngine(PoolShape(512, 32))
+    with served(engine) as service:
+        asked = [request(f"u{i}", (i, *range(60)), 200) for i in range(8)]
+        results = await asyncio.gather(*(collect(service, r) for r in asked))
+        swaps = service.statistics().scheduler.swaps_total
+    assert swaps > 0
+    assert engine.n_computed < sum(61 + 200 for _ in asked) * 1.01
+    for r, (tokens, finish) in zip(asked, results, strict=True):
+        assert finish.reason is FinishReason.LENGTH
+        assert tokens == expected_reply(r.prompt, 200, GREEDY)
+
+
+async def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    with served(FakeEngine(PoolShape(512, 4))) as service:
+        with pytest.raises(PromptTooLong, match="can hold 512"):
+            await collect(service, request("big", tuple(range(250)) * 2, 100))
+        with pytest.raises(RequestError, match="empty"):
+            await collect(service, request("none", ()))
+
+
+async def test_streams_limit_the_length_and_auto_does_not() -> None:
+    long = request("long", tuple(range(200)), 100)
+    streams = FakeEngine(PoolShape(1024, 4, Layout.STREAMS))
+    with served(streams, layout=LayoutChoice.STREAMS) as service, pytest.raises(PromptTooLong, match="can hold 256"):
+        await collect(service, long)
+    with served(FakeEngine(PoolShape(1024, 4)), layout=LayoutChoice.AUTO) as service:
+        assert (await collect(service, long))[0] == expected_reply(long.prompt, 100, GREEDY)
+
+
+async def test_a_full_line_is_refused_with_a_time_to_come_back() -> None:
+    with served(FakeEngine(PoolShape(512, 1)), max_waiting=3) as service:
+        streams = [service.generate(request(f"u{i}", (i, 1, 2), 400)) for i in range(12)]
+        outcomes = await asyncio.gather(*(anext(stream) for stream in streams), return_exceptions=True)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, QueueFull)]
+        assert refused
+        assert all(1 <= refusal.retry_after_seconds <= 60 for refusal in refused)
+        assert service.statistics().scheduler.rejected_total == len(refused)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_a_deadline_ends_the_request() -> None:
+    with served(FakeEngine(SHAPE)) as service:
+        with pytest.raises(DeadlineExceeded, match="0 s"):
+            await collect(service, request("late", SYSTEM, deadline=0.0))
+        await settled(service)
+
+
+async def test_impossible_sampling_ends_only_that_request() -> None:
+    class Picky(FakeEngine):
+        def sampler(self, params: SamplingParams, prompt: object) -> object:  # type: ignore[override]
+            if params.top_k == 13:
+                raise RequestError("no thirteen", param="top_k")
+            return super().sampler(params, ())
+
+    with served(Picky(SHAPE)) as service:
+        bad = Request(RequestId("bad"), SYSTEM, 8, SamplingParams(top_k=13))
+        good, refused = await asyncio.gather(
+            collect(service, request("good", SYSTEM)), collect(service, bad), return_exceptions=True
+        )
+        assert isinstance(refused, RequestError)
+        assert not isinstance(good, BaseException)
+        assert good[0] == expected_reply(SYSTEM, 8, GREEDY)
+
+
+async def test_a_broken_engine_ends_what_runs_and_serves_again() -> None:
+    engine = GatedEngine(SHAPE)
+    with served(engine) as service:
+        engine.broken = True
+        _, finish = await collect(service, request("hit", SYSTEM))
+        assert finish.reason is FinishReason.ERROR
+        engine.broken = False
+        tokens, _ = await collect(service, request("next", SYSTEM))
+        assert tokens == expected_reply(SYSTEM, 8, GREEDY)
+
+
+async def test_a_failed_decode_is_tried_again() -> None:
+    engine = FakeEngine(SHAPE)
+    engine.fail_next(Outcome.FAILED, Outcome.NO_ROOM)
+    with served(engine) as service:
+        results = await asyncio.gather(*(collect(service, request(f"u{i}", (*SYSTEM, i))) for i in range(4)))
+    assert [tokens for tokens, _ in results] == [expected_reply((*SYSTEM, i), 8, GREEDY) for i in range(4)]
+
+
+async def test_a_slow_reader_is_paused_and_loses_nothing() -> None:
+    with served(FakeEngine(SHAPE), max_unread_tokens=4) as service:
+        tokens = []
+        async for event in service.generate(request("slow", SYSTEM, 60)):
+            if event.token is not None:
+                tokens.append(event.token)
+            await asyncio.sleep(0.001)
+    assert tokens == expected_reply(SYSTEM, 60, GREEDY)
+
+
+async def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
+    with served(FakeEngine(SHAPE)) as service:
+        stream = service.generate(request("running", SYSTEM, 200))
+        await anext(stream)
+        draining = asyncio.create_task(service.drain())
+        await asyncio.sleep(0)
+        assert not service.ready
+        with pytest.raises(ShuttingDown):
+            await collect(service, request("new", SYSTEM))
+        rest = [event async for event in stream]
+        await draining
+    assert rest[-1].finish is not None
+    assert rest[-1].finish.reason is FinishReason.LENGTH
+
+
+async def test_close_cancels_what_runs_and_frees_the_engine() -> None:
+    engine = FakeEngine(SHAPE)
+    service = LocalService(engine)
+    stream = service.generate(request("running", SYSTEM, 5000))
+    await anext(stream)
+    service.close()
+    rest = [event async for event in stream]
+    assert rest[-1].finish is not None
+    assert rest[-1].finish.reason is FinishReason.CANCELLED
+    assert engine.closed
+    with pytest.raises(ShuttingDown):
+        await collect(service, request("late", SYSTEM))
+
+
+async def test_sharing_off_computes_everything() -> None:
+    engine = FakeEngine(SHAPE)
+    with served(engine, share_prefix=False) as service:
+        results = await asyncio.gather(*(collect(service, request(f"u{i}", (*SYSTEM, i))) for i in range(3)))
+    assert all(finish.usage.cached_tokens == 0 for _, finish in results)
+    assert [tokens for tokens, _ in results] == [expected_reply((*SYSTEM, i), 8, GREEDY) for i in range(3)]
+
+
+async def test_max_tokens_zero_only_warms_the_cache() -> None:
+    with served(FakeEngine(SHAPE)) as service:
+        tokens, finish = await collect(service, request("warm", SYSTEM, 0))
+        assert (tokens, finish.reason) == ([], FinishReason.LENGTH)
+        _, finish = await collect(service, request("user", (*SYSTEM, 5)))
+        assert finish.usage.cached_tokens == len(SYSTEM)
