@@ -160,6 +160,10 @@ class PoolShape:
     layout: Layout = Layout.UNIFIED
     n_batch: int = 2048
     """tokens in one step, at most"""
+    tile_tokens: int = 1
+    """from this many tokens in a step on, attention is computed in tiles, which may be several times cheaper a token"""
+    can_pad: bool = False
+    """whether the engine can fill a step up to a tile with rows that nobody reads (`StepPlan.pad_to`)"""
 
     @property
     def cells_per_sequence(self) -> int:
@@ -261,6 +265,8 @@ class StepPlan:
 
     operations: tuple[CellOperation, ...]
     works: tuple[Work, ...]
+    pad_to: int = 0
+    """fill the batch up to this many rows; they take free cells for the length of the step"""
 
     @property
     def n_tokens(self) -> int:

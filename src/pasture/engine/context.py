@@ -22,7 +22,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ from pasture.engine.bindings import KV_TYPES, MAX_SEQUENCES, lib
 from pasture.engine.model import Model
 from pasture.engine.settings import CELL_PADDING, EngineSettings, default_threads
 
+CPU_TILE_TOKENS = 64
+"""ggml's GGML_FA_TILE_Q: with fewer query rows each row walks over the cells alone"""
 _FULL_STATE = 0
 WINDOW_STATE_ONLY = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: of a sliding-window model, the window's cache alone"""
@@ -67,6 +69,12 @@ def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, *, n_hidde
     return PoolShape(n_cells=n_cells, n_seqs=n_seqs, layout=layout, n_batch=min(settings.n_batch, n_cells))
 
 
+def _tiles_on_cpu(settings: EngineSettings) -> bool:
+    """Whether attention runs on the CPU in types that its tiled kernel takes (ggml-cpu/ops.cpp, flash_attn_ext)."""
+    on_gpu = settings.n_gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
+    return not on_gpu and settings.flash_attn and settings.type_k == settings.type_v and settings.type_k in ("f16", "f32")
+
+
 def max_sequences(model: Model, layout: Layout) -> int:
     """How many sequences a context of this layout can offer."""
     if layout is Layout.STREAMS or not model.info.shareable:
@@ -84,6 +92,11 @@ class Context:
         self.shape = plan_shape(settings, layout, n_seqs, n_hidden=n_hidden)
         self.n_streams = 1 if layout is Layout.UNIFIED else n_seqs
         self.scratch = n_seqs + n_hidden - 1 if has_scratch else None
+        self.shape = replace(
+            self.shape,
+            tile_tokens=CPU_TILE_TOKENS if _tiles_on_cpu(settings) else 1,
+            can_pad=has_scratch and not self.is_guarded,
+        )
         self._n_vocab = model.vocabulary.n_tokens
         with bindings.library_log.errors() as reasons:
             params = self._params(settings, n_seqs + n_hidden)
@@ -140,8 +153,12 @@ class Context:
 
     # Decoding
 
-    def decode(self, pieces: Sequence[Piece]) -> tuple[int, float]:
-        """Run one batch of at most `shape.n_batch` tokens: llama_decode's return code and the seconds inside it."""
+    def decode(self, pieces: Sequence[Piece], pad_to: int = 0) -> tuple[int, float]:
+        """Run one batch of at most `shape.n_batch` tokens: llama_decode's return code and the seconds inside it.
+
+        With fewer than `pad_to` tokens the scratch sequence fills the batch, and is emptied again: its rows see only
+        themselves, and nobody sees them.
+        """
         end = 0
         for piece in pieces:
             begin, end = end, end + len(piece.tokens)
@@ -157,11 +174,23 @@ class Context:
                 self._seq[begin:end, 1] = self._guard(piece.sequence)
             if piece.wants_logits:
                 self._wanted[end - 1] = 1
-        self._batch.n_tokens = end
+        pads = self.scratch if self.shape.can_pad and end < pad_to else None
+        if pads is not None:
+            self._pad(pads, end, pad_to)
+        self._batch.n_tokens = end if pads is None else pad_to
         began = time.perf_counter()
         code = int(lib.llama_decode(self._handle, self._batch))
         lib.llama_synchronize(self._handle)
-        return code, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if pads is not None:
+            self.remove(pads)
+        return code, seconds
+
+    def _pad(self, sequence: int, begin: int, end: int) -> None:
+        self._token[begin:end] = 0
+        self._pos[begin:end] = np.arange(end - begin)
+        self._seq[begin:end, 0] = sequence
+        self._wanted[begin:end] = 0
 
     def logits(self, n_rows: int) -> NDArray[np.float32]:
         """The wanted rows of the last decode in batch order, `(n_rows, n_vocab) float32`, valid until the next decode."""

@@ -11,7 +11,7 @@ partial failure on demand (`fail_next`). Where llama.cpp would abort the process
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pasture.core.errors import DoesNotFit, EngineError
 from pasture.core.ports import Vocabulary
@@ -166,7 +166,7 @@ class FakeEngine:
             raise EngineError(f"{plan.n_tokens} tokens in a batch of {self._shape.n_batch}")
         lost: set[SeqId] = set()
         outcome = self._decodes_to_fail.pop(0) if plan.works and self._decodes_to_fail else Outcome.DONE
-        if outcome is Outcome.DONE and not self._fits(plan.works):
+        if outcome is Outcome.DONE and not self._fits(plan.works, plan.pad_to):
             outcome = Outcome.NO_ROOM
         if outcome is Outcome.FAILED:
             for work in plan.works[: len(plan.works) // 2 + 1]:  # a part was computed, then cut back
@@ -183,7 +183,7 @@ class FakeEngine:
         return StepResult(Outcome.DONE, samples, saved, 0.0)
 
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int) -> PoolShape:
-        shape = PoolShape(self._shape.n_cells, n_seqs, layout, self._shape.n_batch)
+        shape = replace(self._shape, n_seqs=n_seqs, layout=layout)
         kept: dict[SeqId, list[Cell]] = {}
         for segment in segments:
             cells = self._cells[segment.holders[0]][segment.p0 : segment.p1]
@@ -288,11 +288,12 @@ class FakeEngine:
             if not self._refs[id(cell)]:
                 del self._refs[id(cell)]
 
-    def _fits(self, works: Sequence[Work]) -> bool:
+    def _fits(self, works: Sequence[Work], pad_to: int) -> bool:
         if self._shape.layout is Layout.STREAMS:
             limit = self._shape.cells_per_sequence
             return all(work.start + len(work.tokens) <= limit for work in works)
-        return len(self._refs) + sum(len(work.tokens) for work in works) <= self._shape.n_cells
+        n_rows = max(sum(len(work.tokens) for work in works), pad_to if works else 0)
+        return len(self._refs) + n_rows <= self._shape.n_cells
 
     def _compute(self, work: Work) -> Sample | None:
         cells = self._cells.setdefault(work.sequence, [])

@@ -95,7 +95,7 @@ class LlamaEngine:
         rows: list[NDArray[np.float32]] = []
         batches = list(_batches(plan, self.shape.n_batch))
         for batch in batches:
-            code, seconds = self._context.decode(batch)
+            code, seconds = self._context.decode(batch, plan.pad_to)
             decode_seconds += seconds
             if code != _DECODED:
                 return self._failure(code, plan.works, saved, decode_seconds)

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 from pasture.core.values import Layout, PoolShape
 
-BASE, ATTEND, MASK, COPY = 3500.0, 3.1, 0.52, 1.7
+BASE, ATTEND, MASK, COPY = 3500.0, 13.0, 0.45, 1.7
 """microseconds a row and a row and cell: SmolLM2-135M Q4_1 on two cores"""
 GAIN = 0.12
-"""a move must promise this much of the row's time"""
+"""a move to streams must promise this much of a row's time"""
+LOSS = 0.03
+"""streams that cost this much more than the unified layout would are left"""
 SETTLE_STEPS = 24
 """steps on either side of a move that are compared; also the least between two moves"""
 SPARE = 1.25
@@ -99,7 +101,7 @@ class LayoutAdvisor:
         gain = self._gain_of_streams(traffic)
         if shape.layout is Layout.UNIFIED and streams is not None and gain > GAIN:
             return streams
-        if shape.layout is Layout.STREAMS and gain < -GAIN:
+        if shape.layout is Layout.STREAMS and gain < -LOSS:
             return home
         return None
 

@@ -33,7 +33,7 @@ from pasture.core.values import (
 from pasture.kv.eviction import POLICIES
 from pasture.kv.pool import Pool
 from pasture.scheduler.accounts import Accounts
-from pasture.scheduler.budget import PrefillBudget
+from pasture.scheduler.costs import Load, StepCosts
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.promises import Promises
 from pasture.scheduler.settings import SchedulerSettings
@@ -67,7 +67,7 @@ class Scheduler:
         self.running: dict[RequestId, Task] = {}
         """tasks with a sequence"""
         self.swapped: dict[RequestId, Task] = {}
-        self.budget = PrefillBudget(settings.itl_target_seconds, engine.shape.n_batch)
+        self.costs = StepCosts(settings.itl_target_seconds)
         self.accounts = Accounts()
         self._engine = engine
         self._clock = clock
@@ -106,7 +106,8 @@ class Scheduler:
         self._planned = []
         works = [self._work(task, 1) for task in self._streams()]
         self._resume(len(works))
-        self._budget_tokens = min(self.budget.tokens(len(works)), self.pool.shape.n_batch - len(works))
+        row_cells = sum(work.start for work in works)
+        self._budget_tokens = self.costs.prompt_tokens(self.pool.shape, len(works), row_cells, self.pool.used_cells)
         self._fill(works, self._budget_tokens)
         if not works and any(not task.paused for task in self.running.values()):
             self._unjam(works)
@@ -121,7 +122,17 @@ class Scheduler:
         n_tokens = sum(len(work.tokens) for work in works)
         if n_tokens and not self.pool.make_room(n_tokens):
             raise InvariantBroken(f"a step of {n_tokens} tokens was planned, and they do not fit")
-        return StepPlan(self.pool.operations(), tuple(works))
+        pad_to = self.costs.padding(self.pool.shape, self._load(works))
+        if pad_to and not self.pool.make_room(pad_to):
+            pad_to = 0
+        return StepPlan(self.pool.operations(), tuple(works), pad_to)
+
+    def _load(self, works: list[Work]) -> Load:
+        decoding = [task.decoding for task in self._planned]
+        lengths = [len(work.tokens) for work in works]
+        rows = sum(decoding)
+        attended = sum(work.start * n + n * n // 2 for work, n in zip(works, lengths, strict=True))
+        return Load(rows, sum(lengths) - rows, attended, self.pool.used_cells)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delivery]:
         """Book a step's result; returns what readers get, in order."""
@@ -334,14 +345,13 @@ class Scheduler:
 
     def _book(self, plan: StepPlan, result: StepResult) -> None:
         now = self._clock()
-        rows = prompt_tokens = 0
+        load = self._load(list(plan.works))
+        if plan.works and result.decode_seconds > 0:
+            self.costs.observe(self.pool.shape, load, plan.pad_to, result.decode_seconds)
+        self.accounts.computed_tokens += load.prompt_tokens
         for task, work in zip(self._planned, plan.works, strict=True):
             sequence = task.sequence
             assert sequence is not None
-            if task.decoding:
-                rows += 1
-            else:
-                prompt_tokens += len(work.tokens)
             task.n_failures = 0
             self.pool.extend(sequence, task.tokens[work.start : work.start + len(work.tokens)])
             sample = result.samples.get(work.sequence)
@@ -349,9 +359,6 @@ class Scheduler:
                 self._draw(task, sample.token, TokenEvent(sample.token, sample.logprobs), now)
             elif task.remaining == 0:
                 self._end(task, FinishReason.LENGTH)  # max_tokens=0: only the prompt was wanted
-        self.accounts.computed_tokens += prompt_tokens
-        if plan.works and result.decode_seconds > 0:
-            self.budget.observe(rows, prompt_tokens, result.decode_seconds)
 
     def _draw(self, task: Task, token: int, event: TokenEvent, now: float) -> None:
         request = task.request
@@ -471,7 +478,7 @@ class Scheduler:
             decode_seconds_total=accounts.decode_seconds,
             sample_seconds_total=accounts.sample_seconds,
             prefill_budget_tokens=self._budget_tokens,
-            prefill_tokens_per_second=self.budget.tokens_per_second,
+            prefill_tokens_per_second=self.costs.tokens_per_second(self.pool.shape, self.pool.used_cells),
             layout_moves_total=accounts.layout_moves,
             invariant_failures_total=accounts.invariant_failures,
         )

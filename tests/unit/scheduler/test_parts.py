@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from pasture.core.values import Layout, PoolShape, Request, RequestId, SamplingParams
-from pasture.scheduler.budget import PrefillBudget
+from pasture.scheduler.costs import Load, StepCosts
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.layout import SETTLE_STEPS, LayoutAdvisor, Target, Traffic
 from pasture.scheduler.task import Task
@@ -83,30 +83,60 @@ def test_removing_a_cancelled_task_leaves_the_others() -> None:
         queue.remove(one)
 
 
-def learnt(target: float, base: float, per_row: float, per_token: float) -> PrefillBudget:
-    budget = PrefillBudget(target, 2048)
-    for i in range(200):
-        rows, tokens = i % 17, (i * 37) % 200
-        budget.observe(rows, tokens, base + per_row * rows + per_token * tokens)
-    return budget
+UNIFIED = PoolShape(32768, 64, tile_tokens=64, can_pad=True)
 
 
-def test_the_budget_learns_what_a_step_costs_and_fills_the_target() -> None:
-    budget = learnt(0.2, 0.02, 0.005, 0.003)
-    assert budget.tokens_per_second == pytest.approx(1 / 0.003, rel=0.05)
-    assert budget.tokens(16) == pytest.approx((0.2 - 0.02 - 0.08) / 0.003, abs=4)
+def seconds(load: Load, n_rows: int) -> float:
+    """A machine with a cliff at 64 rows."""
+    if n_rows < 64:
+        return 0.01 + 0.004 * n_rows + 13e-6 * load.attended_cells
+    return 0.01 + 0.004 * n_rows + 20e-6 * -(-n_rows // 64) * load.used_cells
 
 
-def test_prefill_never_stops_and_never_exceeds_the_batch() -> None:
-    assert learnt(0.05, 0.02, 0.005, 0.003).tokens(16) == 32
-    assert learnt(10.0, 0.02, 0.005, 0.0001).tokens(16) == 2048 - 16
+def learnt(target: float = 0.2) -> StepCosts:
+    costs = StepCosts(target)
+    for i in range(300):
+        load = Load(i % 17, (i * 37) % 200, 1000 * ((i * 7) % 30 + 1), 1000 + (i * 131) % 4000)
+        if load.n_tokens:
+            costs.observe(UNIFIED, load, 0, seconds(load, load.n_tokens))
+    return costs
+
+
+def test_costs_are_learnt_on_both_sides_of_the_cliff() -> None:
+    costs = learnt()
+    for load in (Load(16, 0, 16_000, 2000), Load(16, 100, 116_000, 2000), Load(0, 640, 300_000, 4000)):
+        assert costs.expected_seconds(UNIFIED, load) == pytest.approx(seconds(load, load.n_tokens), rel=0.15)
+
+
+def test_prompts_bring_a_step_up_to_a_tile_and_no_further_than_the_target() -> None:
+    costs = learnt()
+    assert costs.prompt_tokens(UNIFIED, 16, 16_000, 2000) == 48
+    assert learnt(2.0).prompt_tokens(UNIFIED, 16, 16_000, 2000) > 200
+    assert costs.prompt_tokens(PoolShape(1000, 4, n_batch=20, tile_tokens=64), 16, 1000, 2000) == 4
+
+
+def test_a_step_is_filled_up_where_that_is_cheaper() -> None:
+    costs = learnt()
+    assert costs.padding(UNIFIED, Load(40, 0, 60_000, 2000)) == 64
+    assert costs.padding(UNIFIED, Load(2, 0, 200, 2000)) == 0
+    assert costs.padding(PoolShape(1000, 4, tile_tokens=64), Load(40, 0, 60_000, 2000)) == 0
 
 
 def test_one_stalled_step_does_not_spoil_what_was_learnt() -> None:
-    budget = learnt(0.2, 0.02, 0.005, 0.003)
-    before = budget.tokens(8)
-    budget.observe(8, 20, 30.0)
-    assert budget.tokens(8) > before * 0.3
+    costs = learnt()
+    load = Load(16, 0, 16_000, 2000)
+    before = costs.expected_seconds(UNIFIED, load)
+    costs.observe(UNIFIED, load, 0, 30.0)
+    assert costs.expected_seconds(UNIFIED, load) < before * 2.5
+
+
+def test_without_a_cliff_the_target_alone_decides() -> None:
+    shape = PoolShape(32768, 64)
+    costs = StepCosts(0.2)
+    for i in range(200):
+        load = Load(i % 17, (i * 37) % 400, 0, 2000)
+        costs.observe(shape, load, 0, 0.02 + 0.001 * load.n_tokens)
+    assert costs.prompt_tokens(shape, 16, 0, 2000) == pytest.approx(164, abs=40)
 
 
 def traffic(rows: int, shared: int, own: int, n_ids: int = 0, longest: int = 0) -> Traffic:

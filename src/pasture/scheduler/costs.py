@@ -1,0 +1,127 @@
+"""What a step costs on this machine, learnt from every step, and what follows: how much prefill a step may take, and whether
+to fill it up.
+
+A step's cost is linear in what it does, but with different coefficients in different regimes:
+
+    row by row   fewer rows than a tile: each row walks over the cells it attends to, and skips the others
+    tiled        a tile of rows (64 on CPUs) or more: attention is a matrix product over the used cells, several times
+                 cheaper a row
+    streams      decode rows row by row, prompts in a micro-batch of their own
+
+So a prompt's chunk should bring the step up to a full tile, and a step that falls somewhat short of one is cheaper filled up
+with rows that nobody reads. On a backend without the cliff (`tile_tokens` 1) everything is the tiled regime. Coefficients are
+fitted by recursive least squares with forgetting; the start values are a CPU's. Knows no clock and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pasture.core.values import Layout, PoolShape
+
+FORGETTING = 0.98
+MIN_PROMPT_TOKENS = 32
+"""prefill never stops altogether: a full house of streams must not shut out newcomers"""
+QUIET_FACTOR = 2.5
+"""a step without streams may take this many targets: long enough to compute well, short enough to let newcomers in"""
+PAD_GAIN = 0.9
+"""filling up must promise to take at most this share of the time"""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one step computes."""
+
+    rows: int
+    """streams, one token each"""
+    prompt_tokens: int
+    attended_cells: int
+    """sum over all rows and prompt tokens of the cells before each"""
+    used_cells: int
+    """of the pool, which the tiled kernel walks over"""
+
+    @property
+    def n_tokens(self) -> int:
+        return self.rows + self.prompt_tokens
+
+
+class _Linear:
+    """Recursive least squares with forgetting; coefficients never below zero."""
+
+    def __init__(self, start: Iterable[float], spread: Iterable[float]) -> None:
+        self._weights = np.array(list(start))
+        self._covariance = np.diag(np.square(list(spread)))
+        self._n_seen = 0
+
+    def predict(self, features: Iterable[float]) -> float:
+        return float(np.dot(self._weights, list(features)))
+
+    def learn(self, features: Iterable[float], seconds: float) -> None:
+        """Far outliers (a machine that stalled) are drawn in before they are learnt from."""
+        x = np.array(list(features))
+        expected = float(x @ self._weights)
+        if self._n_seen > 8 and expected > 0:
+            seconds = min(max(seconds, expected / 3), expected * 3)
+        noise = (0.1 * max(expected, 0.01)) ** 2
+        gain = self._covariance @ x / (FORGETTING * noise + x @ self._covariance @ x)
+        self._weights = np.maximum(self._weights + gain * (seconds - expected), 1e-7)
+        covariance = (self._covariance - np.outer(gain, x @ self._covariance)) / FORGETTING
+        self._covariance = np.clip((covariance + covariance.T) / 2, -1e-2, 1e-2)
+        self._n_seen += 1
+
+
+class StepCosts:
+    def __init__(self, itl_target_seconds: float) -> None:
+        self._target = itl_target_seconds
+        self._row_by_row = _Linear([0.008, 0.0035, 0.005], [0.01, 0.003, 0.01])
+        self._tiled = _Linear([0.008, 0.0035, 0.02], [0.01, 0.003, 0.02])
+        self._streams = _Linear([0.008, 0.0035, 0.0035, 0.005], [0.01, 0.003, 0.003, 0.01])
+
+    def observe(self, shape: PoolShape, load: Load, pad_to: int, seconds: float) -> None:
+        """One step's measured seconds."""
+        model, features = self._regime(shape, load, max(load.n_tokens, pad_to))
+        model.learn(features, seconds)
+
+    def expected_seconds(self, shape: PoolShape, load: Load, pad_to: int = 0) -> float:
+        model, features = self._regime(shape, load, max(load.n_tokens, pad_to))
+        return model.predict(features)
+
+    def padding(self, shape: PoolShape, load: Load) -> int:
+        """Rows to fill the step up to; 0 where that does not pay."""
+        if not shape.can_pad or shape.layout is not Layout.UNIFIED or not 1 < load.n_tokens < shape.tile_tokens:
+            return 0
+        filled = self.expected_seconds(shape, load, shape.tile_tokens)
+        return shape.tile_tokens if filled < self.expected_seconds(shape, load) * PAD_GAIN else 0
+
+    def prompt_tokens(self, shape: PoolShape, rows: int, row_cells: int, used_cells: int) -> int:
+        """How many prompt tokens a step with `rows` streams, which attend to `row_cells`, should take."""
+        target = self._target if rows else self._target * QUIET_FACTOR
+        if shape.layout is Layout.STREAMS:
+            least = shape.tile_tokens + 1 if shape.tile_tokens > 1 else MIN_PROMPT_TOKENS
+            step = least
+        else:
+            least = max(MIN_PROMPT_TOKENS, shape.tile_tokens - rows)
+            step = shape.tile_tokens if shape.tile_tokens > 1 else MIN_PROMPT_TOKENS
+        tokens = least
+        while tokens + step <= shape.n_batch - rows:
+            load = Load(rows, tokens + step, row_cells, used_cells + tokens + step)
+            if self.expected_seconds(shape, load) > target:
+                break
+            tokens += step
+        return max(0, min(tokens, shape.n_batch - rows))
+
+    def tokens_per_second(self, shape: PoolShape, used_cells: int) -> float:
+        """Prefill rate of a quiet server, as learnt so far."""
+        n = 4 * shape.tile_tokens if shape.tile_tokens > 1 else 256
+        return n / max(1e-6, self.expected_seconds(shape, Load(0, n, 0, used_cells + n)))
+
+    def _regime(self, shape: PoolShape, load: Load, n_rows: int) -> tuple[_Linear, tuple[float, ...]]:
+        if shape.layout is Layout.STREAMS:
+            return self._streams, (1.0, load.rows, load.prompt_tokens, load.attended_cells / 1000)
+        if n_rows < shape.tile_tokens:
+            return self._row_by_row, (1.0, n_rows, load.attended_cells / 1000)
+        tiles = -(-n_rows // shape.tile_tokens) if shape.tile_tokens > 1 else n_rows / 64
+        return self._tiled, (1.0, n_rows, tiles * load.used_cells / 1000)
