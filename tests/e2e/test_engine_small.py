@@ -21,6 +21,8 @@ from tests.engine_support import GREEDY, Hand, open_small
 from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
 
 TOLERANCE = 2e-3
+OTHER_KERNEL = 1e-2
+"""a full tile is summed in f32, single rows in f16"""
 TOKENS = [3 + (i * 37) % (N_VOCAB - 3) for i in range(200)]
 LAYOUTS = [Layout.UNIFIED, Layout.STREAMS]
 
@@ -219,6 +221,30 @@ def test_sequence_ids_are_capped(models: Path, name: str, expected: int) -> None
     engine.close()
 
 
+@pytest.mark.parametrize("layout", list(Layout))
+def test_padding_is_read_by_nobody_and_leaves_nothing(models: Path, layout: Layout) -> None:
+    engine = open_small(models / "llama.gguf", n_cells=1024)
+    engine.rebuild([], layout, 4)
+    hand = Hand(engine)
+    hand.feed(0, [5, 6, 7, 8], 0)
+    expected = hand.look(0, [9, 10, 11], 4)
+    hand.remove(0, 4)
+    pads = 60 if layout is Layout.STREAMS else 0
+    work = Work(SeqId(0), [9, 10, 11], 4, engine.sampler(GREEDY, []), engine.model.n_vocab, pads)
+    result = engine.execute(StepPlan((), (work,), 0 if pads else 64))
+    logprobs = result.samples[SeqId(0)].logprobs
+    assert logprobs is not None
+    found = np.array([dict(logprobs.top)[token] for token in range(engine.model.n_vocab)])
+    assert np.abs(found - expected).max() < OTHER_KERNEL
+    after = hand.look(0, [12], 7)
+    hand.feed(1, [5, 6, 7, 8], 0)
+    hand.feed(1, [9, 10, 11], 4)
+    assert np.abs(after - hand.look(1, [12], 7)).max() < OTHER_KERNEL
+    hand.remove(1, 0)
+    hand.feed(1, [1] * 200, 0)
+    engine.close()
+
+
 def test_no_room_changes_nothing(hand: Hand) -> None:
     room = hand.engine.shape.cells_per_sequence
     expected = cold(hand, TOKENS, TOKENS[:5])
@@ -254,7 +280,7 @@ def test_a_failure_in_the_middle_is_undone(hand: Hand, monkeypatch: pytest.Monke
     decode = context.decode
     calls = iter([False, True, False])
 
-    def fail_second(pieces: list[Piece]) -> tuple[int, float]:
+    def fail_second(pieces: list[Piece], pad_to: int = 0) -> tuple[int, float]:
         done, seconds = decode(pieces)
         return (code, seconds) if next(calls) else (done, seconds)
 
@@ -327,7 +353,7 @@ def test_a_state_that_cannot_be_cut_back_is_lost(state_engine: LlamaEngine, monk
     hand.feed(0, TOKENS[:30], 0)
     context = state_engine._context
     decode = context.decode
-    monkeypatch.setattr(context, "decode", lambda pieces: (2, decode(pieces)[1]))
+    monkeypatch.setattr(context, "decode", lambda pieces, pad_to=0: (2, decode(pieces)[1]))
     result = state_engine.execute(StepPlan((), (Work(SeqId(0), [5, 6], 30, None), Work(SeqId(1), [5], 0, None))))
     assert result.outcome is Outcome.FAILED
     assert result.lost == {SeqId(0)}

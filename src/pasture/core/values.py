@@ -163,7 +163,7 @@ class PoolShape:
     tile_tokens: int = 1
     """from this many tokens in a step on, attention is computed in tiles, which may be several times cheaper a token"""
     can_pad: bool = False
-    """whether the engine can fill a step up to a tile with rows that nobody reads (`StepPlan.pad_to`)"""
+    """whether the engine can fill up to a tile with rows that nobody reads: a step (unified), or a work (streams)"""
 
     @property
     def cells_per_sequence(self) -> int:
@@ -257,6 +257,8 @@ class Work:
     sampler: Sampler | None
     """draws a token after the last of `tokens`; None: the prompt goes on in a later step"""
     n_logprobs: int | None = None
+    pad_tokens: int = 0
+    """computed behind `tokens` for the shape of the micro-batch, read by nobody and removed again; streams layout only"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +268,7 @@ class StepPlan:
     operations: tuple[CellOperation, ...]
     works: tuple[Work, ...]
     pad_to: int = 0
-    """fill the batch up to this many rows; they take free cells for the length of the step"""
+    """fill the batch up to this many rows, which take free cells for the length of the step; unified layout only"""
 
     @property
     def n_tokens(self) -> int:

@@ -50,6 +50,8 @@ class Piece:
     tokens: Sequence[int]
     start: int
     wants_logits: bool
+    n_pads: int = 0
+    """further tokens at the positions behind, removed again after the decode"""
 
 
 def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, *, n_hidden: int) -> PoolShape:
@@ -95,7 +97,7 @@ class Context:
         self.shape = replace(
             self.shape,
             tile_tokens=CPU_TILE_TOKENS if _tiles_on_cpu(settings) else 1,
-            can_pad=has_scratch and not self.is_guarded,
+            can_pad=model.info.shareable and model.window_tokens == 0,
         )
         self._n_vocab = model.vocabulary.n_tokens
         with bindings.library_log.errors() as reasons:
@@ -160,6 +162,7 @@ class Context:
         themselves, and nobody sees them.
         """
         end = 0
+        padded = [piece for piece in pieces if piece.n_pads]
         for piece in pieces:
             begin, end = end, end + len(piece.tokens)
             self._wanted[begin:end] = 0
@@ -174,9 +177,12 @@ class Context:
                 self._seq[begin:end, 1] = self._guard(piece.sequence)
             if piece.wants_logits:
                 self._wanted[end - 1] = 1
-        pads = self.scratch if self.shape.can_pad and end < pad_to else None
+            if piece.n_pads:
+                self._pad(piece.sequence, piece.start + end - begin, end, end + piece.n_pads)
+                end += piece.n_pads
+        pads = self.scratch if end < pad_to else None
         if pads is not None:
-            self._pad(pads, end, pad_to)
+            self._pad(pads, 0, end, pad_to)
         self._batch.n_tokens = end if pads is None else pad_to
         began = time.perf_counter()
         code = int(lib.llama_decode(self._handle, self._batch))
@@ -184,11 +190,13 @@ class Context:
         seconds = time.perf_counter() - began
         if pads is not None:
             self.remove(pads)
+        for piece in padded:
+            self.remove(piece.sequence, piece.start + len(piece.tokens))
         return code, seconds
 
-    def _pad(self, sequence: int, begin: int, end: int) -> None:
+    def _pad(self, sequence: int, position: int, begin: int, end: int) -> None:
         self._token[begin:end] = 0
-        self._pos[begin:end] = np.arange(end - begin)
+        self._pos[begin:end] = np.arange(position, position + end - begin)
         self._seq[begin:end, 0] = sequence
         self._wanted[begin:end] = 0
 

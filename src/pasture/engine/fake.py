@@ -291,7 +291,7 @@ class FakeEngine:
     def _fits(self, works: Sequence[Work], pad_to: int) -> bool:
         if self._shape.layout is Layout.STREAMS:
             limit = self._shape.cells_per_sequence
-            return all(work.start + len(work.tokens) <= limit for work in works)
+            return all(work.start + len(work.tokens) + work.pad_tokens <= limit for work in works)
         n_rows = max(sum(len(work.tokens) for work in works), pad_to if works else 0)
         return len(self._refs) + n_rows <= self._shape.n_cells
 

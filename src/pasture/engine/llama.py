@@ -212,7 +212,8 @@ def _batches(plan: StepPlan, n_batch: int) -> Iterator[list[Piece]]:
             count = min(room, n_tokens - done)
             tokens = work.tokens if count == n_tokens else work.tokens[done : done + count]
             wants_logits = work.sampler is not None and done + count == n_tokens
-            batch.append(Piece(work.sequence, tokens, work.start + done, wants_logits))
+            n_pads = work.pad_tokens if count == n_tokens and count + work.pad_tokens <= room else 0
+            batch.append(Piece(work.sequence, tokens, work.start + done, wants_logits, n_pads))
             done += count
-            room -= count
+            room -= count + n_pads
     yield batch

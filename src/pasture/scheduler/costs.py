@@ -27,6 +27,8 @@ MIN_PROMPT_TOKENS = 32
 """prefill never stops altogether: a full house of streams must not shut out newcomers"""
 QUIET_FACTOR = 2.5
 """a step without streams may take this many targets: long enough to compute well, short enough to let newcomers in"""
+BUSY_FACTOR = 2.0
+"""where the streams alone take longer than the target, prompts get as much time again, so that newcomers are not starved"""
 PAD_GAIN = 0.9
 """filling up must promise to take at most this share of the time"""
 
@@ -39,7 +41,7 @@ class Load:
     """streams, one token each"""
     prompt_tokens: int
     attended_cells: int
-    """sum over all rows and prompt tokens of the cells before each"""
+    """sum over rows and prompt tokens of the cells before each; in the streams layout over the rows alone"""
     used_cells: int
     """of the pool, which the tiled kernel walks over"""
 
@@ -96,9 +98,21 @@ class StepCosts:
         filled = self.expected_seconds(shape, load, shape.tile_tokens)
         return shape.tile_tokens if filled < self.expected_seconds(shape, load) * PAD_GAIN else 0
 
+    def chunk_padding(self, shape: PoolShape, n_tokens: int, start: int) -> int:
+        """Tokens to compute behind a short chunk of one stream's prompt, so that it is a tile; 0 where that does not pay."""
+        if not shape.can_pad or shape.layout is not Layout.STREAMS or not 1 < n_tokens <= shape.tile_tokens:
+            return 0
+        tile = shape.tile_tokens + 1  # the first token of every stream makes a micro-batch of its own
+        if start + tile > shape.cells_per_sequence:
+            return 0
+        row_by_row = self._streams.predict((0.0, n_tokens, 0.0, n_tokens * start / 1000))
+        tiled = self._streams.predict((0.0, 0.0, tile, 0.0))
+        return tile - n_tokens if tiled < row_by_row * PAD_GAIN else 0
+
     def prompt_tokens(self, shape: PoolShape, rows: int, row_cells: int, used_cells: int) -> int:
         """How many prompt tokens a step with `rows` streams, which attend to `row_cells`, should take."""
-        target = self._target if rows else self._target * QUIET_FACTOR
+        alone = self.expected_seconds(shape, Load(rows, 0, row_cells, used_cells)) if rows else 0.0
+        target = max(self._target, alone * BUSY_FACTOR) if rows else self._target * QUIET_FACTOR
         if shape.layout is Layout.STREAMS:
             least = shape.tile_tokens + 1 if shape.tile_tokens > 1 else MIN_PROMPT_TOKENS
             step = least

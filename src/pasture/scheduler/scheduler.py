@@ -14,7 +14,7 @@ Owns the tasks; the pool owns cells. Knows no threads and no asyncio: `pasture.s
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
 
 from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, RequestError
 from pasture.core.ports import Clock, Engine
@@ -33,23 +33,17 @@ from pasture.core.values import (
 from pasture.kv.eviction import POLICIES
 from pasture.kv.pool import Pool
 from pasture.scheduler.accounts import Accounts
+from pasture.scheduler.admission import Admission
 from pasture.scheduler.costs import Load, StepCosts
-from pasture.scheduler.fairness import FairQueue
-from pasture.scheduler.promises import Promises
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
 
 HEADROOM_CELLS = 16
 """free cells a running request should find before another one starts or comes back"""
-MIN_GAIN_TOKENS = 8
-"""waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
 MAX_FAILURES = 3
 """in a row, alone in a step, before a request is given up"""
 MAX_ALONE_TOKENS = 256
 """in one step, for a request that is suspected of making the engine fail"""
-REPLY_GUESS_TOKENS = 64
-"""what a reply is taken to need at admission; a longer one grows into free cells, or has the youngest swapped out"""
-
 Delivery = tuple[Task, TokenEvent]
 
 
@@ -63,7 +57,8 @@ class Scheduler:
             shareable=engine.model.shareable,
             policy=POLICIES[settings.policy],
         )
-        self.waiting = FairQueue()
+        self.admission = Admission(self.pool, settings, clock)
+        self.waiting = self.admission.waiting
         self.running: dict[RequestId, Task] = {}
         """tasks with a sequence"""
         self.swapped: dict[RequestId, Task] = {}
@@ -72,7 +67,6 @@ class Scheduler:
         self._engine = engine
         self._clock = clock
         self._tasks: dict[RequestId, Task] = {}
-        self._promises = Promises()
         self._planned: list[Task] = []
         self._suspects: list[Task] = []
         self._events: list[Delivery] = []
@@ -117,7 +111,7 @@ class Scheduler:
         if self.pool.shape.layout is Layout.STREAMS:
             # only neighbouring streams in ascending order share a micro-batch
             order = sorted(range(len(works)), key=lambda i: works[i].sequence)
-            works = [works[i] for i in order]
+            works = [self._padded(works[i], self._planned[i]) for i in order]
             self._planned = [self._planned[i] for i in order]
         n_tokens = sum(len(work.tokens) for work in works)
         if n_tokens and not self.pool.make_room(n_tokens):
@@ -127,11 +121,19 @@ class Scheduler:
             pad_to = 0
         return StepPlan(self.pool.operations(), tuple(works), pad_to)
 
+    def _padded(self, work: Work, task: Task) -> Work:
+        """A stream's short chunk, filled up where that is cheaper."""
+        n_pads = 0 if task.decoding else self.costs.chunk_padding(self.pool.shape, len(work.tokens), work.start)
+        return replace(work, pad_tokens=n_pads) if n_pads else work
+
     def _load(self, works: list[Work]) -> Load:
         decoding = [task.decoding for task in self._planned]
-        lengths = [len(work.tokens) for work in works]
+        lengths = [len(work.tokens) + work.pad_tokens for work in works]
         rows = sum(decoding)
-        attended = sum(work.start * n + n * n // 2 for work, n in zip(works, lengths, strict=True))
+        streams = self.pool.shape.layout is Layout.STREAMS  # whose prompts are tiles of their own
+        attended = sum(
+            work.start * n + n * n // 2 for work, n, row in zip(works, lengths, decoding, strict=True) if row or not streams
+        )
         return Load(rows, sum(lengths) - rows, attended, self.pool.used_cells)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delivery]:
@@ -187,7 +189,7 @@ class Scheduler:
     def _swap_out(self, task: Task) -> None:
         sequence = task.sequence
         assert sequence is not None
-        self._promises.remove(task)
+        self.admission.promises.remove(task)
         del self.running[task.request.request_id]
         task.sequence = None
         if sequence.length == 0:
@@ -220,18 +222,17 @@ class Scheduler:
     def _run(self, task: Task) -> None:
         self.running[task.request.request_id] = task
         if not task.n_generated:
-            self._promises.add(task)
+            self.admission.promises.add(task)
 
     # Prompts: what the budget leaves
 
     def _fill(self, works: list[Work], budget: int) -> None:
         started = [t for t in self.running.values() if not t.decoding and not t.paused and t not in self._planned]
-        followers: Counter[Task] = Counter()
         may_start = not self.swapped
         while budget > 0:
             taken = sum(len(work.tokens) for work in works)
-            newcomers = self._newcomers(followers) if may_start else []
-            task = self._next_prompt(started, newcomers, followers)
+            newcomers = self.admission.newcomers(len(self.running)) if may_start else []
+            task = self.admission.choose(started + newcomers)
             if task is None:
                 return
             if task.sequence is not None:
@@ -254,54 +255,15 @@ class Scheduler:
             self._swap_out(unread)
         return unread is not None
 
-    def _newcomers(self, followers: Counter[Task]) -> list[Task]:
-        if not len(self.waiting) or len(self.running) >= self.settings.max_running or not self.pool.has_sequence_to_give:
-            return []
-        followers.clear()
-        return self.waiting.eligible(lambda task: self._ready(task, followers), self._cost)
-
-    def _ready(self, task: Task, followers: Counter[Task]) -> bool:
-        """Whether a waiting task has nothing to gain from a prefill that is under way."""
-        if not self.pool.joins:
-            return True
-        leader = task.leader
-        if leader is None or leader.computed >= task.leader_length or leader.sequence is None:
-            promised, leader = self._promises.longest(task)
-            if leader is None or promised < self.pool.lookup(task.request.namespace, task.tokens) + MIN_GAIN_TOKENS:
-                task.leader = None
-                return True
-            task.leader, task.leader_length = leader, promised
-        followers[leader] += 1
-        return False
-
-    def _cost(self, task: Task) -> int:
-        cached = self.pool.lookup(task.request.namespace, task.tokens)
-        return len(task.tokens) - cached + min(task.tokens_to_draw, REPLY_GUESS_TOKENS)
-
-    def _next_prompt(self, started: list[Task], newcomers: list[Task], followers: Counter[Task]) -> Task | None:
-        """The longest-waiting one when it has waited too long, else the one that is done soonest for the most people."""
-        candidates = started + newcomers
-        if not candidates:
-            return None
-        oldest = min(candidates, key=lambda task: task.submitted_at)
-        if self._clock() - oldest.submitted_at > self.settings.age_bound_seconds:
-            return oldest
-
-        def seconds_per_head(task: Task) -> tuple[float, float]:
-            remaining = task.remaining if task.sequence else self._cost(task)
-            return remaining / (1 + followers[task]), task.submitted_at
-
-        return min(candidates, key=seconds_per_head)
-
     def _start(self, task: Task, taken: int) -> bool:
         """Give a waiting task its sequence; False when there is no room for it now."""
         request, pool = task.request, self.pool
         if len(task.tokens) >= pool.shape.cells_per_sequence:
             return False  # a long one among streams: the layout has to change first
-        needed = pool.cells_to_lock(request.namespace, task.tokens) + min(task.tokens_to_draw, REPLY_GUESS_TOKENS)
+        needed = self.admission.cells_needed(task)
         if self.running and needed + taken + HEADROOM_CELLS * len(self.running) > pool.unlocked_cells:
             return False
-        charge = self._cost(task)
+        charge = self.admission.cost(task)
         sequence = pool.join(request.namespace, task.tokens, request.request_id)
         if sequence is None:
             return False
@@ -348,7 +310,7 @@ class Scheduler:
         load = self._load(list(plan.works))
         if plan.works and result.decode_seconds > 0:
             self.costs.observe(self.pool.shape, load, plan.pad_to, result.decode_seconds)
-        self.accounts.computed_tokens += load.prompt_tokens
+        self.accounts.computed_tokens += plan.n_tokens - load.rows
         for task, work in zip(self._planned, plan.works, strict=True):
             sequence = task.sequence
             assert sequence is not None
@@ -364,7 +326,7 @@ class Scheduler:
         request = task.request
         if task.first_token_at is None:
             task.first_token_at = now
-            self._promises.remove(task)
+            self.admission.promises.remove(task)
             assert task.sequence is not None
             task.sequence.state = SequenceState.DECODING
         if token in request.stop_tokens:
@@ -383,7 +345,7 @@ class Scheduler:
         """The task's last event, and its resources back: its tokens stay in the pool as an idle sequence."""
         request_id = task.request.request_id
         del self._tasks[request_id]
-        self._promises.remove(task)
+        self.admission.promises.remove(task)
         if task in self.waiting:
             self.waiting.remove(task)
         self.running.pop(request_id, None)
@@ -432,7 +394,7 @@ class Scheduler:
         """Its sequence is gone from the engine: begin again, prompt and drawn tokens together."""
         assert task.sequence is not None
         self.pool.lose(task.sequence)
-        self._promises.remove(task)
+        self.admission.promises.remove(task)
         del self.running[task.request.request_id]
         task.sequence = None
         self.waiting.push(task)

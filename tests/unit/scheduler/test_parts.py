@@ -122,6 +122,18 @@ def test_a_step_is_filled_up_where_that_is_cheaper() -> None:
     assert costs.padding(PoolShape(1000, 4, tile_tokens=64), Load(40, 0, 60_000, 2000)) == 0
 
 
+def test_a_short_chunk_of_a_stream_is_filled_up_where_that_is_cheaper() -> None:
+    shape = PoolShape(32768, 16, Layout.STREAMS, tile_tokens=64, can_pad=True)
+    costs = StepCosts(0.2)
+    for i in range(200):
+        load = Load(i % 17, 65 * (i % 3), 1000 * (i % 17), 5000)
+        costs.observe(shape, load, 0, 0.01 + 0.004 * load.n_tokens + 13e-6 * load.attended_cells)
+    assert costs.chunk_padding(shape, 40, 1000) == 25
+    assert costs.chunk_padding(shape, 4, 1000) == 0
+    assert costs.chunk_padding(shape, 65, 1000) == 0
+    assert costs.chunk_padding(shape, 40, 2000) == 0  # 65 more would not fit behind
+
+
 def test_one_stalled_step_does_not_spoil_what_was_learnt() -> None:
     costs = learnt()
     load = Load(16, 0, 16_000, 2000)

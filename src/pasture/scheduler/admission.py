@@ -1,0 +1,80 @@
+"""Who computes prompt tokens next: the waiting line, the promises of those who started, and the choice between them.
+
+Fairness says who may start (`FairQueue`), promises say who had better wait (`Promises`), and among the rest the shortest
+remaining prompt goes first, counted a head: a prompt that others wait for serves them all. Whoever has waited past the age
+bound goes before everybody. Engine thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pasture.core.ports import Clock
+from pasture.kv.pool import Pool
+from pasture.scheduler.fairness import FairQueue
+from pasture.scheduler.promises import Promises
+from pasture.scheduler.settings import SchedulerSettings
+from pasture.scheduler.task import Task
+
+MIN_GAIN_TOKENS = 8
+"""waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
+REPLY_GUESS_TOKENS = 64
+"""what a reply is taken to need at admission; a longer one grows into free cells, or has the youngest swapped out"""
+
+
+class Admission:
+    def __init__(self, pool: Pool, settings: SchedulerSettings, clock: Clock) -> None:
+        self.waiting = FairQueue()
+        self.promises = Promises()
+        self._pool = pool
+        self._settings = settings
+        self._clock = clock
+        self._followers: Counter[Task] = Counter()
+        """started task -> how many of those looked at last wait for its prefill"""
+
+    def newcomers(self, n_running: int) -> list[Task]:
+        """Waiting tasks that may start now, one a user."""
+        self._followers.clear()
+        if not len(self.waiting) or n_running >= self._settings.max_running or not self._pool.has_sequence_to_give:
+            return []
+        return self.waiting.eligible(self._ready, self.cost)
+
+    def choose(self, candidates: list[Task]) -> Task | None:
+        """The longest-waiting one when it has waited too long, else the one that is done soonest for the most people."""
+        if not candidates:
+            return None
+        oldest = min(candidates, key=lambda task: task.submitted_at)
+        if self._clock() - oldest.submitted_at > self._settings.age_bound_seconds:
+            return oldest
+        return min(candidates, key=self._tokens_a_head)
+
+    def cost(self, task: Task) -> int:
+        """Tokens to compute for a waiting task, with a guess at its reply."""
+        cached = self._pool.lookup(task.request.namespace, task.tokens)
+        return len(task.tokens) - cached + self.reply_guess(task)
+
+    def cells_needed(self, task: Task) -> int:
+        """Cells that nobody running holds, and that the task will."""
+        return self._pool.cells_to_lock(task.request.namespace, task.tokens) + self.reply_guess(task)
+
+    @staticmethod
+    def reply_guess(task: Task) -> int:
+        return min(task.tokens_to_draw, REPLY_GUESS_TOKENS)
+
+    def _tokens_a_head(self, task: Task) -> tuple[float, float]:
+        remaining = task.remaining if task.sequence else self.cost(task)
+        return remaining / (1 + self._followers[task]), task.submitted_at
+
+    def _ready(self, task: Task) -> bool:
+        """Whether a waiting task has nothing to gain from a prefill that is under way."""
+        if not self._pool.joins:
+            return True
+        leader = task.leader
+        if leader is None or leader.computed >= task.leader_length or leader.sequence is None:
+            promised, leader = self.promises.longest(task)
+            if leader is None or promised < self._pool.lookup(task.request.namespace, task.tokens) + MIN_GAIN_TOKENS:
+                task.leader = None
+                return True
+            task.leader, task.leader_length = leader, promised
+        self._followers[leader] += 1
+        return False
