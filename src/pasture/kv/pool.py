@@ -41,8 +41,9 @@ from pasture.core.values import (
     Share,
     Slab,
 )
-from pasture.kv.eviction import Candidate, Policy, least_recently_used
+from pasture.kv.eviction import Policy, least_recently_used
 from pasture.kv.law import check
+from pasture.kv.lookup import candidate, holders_state, idle_sequence_at, reusable, unlocked_tokens
 from pasture.kv.picture import draw
 from pasture.kv.radix import Match, Node, RadixTree, common_prefix
 from pasture.kv.sequence import Sequence
@@ -136,7 +137,7 @@ class Pool:
         match = self._reusable(namespace, prompt)
         if not self.cells_are_shared:
             return len(prompt)
-        return len(prompt) - match.length + self._unlocked_part(match)
+        return len(prompt) - match.length + unlocked_tokens(match)
 
     # Coming
 
@@ -148,11 +149,11 @@ class Pool:
         """
         match = self._reusable(namespace, prompt)
         node = self.tree.cut(match)
-        found = self._idle_sequence_at(node)
+        found = idle_sequence_at(node)
         source = "idle"
         if found is None:
             if match.length:
-                source = self._best_state(node)
+                source = holders_state(node)
             found = self._enter(namespace, node, match.length, request_id) or self._cut_down(node, request_id)
             if found is None:
                 return None
@@ -167,7 +168,7 @@ class Pool:
         root = Match(self.tree.root(namespace), 0, 0)
         match = self.tree.match(namespace, tokens) if self.cells_are_shared else root  # a copy of its own is restored whole
         missing = len(tokens) - match.length
-        if not self.has_sequence_to_give or missing > self.unlocked_cells - self._unlocked_part(match):
+        if not self.has_sequence_to_give or missing > self.unlocked_cells - unlocked_tokens(match):
             return None
         sequence = self._enter(namespace, self.tree.cut(match), match.length, request_id)
         if sequence is None:
@@ -301,38 +302,7 @@ class Pool:
     # Inside
 
     def _reusable(self, namespace: Namespace, prompt: array[int]) -> Match[Sequence]:
-        match = self.tree.match(namespace, prompt[:-1])
-        if self.joins:
-            return match
-        node = match.node  # only a whole idle sequence can be continued
-        if match.offset < len(node) and node.parent is not None:
-            node = node.parent
-        for step in node.path():
-            if self._idle_sequence_at(step) is not None:
-                return Match(step, len(step), step.end)
-        return Match(self.tree.root(namespace), 0, 0)
-
-    @staticmethod
-    def _unlocked_part(match: Match[Sequence]) -> int:
-        """Tokens of a matched path that no running sequence holds."""
-        unlocked = 0
-        for node in match.node.path():
-            if node.running:
-                break  # whoever runs through a node runs through its ancestors
-            unlocked += match.offset if node is match.node else len(node)
-        return unlocked
-
-    @staticmethod
-    def _idle_sequence_at(node: Node[Sequence]) -> Sequence | None:
-        return next((s for s in node.holders if s.idle and s.tail is node), None)
-
-    @staticmethod
-    def _best_state(node: Node[Sequence]) -> str:
-        states = {sequence.state for sequence in node.holders}
-        for state in (SequenceState.DECODING, SequenceState.PREFILLING):
-            if state in states:
-                return "running" if state is SequenceState.DECODING else "prefilling"
-        return "idle"
+        return reusable(self.tree, namespace, prompt, joins=self.joins)
 
     def _enter(self, namespace: Namespace, node: Node[Sequence], length: int, request_id: RequestId) -> Sequence | None:
         donor = min(node.holders, key=lambda s: (s.idle, s.id), default=None)
@@ -361,7 +331,7 @@ class Pool:
         idle = [sequence for sequence in node.holders if sequence.idle]
         if not idle or not self.cuttable:
             return None
-        sequence = min(idle, key=lambda s: self._policy(_candidate(s)))
+        sequence = min(idle, key=lambda s: self._policy(candidate(s)))
         self._cut_back(sequence, node, "sequences")
         self._take_over(sequence, request_id)
         return sequence
@@ -380,7 +350,7 @@ class Pool:
             idle = [s for s in self.sequences.values() if s.idle and s is not keep]
             if not idle:
                 return None
-            self.drop(min(idle, key=lambda s: self._policy(_candidate(s))), "sequences")
+            self.drop(min(idle, key=lambda s: self._policy(candidate(s))), "sequences")
         return heapq.heappop(self.free_ids)
 
     def _append(self, sequence: Sequence, tokens: array[int], rejoin: bool = False) -> None:
@@ -420,7 +390,7 @@ class Pool:
         node.holders.add(sequence)
         self._gain_runner(node)
         node.last_used = self._clock()
-        redundant = self._idle_sequence_at(node) if self.cells_are_shared else None
+        redundant = idle_sequence_at(node) if self.cells_are_shared else None
         if redundant is not None:
             self.drop(redundant)
         return node
@@ -438,7 +408,7 @@ class Pool:
             return
         # an idle sequence that ended where this one now runs through holds nothing of its own any more
         for node in sequence.tail.path():
-            redundant = self._idle_sequence_at(node)
+            redundant = idle_sequence_at(node)
             if redundant is not None and redundant is not sequence:
                 self.drop(redundant)
 
@@ -457,7 +427,7 @@ class Pool:
 
     def _victim(self) -> Sequence | None:
         idle = [sequence for sequence in self.sequences.values() if sequence.idle]
-        return min(idle, key=lambda s: self._policy(_candidate(s)), default=None)
+        return min(idle, key=lambda s: self._policy(candidate(s)), default=None)
 
     def _shrink(self, victim: Sequence, n_cells: int, reason: str) -> None:
         """Give back at least `n_cells` of an idle sequence's own cells, or all its own cells when it has fewer."""
@@ -490,8 +460,3 @@ class Pool:
     def _depth_first(self) -> Iterable[Node[Sequence]]:
         """Along each path to its end before the next: neighbours in a sequence become neighbours in the cache."""
         return self.tree.nodes()
-
-
-def _candidate(sequence: Sequence) -> Candidate:
-    leaf = sequence.tail
-    return Candidate(sequence.namespace, leaf.start, len(leaf), leaf.last_used)

@@ -242,11 +242,21 @@ class Scheduler:
             elif not self._start(task, taken):
                 may_start = self._swap_out_unread()
                 continue
-            n = min(budget, task.remaining, self.pool.unlocked_cells - taken, self._room_in_stream(task))
+            n = min(self._chunk(task, budget), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return
             works.append(self._work(task, n))
+            if self.pool.shape.layout is Layout.STREAMS:
+                return  # two prompts would be cut into equal pieces, each shorter than a tile
             budget -= n
+
+    def _chunk(self, task: Task, budget: int) -> int:
+        """Tokens of a prompt for this step; in streams no rest is left that would be shorter than a tile."""
+        n = min(budget, task.remaining)
+        shape = self.pool.shape
+        if shape.layout is Layout.STREAMS and task.remaining - n <= shape.tile_tokens:
+            n = min(task.remaining, shape.n_batch - len(self._planned))
+        return n
 
     def _swap_out_unread(self) -> bool:
         """Let a request whose reader is behind make way for one that waits; False when there is none."""

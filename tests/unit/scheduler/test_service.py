@@ -263,3 +263,34 @@ async def test_max_tokens_zero_only_warms_the_cache() -> None:
         assert (tokens, finish.reason) == ([], FinishReason.LENGTH)
         _, finish = await collect(service, request("user", (*SYSTEM, 5)))
         assert finish.usage.cached_tokens == len(SYSTEM)
+
+
+async def test_an_idle_server_compacts_a_fragmented_cache_and_loses_nothing() -> None:
+    with served(FakeEngine(SHAPE)) as service:
+        asked = [request(f"u{i}", (i, *range(100)), 150) for i in range(4)]
+        replies = [tokens for tokens, _ in await asyncio.gather(*(collect(service, r) for r in asked))]
+        for _ in range(400):
+            if service.statistics().pool.compactions:
+                break
+            await asyncio.sleep(0.01)
+        pool = service.statistics().pool
+        assert pool.compactions == 1
+        assert pool.fragmentation == 0
+        turns = [request(f"next{r.user}", (*r.prompt, *reply, 9)) for r, reply in zip(asked, replies, strict=True)]
+        for turn, (tokens, finish) in zip(turns, [await collect(service, turn) for turn in turns], strict=True):
+            assert finish.usage.cached_tokens == len(turn.prompt) - 2
+            assert tokens == expected_reply(turn.prompt, 8, GREEDY)
+
+
+async def test_private_traffic_moves_to_streams_by_itself_and_every_text_stays() -> None:
+    with served(FakeEngine(PoolShape(32768, 64)), layout=LayoutChoice.AUTO) as service:
+        asked = [request(f"u{i}", tuple((i * 7 + j) % 250 for j in range(900)), 40) for i in range(12)]
+        results = await asyncio.gather(*(collect(service, r) for r in asked))
+        statistics = service.statistics()
+        turns = [request(f"n{i}", (*r.prompt, *reply, 5)) for i, (r, (reply, _)) in enumerate(zip(asked, results, strict=True))]
+        again = await asyncio.gather(*(collect(service, turn) for turn in turns))
+    assert statistics.scheduler.layout_moves_total >= 1
+    assert statistics.pool.shape.layout is Layout.STREAMS
+    for r, (tokens, _) in zip((*asked, *turns), (*results, *again), strict=True):
+        assert tokens == expected_reply(r.prompt, r.max_tokens, GREEDY)
+    assert all(finish.usage.cached_tokens == len(turn.prompt) - 2 for turn, (_, finish) in zip(turns, again, strict=True))
