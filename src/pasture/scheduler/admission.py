@@ -1,8 +1,9 @@
 """Who computes prompt tokens next: the waiting line, the promises of those who started, and the choice between them.
 
 Fairness says who may start (`FairQueue`), promises say who had better wait (`Promises`), and among the rest the shortest
-remaining prompt goes first, counted a head: a prompt that others wait for serves them all. Whoever has waited past the age
-bound goes before everybody. Engine thread.
+remaining prompt goes first, counted a head: a prompt that others wait for serves them all. Waiting makes a prompt count as
+shorter, so a long one overtakes newcomers after a while, and past the age bound the oldest goes before everybody: on a server
+that is behind for longer than that, it is first come, first served. Engine thread.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pasture.scheduler.task import Task
 
 MIN_GAIN_TOKENS = 8
 """waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
+PATIENCE_SHARE = 0.25
+"""a prompt that has waited this share of the age bound counts as a quarter of its length"""
 REPLY_GUESS_TOKENS = 64
 """what a reply is taken to need at admission; a longer one grows into free cells, or has the youngest swapped out"""
 
@@ -40,13 +43,14 @@ class Admission:
         return self.waiting.eligible(self._ready, self.cost)
 
     def choose(self, candidates: list[Task]) -> Task | None:
-        """The longest-waiting one when it has waited too long, else the one that is done soonest for the most people."""
+        """The oldest when it has waited too long, else the one that is done soonest for the most people."""
         if not candidates:
             return None
+        now = self._clock()
         oldest = min(candidates, key=lambda task: task.submitted_at)
-        if self._clock() - oldest.submitted_at > self._settings.age_bound_seconds:
+        if now - oldest.submitted_at > self._settings.age_bound_seconds:
             return oldest
-        return min(candidates, key=self._tokens_a_head)
+        return min(candidates, key=lambda task: (self._tokens_a_head(task, now), task.submitted_at))
 
     def cost(self, task: Task) -> int:
         """Tokens to compute for a waiting task, with a guess at its reply."""
@@ -61,9 +65,11 @@ class Admission:
     def reply_guess(task: Task) -> int:
         return min(task.tokens_to_draw, REPLY_GUESS_TOKENS)
 
-    def _tokens_a_head(self, task: Task) -> tuple[float, float]:
+    def _tokens_a_head(self, task: Task, now: float) -> float:
+        """Tokens to compute, divided among all who wait for them, and by how long its own request has waited."""
         remaining = task.remaining if task.sequence else self.cost(task)
-        return remaining / (1 + self._followers[task]), task.submitted_at
+        patience = 1 + (now - task.submitted_at) / (self._settings.age_bound_seconds * PATIENCE_SHARE)
+        return remaining / (1 + self._followers[task]) / patience**2
 
     def _ready(self, task: Task) -> bool:
         """Whether a waiting task has nothing to gain from a prefill that is under way."""

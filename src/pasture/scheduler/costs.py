@@ -25,7 +25,7 @@ from pasture.core.values import Layout, PoolShape
 FORGETTING = 0.98
 MIN_PROMPT_TOKENS = 32
 """prefill never stops altogether: a full house of streams must not shut out newcomers"""
-QUIET_FACTOR = 2.5
+QUIET_FACTOR = 4.0
 """a step without streams may take this many targets: long enough to compute well, short enough to let newcomers in"""
 BUSY_FACTOR = 2.0
 """where the streams alone take longer than the target, prompts get as much time again, so that newcomers are not starved"""
