@@ -19,7 +19,7 @@ from pasture.scheduler.task import Task
 
 MIN_GAIN_TOKENS = 8
 """waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
-PATIENCE_SHARE = 0.25
+PATIENCE_SHARE = 0.5
 """a prompt that has waited this share of the age bound counts as a quarter of its length"""
 REPLY_GUESS_TOKENS = 64
 """what a reply is taken to need at admission; a longer one grows into free cells, or has the youngest swapped out"""

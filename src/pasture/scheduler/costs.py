@@ -78,9 +78,9 @@ class _Linear:
 class StepCosts:
     def __init__(self, itl_target_seconds: float) -> None:
         self._target = itl_target_seconds
-        self._row_by_row = _Linear([0.008, 0.0035, 0.005], [0.01, 0.003, 0.01])
+        self._row_by_row = _Linear([0.008, 0.0035, 0.013], [0.01, 0.003, 0.01])
         self._tiled = _Linear([0.008, 0.0035, 0.02], [0.01, 0.003, 0.02])
-        self._streams = _Linear([0.008, 0.0035, 0.0035, 0.005], [0.01, 0.003, 0.003, 0.01])
+        self._streams = _Linear([0.008, 0.0035, 0.0035, 0.013], [0.01, 0.003, 0.003, 0.01])
 
     def observe(self, shape: PoolShape, load: Load, pad_to: int, seconds: float) -> None:
         """One step's measured seconds."""

@@ -22,7 +22,7 @@ class SchedulerSettings:
     """requests in line before QueueFull"""
     max_running: int = 255
     """requests with a sequence of their own at once"""
-    age_bound_seconds: float = 60.0
+    age_bound_seconds: float = 120.0
     """who has waited this long goes first, however long the prompt"""
     default_deadline_seconds: float | None = None
     max_unread_tokens: int = 1024
