@@ -6,6 +6,7 @@ throughout; a *cell* holds the key and value vectors of one token of one or more
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -203,19 +204,19 @@ class Share:
     p1: int
 
 
-class Slab:
+class Slab(ABC):
     """KV of consecutive positions `[p0, p1)` outside the live cache. Immutable; engines subclass it."""
 
     p0: int
     p1: int
 
     @property
-    def n_bytes(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def n_bytes(self) -> int: ...
 
+    @abstractmethod
     def cut(self, p0: int, p1: int) -> Slab:
         """The part `[p0, p1)`, absolute positions, without copying where possible."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
