@@ -141,8 +141,8 @@ class EngineLoop:
 
     def _flush(self) -> None:
         """Carry out the operations that are due, so that the engine's cells are what the books say."""
-        plan = StepPlan(self._scheduler.pool.operations(), ())
-        if plan.operations:
+        if self._scheduler.pool.has_operations:
+            plan = StepPlan(self._scheduler.pool.operations(), ())
             self._deliver(self._scheduler.commit(plan, self._engine.execute(plan)))
 
     def _deliver(self, events: list[Delivery]) -> None:
