@@ -66,7 +66,7 @@ class Hand:
         return self.do(Save(SeqId(sequence), p0, p1, key)).saved[key]
 
     def restore(self, sequence: int, slab: Slab) -> None:
-        self.do(Restore(SeqId(sequence), slab))
+        self.do(Restore(SeqId(sequence), (slab,)))
 
     def feed(self, sequence: int, tokens: Sequence[int], start: int) -> None:
         """Compute tokens without drawing one."""

@@ -231,13 +231,42 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Write a slab into free cells of the sequence, which must hold exactly `[0, slab.p0)` before."""
+    """Write neighbouring slabs into free cells of the sequence, which must hold exactly `[0, slabs[0].p0)` before."""
 
     sequence: SeqId
-    slab: Slab
+    slabs: tuple[Slab, ...]
+    """at least one, ascending, each beginning where the one before ends"""
 
 
 CellOperation = Copy | Remove | Share | Save | Restore
+
+
+class Form(StrEnum):
+    """How stored KV is written down, from what was computed to what is smallest."""
+
+    RAW = "raw"
+    """the bytes of the live cache"""
+    LOSSLESS = "lossless"
+    """the same, byte planes through zstd"""
+    Q8_0 = "q8_0"
+    """ggml's blocks of 32 with 8 bits a value"""
+    Q4_0 = "q4_0"
+    """ggml's blocks of 32 with 4 bits a value"""
+
+
+class Direction(StrEnum):
+    SAVE = "save"
+    RESTORE = "restore"
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What one operation moved out of the live cache, or into it: the cost gate's food."""
+
+    direction: Direction
+    n_tokens: int
+    n_bytes: int
+    seconds: float
 
 
 class Sampler:
@@ -302,6 +331,8 @@ class StepResult:
     sample_seconds: float = 0.0
     lost: frozenset[SeqId] = frozenset()
     """sequences the engine had to empty (recurrent states cannot be cut back)"""
+    transfers: tuple[Transfer, ...] = ()
+    """one a Save or Restore, in the order of the operations"""
 
 
 @dataclass(frozen=True, slots=True)

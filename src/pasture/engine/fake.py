@@ -221,8 +221,9 @@ class FakeEngine:
                 if not 0 <= p0 <= p1 <= len(cells) or (self._recurrent and (p0, p1) != (0, len(cells))):
                     raise EngineError(f"cannot save [{p0}, {p1}) of sequence {sequence}")
                 saved[key] = FakeSlab(p0, tuple(cells[p0:p1]))
-            case Restore(sequence, slab):
-                self._restore(sequence, slab)
+            case Restore(sequence, slabs):
+                for slab in slabs:
+                    self._restore(sequence, slab)
 
     def _copy(self, copy: Copy) -> None:
         source = self._cells.get(copy.source, [])

@@ -153,9 +153,9 @@ class LlamaEngine:
             case Save(sequence, p0, p1, key):
                 self._check_ids(sequence)
                 saved[key] = self._transfer.save(sequence, p0, p1)
-            case Restore(sequence, slab):
+            case Restore(sequence, slabs):
                 self._check_ids(sequence)
-                self._transfer.restore(sequence, [slab])
+                self._transfer.restore(sequence, slabs)
 
     def _check_ids(self, *sequences: int) -> None:
         for sequence in sequences:

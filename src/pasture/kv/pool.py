@@ -176,7 +176,7 @@ class Pool:
         if missing:
             if not self.make_room(missing):
                 raise InvariantBroken(f"{missing} cells were free to take, and could not be had")
-            self._journal.append(Restore(sequence.id, slab.cut(match.length, len(tokens))))
+            self._journal.append(Restore(sequence.id, (slab.cut(match.length, len(tokens)),)))
             self._last_writer = None
             self._append(sequence, tokens[match.length :])
         self._touch(sequence)

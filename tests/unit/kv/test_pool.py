@@ -165,7 +165,7 @@ def test_a_swapped_sequence_comes_back_by_joining_what_is_live_and_restoring_the
     slab.cut = lambda p0, p1: slab  # type: ignore[method-assign]
     back = pool.swap_in(A, tokens, slab, RequestId("again"))
     assert back is not None
-    assert pool.operations() == (Copy(keeper.id, back.id, 0, 80), Restore(back.id, slab))
+    assert pool.operations() == (Copy(keeper.id, back.id, 0, 80), Restore(back.id, (slab,)))
     assert list(back.tokens()) == list(tokens)
     pool.check()
 
