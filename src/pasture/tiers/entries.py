@@ -1,0 +1,117 @@
+"""What RAM keeps of a block beside the block, and a heap whose order may be out of date.
+
+An entry belongs to the memory tier and changes only under its lock. The heap serves eviction and compression: both want "the
+least" of tens of thousands of entries, whose keys rise with every use. It keeps the key an item was pushed with and looks again
+when the item comes up, so a use costs nothing and a pop O(log n). Exact for keys that only ever rise.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from pasture.core.storage import BlockKey
+from pasture.tiers.block import Block
+
+T = TypeVar("T")
+SortKey = tuple[float, ...]
+
+_FIRST_SWEEP = 1024
+_NO_BYTES = np.empty(0, np.uint8)
+
+BLOCK_OVERHEAD_BYTES = 1536
+"""counted for every block beside its payload: tokens, keys, index and heap entries, Python's own headers"""
+
+
+class Entry:
+    """A block in RAM and its standing."""
+
+    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "stage", "supersedes", "uses")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.last_used = 0
+        """tick of the last use"""
+        self.uses = 0
+        self.forks = 0
+        """how often a second path began somewhere below: many for a system prompt"""
+        self.pins = 0
+        self.stage = 0
+        """how many steps of the compression ladder were tried"""
+        self.doomed = False
+        """superseded while pinned: goes when it is unpinned"""
+        self.gone = False
+        self.supersedes: list[BlockKey] = []
+        """shorter blocks whose place it took; slow tiers may drop them once this one is there"""
+
+    @property
+    def size(self) -> int:
+        return size_of(self.block)
+
+    def empty(self) -> Block:
+        """Let go of the block, which a heap or a pin would otherwise keep alive; returns it."""
+        block, self.gone = self.block, True
+        self.block = replace(block, payload=_NO_BYTES)
+        return block
+
+
+def size_of(block: Block) -> int:
+    """What the block costs in RAM."""
+    return block.n_bytes + BLOCK_OVERHEAD_BYTES
+
+
+EvictionPolicy = Callable[[Entry], SortKey]
+"""Smallest goes first. Only leaves that nobody pins are asked about, so a prefix outlives what hangs from it."""
+
+
+def least_recently_used(entry: Entry) -> SortKey:
+    return (entry.last_used,)
+
+
+class LazyHeap(Generic[T]):
+    """Items by rising keys, each at most once. `wanted` is asked when an item comes up; who is not, falls out."""
+
+    def __init__(self, key: Callable[[T], SortKey], wanted: Callable[[T], bool]) -> None:
+        self._key = key
+        self._wanted = wanted
+        self._heap: list[tuple[SortKey, int, T]] = []
+        self._inside: set[int] = set()
+        self._turn = count()
+        self._sweep_at = _FIRST_SWEEP
+
+    def push(self, item: T) -> None:
+        """Does nothing for an item that is in already."""
+        if id(item) not in self._inside:
+            self._inside.add(id(item))
+            heapq.heappush(self._heap, (self._key(item), next(self._turn), item))
+            if len(self._heap) >= self._sweep_at:
+                self._sweep()
+
+    def pop(self) -> T | None:
+        """Take out the least item that is wanted; None when there is none."""
+        while self._heap:
+            key, _, item = self._heap[0]
+            if not self._wanted(item):
+                heapq.heappop(self._heap)
+                self._inside.discard(id(item))
+                continue
+            now = self._key(item)
+            if now > key:
+                heapq.heapreplace(self._heap, (now, next(self._turn), item))
+                continue
+            heapq.heappop(self._heap)
+            self._inside.discard(id(item))
+            return item
+        return None
+
+    def _sweep(self) -> None:
+        """Forget whom nobody wants, so that they do not pile up where nothing is ever popped."""
+        self._heap = [(key, turn, item) for key, turn, item in self._heap if self._wanted(item)]
+        heapq.heapify(self._heap)
+        self._inside = {id(item) for _, _, item in self._heap}
+        self._sweep_at = max(_FIRST_SWEEP, 2 * len(self._heap))
