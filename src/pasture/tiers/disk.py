@@ -1,0 +1,263 @@
+"""The disk tier: blocks in a directory that outlives the process, within a budget of bytes.
+
+    SlowTier calls ─► circuits (a failing disk is left alone) ─► wire (bytes, perhaps encrypted) ─► DiskCache (files, index)
+
+Owns the policy: what a failure means (a miss, or a write that is skipped, with one warning), when to make room, what counts as
+used, how fast the disk is. The budget is that of the directory, whoever writes to it: totals are in the shared index. Nothing
+read from disk is trusted: `Wire.decode` verifies it, and the address must be the one that was asked for. Background threads
+call it, several at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+
+from pasture.core.storage import BlockKey, TierStatistics
+from pasture.core.values import Form
+from pasture.tiers.block import Block
+from pasture.tiers.disk_cache import DiskCache
+from pasture.tiers.disk_files import USUAL, private_directory
+from pasture.tiers.disk_index import IndexUnavailable
+from pasture.tiers.disk_rows import Row
+from pasture.tiers.keys import Address
+from pasture.tiers.pace import Pace, Speed
+from pasture.tiers.trouble import Circuit, Complaints
+from pasture.tiers.wire import HEADER_BYTES, BadBlock, Header, PlainWire, Wire
+
+log = logging.getLogger(__name__)
+
+LOW_WATERMARK = 0.95
+"""where the budget is exceeded, room is made down to this share of it"""
+NOTED_NAMES = 256
+NOTED_SECONDS = 2.0
+"""uses are entered into the index together, when there are so many or so old ones"""
+TAILS = 8
+"""short blocks behind one parent that are offered"""
+
+_FAILURES = (OSError, IndexUnavailable, MemoryError)
+
+
+class DiskTier:
+    """See the module and `SlowTier`. `clock` is monotonic, `now` counts from the epoch; both in seconds."""
+
+    name = "disk"
+
+    def __init__(
+        self,
+        directory: Path,
+        budget_bytes: int,
+        *,
+        wire: Wire | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """Open the cache in `directory`, or begin one. Raises ConfigError where the directory cannot be trusted."""
+        self._cache = DiskCache(private_directory(directory))
+        self._budget_bytes = budget_bytes
+        self._wire: Wire = PlainWire() if wire is None else wire
+        self._clock = clock
+        self._now = now
+        self._reads, self._writes = Circuit(clock), Circuit(clock)
+        self._complaints = Complaints(log, clock)
+        self._lock = Lock()
+        self._counts = dict.fromkeys(("hit", "missed", "written", "read", "evicted", "damaged", "errors", "in_flight"), 0)
+        self._used: dict[bytes, int] = {}
+        self._used_since = clock()
+        self._totals: Mapping[Form, tuple[int, int]] = {}
+        self._pace = Pace(self._start(), clock)
+
+    def leading(self, path: Sequence[Address]) -> int:
+        if not path or not self._reads.allows:
+            return 0
+        names = [self._wire.name(address.key) for address in path]
+        try:
+            n_stored = self._cache.index.leading(names)
+            if n_stored:
+                self._note_use(names[n_stored - 1], hits=0)
+        except _FAILURES as error:
+            self._failed(self._reads, "be looked up", error)
+            n_stored = 0
+        self._count(missed=sum(address.p1 - address.p0 for address in path[n_stored:]))
+        return n_stored
+
+    def following(self, parent: BlockKey) -> Sequence[tuple[Address, array[int]]]:
+        if not self._reads.allows:
+            return ()
+        found = []
+        try:
+            for row in self._cache.index.tails(self._wire.name(parent), TAILS):
+                section = row.tokens or b""
+                header = _header(row, section)
+                try:
+                    found.append(self._wire.identify(header, section))
+                except BadBlock as error:
+                    self._damaged(row.name, error)
+        except _FAILURES as error:
+            self._failed(self._reads, "be looked up", error)
+        return found
+
+    def get(self, address: Address) -> Block | None:
+        block = self._get(address) if self._reads.allows else None
+        n_tokens = address.p1 - address.p0
+        self._count(hit=n_tokens if block is not None else 0, missed=n_tokens if block is None else 0)
+        return block
+
+    def put(self, block: Block) -> None:
+        if not self._writes.allows:
+            return
+        n_bytes = block.n_bytes
+        self._count(in_flight=n_bytes)
+        try:
+            if self._store(block):
+                self._writes.succeeded()
+        except _FAILURES as error:
+            self._failed(self._writes, "be written", error)
+        finally:
+            self._count(in_flight=-n_bytes)
+
+    def remove(self, key: BlockKey) -> None:
+        try:
+            self._cache.discard(self._wire.name(key))
+        except _FAILURES as error:
+            self._failed(self._writes, "be written", error)
+
+    def statistics(self) -> TierStatistics:
+        try:
+            self._totals = self._cache.index.totals()
+        except IndexUnavailable as error:
+            self._failed(self._reads, "be looked up", error)
+        with self._lock:
+            counts = dict(self._counts)
+        speed = self._pace.speed
+        return TierStatistics(
+            name=self.name,
+            blocks=sum(n_blocks for n_blocks, _ in self._totals.values()),
+            bytes=sum(n_bytes for _, n_bytes in self._totals.values()),
+            budget_bytes=self._budget_bytes,
+            pinned_bytes=0,
+            in_flight_bytes=counts["in_flight"],
+            bytes_by_form={form: n_bytes for form, (_, n_bytes) in self._totals.items()},
+            hit_tokens=counts["hit"],
+            missed_tokens=counts["missed"],
+            written_bytes=counts["written"],
+            read_bytes=counts["read"],
+            evicted_blocks=counts["evicted"],
+            damaged_blocks=counts["damaged"],
+            errors=counts["errors"],
+            latency_seconds=speed.latency_seconds,
+            bytes_per_second=speed.bytes_per_second,
+        )
+
+    def close(self) -> None:
+        try:
+            self._enter_uses()
+        except IndexUnavailable as error:
+            log.debug("the last uses are not in the index: %s", error)
+        self._cache.close()
+
+    # Inside
+
+    def _start(self) -> Speed:
+        """Make the directory ready; the speed of its disk."""
+        files = self._cache.files
+        try:
+            files.create()
+            self._cache.settle(self._now())
+            self._make_room(0)
+            return files.probe()
+        except _FAILURES as error:
+            self._failed(self._writes, "be written", error)
+            return USUAL
+
+    def _get(self, address: Address) -> Block | None:
+        name = self._wire.name(address.key)
+        begin = self._clock()
+        try:
+            try:
+                data = self._cache.files.read(name)
+                block = self._wire.decode(data)
+                if block.address != address:
+                    raise BadBlock("it is another block's")
+            except FileNotFoundError:
+                self._cache.index.drop([name])
+                return None
+            except BadBlock as error:
+                self._damaged(name, error)
+                return None
+            self._pace.observe(data.nbytes, self._clock() - begin)
+            self._count(read=data.nbytes)
+            self._note_use(name, hits=1)
+            self._reads.succeeded()
+        except _FAILURES as error:
+            self._failed(self._reads, "be read", error)
+            return None
+        return block
+
+    def _store(self, block: Block) -> bool:
+        """Whether something was written."""
+        name = self._wire.name(block.address.key)
+        if self._cache.index.leading([name]) and self._cache.files.exists(name):
+            self._note_use(name, hits=0)
+            return False
+        head, payload = self._wire.encode(block)
+        n_bytes = len(head) + payload.nbytes
+        if n_bytes > self._budget_bytes:
+            self._complaints.about("size", f"a block of {n_bytes} bytes is larger than the disk cache's budget and is not kept")
+            return False
+        self._enter_uses()
+        self._make_room(n_bytes)
+        self._cache.add(head, payload, self._now())
+        self._count(written=n_bytes)
+        return True
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Evict down to the low watermark where `n_bytes` more would exceed the budget."""
+        self._totals = self._cache.index.totals()
+        if sum(size for _, size in self._totals.values()) + n_bytes > self._budget_bytes:
+            target = min(int(LOW_WATERMARK * self._budget_bytes), self._budget_bytes - n_bytes)
+            self._count(evicted=len(self._cache.evict(target)))
+
+    def _note_use(self, name: bytes, *, hits: int) -> None:
+        """Remember a use for the index; enters all of them when it is time."""
+        with self._lock:
+            self._used[name] = self._used.get(name, 0) + hits
+            due = len(self._used) >= NOTED_NAMES or self._clock() - self._used_since > NOTED_SECONDS
+        if due:
+            try:
+                self._enter_uses()
+            except IndexUnavailable as error:
+                self._failed(self._writes, "be written", error)
+
+    def _enter_uses(self) -> None:
+        with self._lock:
+            used, self._used, self._used_since = self._used, {}, self._clock()
+        if used:
+            self._cache.index.touch(used, self._now())
+
+    def _damaged(self, name: bytes, error: BadBlock) -> None:
+        self._count(damaged=1)
+        self._complaints.about("damage", f"a file in the disk cache was damaged and is dropped: {error}")
+        self._cache.discard(name)
+
+    def _failed(self, circuit: Circuit, what: str, error: BaseException) -> None:
+        circuit.failed()
+        self._count(errors=1)
+        self._complaints.about(
+            what, f"the disk cache cannot {what} and is left alone for a while: {error or type(error).__name__}"
+        )
+
+    def _count(self, **increments: int) -> None:
+        with self._lock:
+            for name, increment in increments.items():
+                self._counts[name] += increment
+
+
+def _header(row: Row, section: bytes) -> Header:
+    """The header of the row's file."""
+    n_payload_bytes = max(0, row.n_bytes - HEADER_BYTES - len(section))
+    return Header(row.form, row.whole, row.sealed, row.p0, row.p1, len(section), n_payload_bytes, row.name, row.parent)
