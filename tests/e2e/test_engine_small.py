@@ -14,7 +14,8 @@ import pytest
 
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
 from pasture.core.values import Layout, Outcome, SamplingParams, Segment, SeqId, StepPlan, Work
-from pasture.engine.blob import KvSlab, concatenate
+from pasture.engine.assembly import concatenate
+from pasture.engine.blob import KvSlab
 from pasture.engine.context import Context, Piece
 from pasture.engine.llama import LlamaEngine
 from tests.engine_support import GREEDY, Hand, open_small

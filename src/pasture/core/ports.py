@@ -6,7 +6,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from pasture.core.statistics import ServiceStatistics
+from pasture.core.storage import SlabCodec
 from pasture.core.values import (
+    Form,
     Layout,
     ModelInfo,
     PoolShape,
@@ -71,12 +73,20 @@ class Engine(Protocol):
         """Operations in order, then one batch. Raises EngineError when an operation is impossible (a bug of the planner)."""
         ...
 
-    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int) -> PoolShape:
-        """Save every segment, lay the cache out anew, restore: compaction, or a move to another layout.
+    @property
+    def codec(self) -> SlabCodec:
+        """Slabs as bytes, for the stores."""
+        ...
+
+    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
+        """Save every segment, lay the cache out anew, restore: compaction, a move to another layout, a shift to another form.
+
+        `form`: RAW, or Q8_0 with as many more cells as go into the same bytes (about 1.88 times those of f16); None keeps
+        what there is. Slabs and payloads of one form can be restored in every other.
 
         `segments` cover every used cell once, parents before children. Sequence ids are kept, so they must be below
         `n_seqs`. In the streams layout each holder gets a copy of its own. Returns the new shape. Raises DoesNotFit, with
-        the cache as it was, when a sequence does not fit in the new layout.
+        the cache as it was, when a sequence does not fit in the new layout, or the model does not have the form.
         """
         ...
 

@@ -33,6 +33,19 @@ class Layout(StrEnum):
     """One buffer a sequence: no masked cells to skip, but a shared prefix is a copy."""
 
 
+class Form(StrEnum):
+    """How stored KV is written down, from what was computed to what is smallest."""
+
+    RAW = "raw"
+    """the bytes of the live cache"""
+    LOSSLESS = "lossless"
+    """the same, byte planes through zstd"""
+    Q8_0 = "q8_0"
+    """ggml's blocks of 32 with 8 bits a value"""
+    Q4_0 = "q4_0"
+    """ggml's blocks of 32 with 4 bits a value"""
+
+
 class FinishReason(StrEnum):
     """Why a reply ended."""
 
@@ -165,6 +178,8 @@ class PoolShape:
     """from this many tokens in a step on, attention is computed in tiles, which may be several times cheaper a token"""
     can_pad: bool = False
     """whether the engine can fill up to a tile with rows that nobody reads: a step (unified), or a work (streams)"""
+    form: Form = Form.RAW
+    """how cells are written now: RAW, in the types the cache was configured with; else shifted down"""
 
     @property
     def cells_per_sequence(self) -> int:
@@ -241,19 +256,6 @@ class Restore:
 CellOperation = Copy | Remove | Share | Save | Restore
 
 
-class Form(StrEnum):
-    """How stored KV is written down, from what was computed to what is smallest."""
-
-    RAW = "raw"
-    """the bytes of the live cache"""
-    LOSSLESS = "lossless"
-    """the same, byte planes through zstd"""
-    Q8_0 = "q8_0"
-    """ggml's blocks of 32 with 8 bits a value"""
-    Q4_0 = "q4_0"
-    """ggml's blocks of 32 with 4 bits a value"""
-
-
 class Direction(StrEnum):
     SAVE = "save"
     RESTORE = "restore"
@@ -297,8 +299,10 @@ class StepPlan:
 
     operations: tuple[CellOperation, ...]
     works: tuple[Work, ...]
+    n_apart: int = 0
+    """so many works, from the first, are a batch of their own that goes before the others; 0: all are one batch"""
     pad_to: int = 0
-    """fill the batch up to this many rows, which take free cells for the length of the step; unified layout only"""
+    """fill the (last) batch up to this many rows, which take free cells for the length of the step; unified layout only"""
 
     @property
     def n_tokens(self) -> int:
@@ -328,6 +332,8 @@ class StepResult:
     """`Save.key` -> slab"""
     decode_seconds: float
     """inside llama_decode"""
+    apart_seconds: float = 0.0
+    """of decode_seconds, those of the plan's `n_apart` works"""
     sample_seconds: float = 0.0
     lost: frozenset[SeqId] = frozenset()
     """sequences the engine had to empty (recurrent states cannot be cut back)"""

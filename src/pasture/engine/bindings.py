@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ KV_TYPES: dict[str, int] = {
     "iq4_nl": 20,
 }
 """name -> ggml type number, for the types llama.cpp takes as `-ctk` and `-ctv`"""
+
+ROTATION_SWITCH = "LLAMA_ATTN_ROT_DISABLE"
+"""environment variable: 1 makes the library store quantised K and V without the Hadamard rotation it gives them otherwise"""
 
 FLASH_ATTENTION_OFF = 0
 FLASH_ATTENTION_ON = 1
@@ -106,6 +110,25 @@ def initialise() -> None:
         _initialised = True
         lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
         lib.llama_backend_init()
+
+
+@contextmanager
+def without_rotation() -> Iterator[None]:
+    """Contexts made inside store quantised K and V as they are. Changes this process's environment meanwhile."""
+    before = os.environ.get(ROTATION_SWITCH)
+    os.environ[ROTATION_SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ROTATION_SWITCH]
+        else:
+            os.environ[ROTATION_SWITCH] = before
+
+
+def ggml_function(*names: str) -> Any | None:
+    """The first of these ggml functions that the loaded libraries export; untyped: its arguments must be ctypes values."""
+    return next((getattr(lib._lib, name) for name in names if hasattr(lib._lib, name)), None)
 
 
 def handle(address: object) -> Handle | None:

@@ -1,4 +1,4 @@
-"""llama.cpp's state blob of one sequence, taken apart into rows and put together again.
+"""llama.cpp's state blob of one sequence, taken apart into rows; `pasture.engine.assembly` puts rows together again.
 
     u32 magic | i32 seq_id | cache [| cache ...]
     cache:   u32 n_stream | stream * n_stream
@@ -18,25 +18,26 @@ immutable views, safe on any thread. Source: src/llama-kv-cache.cpp, `state_writ
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pasture.core.errors import EngineError
+from pasture.core.storage import Bytes
 from pasture.core.values import Slab
 
-Bytes = NDArray[np.uint8]
-
 MAGIC = 0xAF143CD8
-_HEADER = struct.Struct("<Ii")
-_U32 = struct.Struct("<I")
-_LAYERS = struct.Struct("<II")
-_TENSOR = struct.Struct("<iQ")
+HEADER = struct.Struct("<Ii")
+"""magic, sequence id"""
+U32 = struct.Struct("<I")
+LAYERS = struct.Struct("<II")
+"""v_trans, n_layer"""
+TENSOR = struct.Struct("<iQ")
+"""type, row_size"""
 _MAX_STREAMS = 256
-_MAX_LAYERS = 4096
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,36 @@ class BlobFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class KvFormat:
+    """One model's KV, as its first blob showed it."""
+
+    form: BlobFormat
+    kinds: tuple[CacheKind, ...]
+    """in the configured types"""
+
+
+class RowKind(NamedTuple):
+    """What one row of a layer's K or V is."""
+
+    ggml_type: int
+    row_size: int
+    """bytes"""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKind:
+    """What one cache's rows are; caches of equal kind can be joined."""
+
+    ext_bytes: int
+    keys: tuple[RowKind, ...]
+    values: tuple[RowKind, ...]
+
+    @property
+    def rows(self) -> tuple[RowKind, ...]:
+        return self.keys + self.values
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """One layer's K or V: `(n_cells, row_size) uint8`, in position order."""
 
@@ -62,8 +93,8 @@ class Rows:
     data: Bytes
 
     @property
-    def row_size(self) -> int:
-        return int(self.data.shape[1])
+    def kind(self) -> RowKind:
+        return RowKind(self.ggml_type, int(self.data.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +116,8 @@ class CacheRows:
         return self.keys + self.values
 
     @property
-    def signature(self) -> tuple[object, ...]:
-        """Equal for caches that can be joined."""
-        kinds = tuple((rows.ggml_type, rows.row_size) for rows in self.tensors)
-        return (self.ext.shape[1], len(self.keys), kinds)
+    def kind(self) -> CacheKind:
+        return CacheKind(int(self.ext.shape[1]), tuple(r.kind for r in self.keys), tuple(r.kind for r in self.values))
 
     def between(self, p0: int, p1: int) -> CacheRows:
         """The rows at positions `[p0, p1)`, as views."""
@@ -136,6 +165,10 @@ class KvSlab(Slab):
     def n_bytes(self) -> int:
         return sum(rows.data.nbytes for cache in self.caches for rows in cache.tensors)
 
+    @property
+    def kinds(self) -> tuple[CacheKind, ...]:
+        return tuple(cache.kind for cache in self.caches)
+
     def cut(self, p0: int, p1: int) -> KvSlab:
         """The part `[p0, p1)` as views of this slab's memory. Raises EngineError outside of it."""
         if (p0, p1) == (self.p0, self.p1):
@@ -165,7 +198,9 @@ class StateSlab(Slab):
         raise EngineError(f"a running state has no part [{p0}, {p1}): it can only be kept whole")
 
 
-class _Cursor:
+class Cursor:
+    """Reads a blob from its beginning; raises EngineError where it ends too soon."""
+
     def __init__(self, blob: Bytes) -> None:
         self._blob = blob
         self.offset = 0
@@ -187,8 +222,8 @@ class _Cursor:
 
 def parse(blob: Bytes | bytes, form: BlobFormat) -> tuple[CacheRows, ...]:
     """The caches of one sequence's blob, rows as views of `blob`. Raises EngineError on anything unexpected."""
-    cursor = _Cursor(np.frombuffer(blob, np.uint8))
-    magic, _seq_id = cursor.unpack(_HEADER)
+    cursor = Cursor(np.frombuffer(blob, np.uint8))
+    magic, _seq_id = cursor.unpack(HEADER)
     if magic != MAGIC:
         raise EngineError(f"state blob: it begins with {magic:#010x} instead of {MAGIC:#010x}")
     caches = tuple(_parse_cache(cursor, form) for _ in range(form.n_caches))
@@ -197,13 +232,13 @@ def parse(blob: Bytes | bytes, form: BlobFormat) -> tuple[CacheRows, ...]:
     return caches
 
 
-def _parse_cache(cursor: _Cursor, form: BlobFormat) -> CacheRows:
-    (n_streams,) = cursor.unpack(_U32)
+def _parse_cache(cursor: Cursor, form: BlobFormat) -> CacheRows:
+    (n_streams,) = cursor.unpack(U32)
     if not 1 <= n_streams <= _MAX_STREAMS:
         raise EngineError(f"state blob: {n_streams} streams")
     found: CacheRows | None = None
     for _ in range(n_streams):
-        (n_cells,) = cursor.unpack(_U32)
+        (n_cells,) = cursor.unpack(U32)
         if not n_cells:
             continue
         if found is not None:
@@ -214,7 +249,7 @@ def _parse_cache(cursor: _Cursor, form: BlobFormat) -> CacheRows:
     return found.in_position_order()
 
 
-def _parse_stream(cursor: _Cursor, n_cells: int, form: BlobFormat) -> CacheRows:
+def _parse_stream(cursor: Cursor, n_cells: int, form: BlobFormat) -> CacheRows:
     cell_type = form.cell_type
     cells = cursor.take(n_cells * cell_type.itemsize).view(cell_type)
     if not bool(np.all(cells["n_seq_id"] == 1)):
@@ -223,18 +258,18 @@ def _parse_stream(cursor: _Cursor, n_cells: int, form: BlobFormat) -> CacheRows:
     if bool(np.any(positions < 0)):
         raise EngineError("state blob: a negative position")
     ext = np.ascontiguousarray(cells["ext"]) if form.ext_bytes else np.empty((n_cells, 0), np.uint8)
-    transposed, n_layers = cursor.unpack(_LAYERS)
+    transposed, n_layers = cursor.unpack(LAYERS)
     if transposed:
         raise EngineError("state blob: values are stored transposed; flash attention must be on")
-    if n_layers > _MAX_LAYERS:
+    if n_layers > MAX_LAYERS:
         raise EngineError(f"state blob: {n_layers} layers")
     keys = tuple(_parse_rows(cursor, n_cells) for _ in range(n_layers))
     values = tuple(_parse_rows(cursor, n_cells) for _ in range(n_layers if form.has_values else 0))
     return CacheRows(positions, ext, keys, values)
 
 
-def _parse_rows(cursor: _Cursor, n_cells: int) -> Rows:
-    ggml_type, row_size = cursor.unpack(_TENSOR)
+def _parse_rows(cursor: Cursor, n_cells: int) -> Rows:
+    ggml_type, row_size = cursor.unpack(TENSOR)
     if ggml_type < 0 or row_size < 1:
         raise EngineError(f"state blob: rows of type {ggml_type} and {row_size} bytes")
     return Rows(ggml_type, cursor.take(n_cells * row_size).reshape(n_cells, row_size))
@@ -257,101 +292,3 @@ def detect_format(blob: Bytes | bytes, n_cells: int) -> BlobFormat | None:
                     continue
                 return form
     return None
-
-
-def join_caches(parts: Sequence[CacheRows]) -> CacheRows:
-    """One cache out of parts in position order."""
-    if len(parts) == 1:
-        return parts[0]
-    for before, after in pairwise(parts):
-        if before.signature != after.signature:
-            raise EngineError("slabs of different models or KV types cannot be joined")
-    return CacheRows(
-        np.concatenate([part.positions for part in parts]),
-        np.concatenate([part.ext for part in parts]),
-        tuple(_join_rows([part.keys[i] for part in parts]) for i in range(len(parts[0].keys))),
-        tuple(_join_rows([part.values[i] for part in parts]) for i in range(len(parts[0].values))),
-    )
-
-
-def _join_rows(parts: Sequence[Rows]) -> Rows:
-    return Rows(parts[0].ggml_type, np.concatenate([part.data for part in parts]))
-
-
-def concatenate(slabs: Sequence[KvSlab]) -> KvSlab:
-    """One slab out of neighbours, copied. Raises EngineError where they do not touch or do not match."""
-    _check_neighbours(slabs)
-    if len(slabs) == 1:
-        return slabs[0]
-    return KvSlab(slabs[0].p0, slabs[-1].p1, tuple(map(join_caches, _by_cache(slabs))))
-
-
-def _check_neighbours(slabs: Sequence[KvSlab]) -> None:
-    if not slabs:
-        raise EngineError("no slab to work with")
-    for before, after in pairwise(slabs):
-        if before.p1 != after.p0:
-            raise EngineError(f"slabs [{before.p0}, {before.p1}) and [{after.p0}, {after.p1}) do not touch")
-        if len(before.caches) != len(after.caches):
-            raise EngineError("slabs of different models cannot be joined")
-        if any(a.signature != b.signature for a, b in zip(before.caches, after.caches, strict=True)):
-            raise EngineError("slabs of different models or KV types cannot be joined")
-
-
-def _by_cache(slabs: Sequence[KvSlab]) -> Iterator[list[CacheRows]]:
-    return (list(parts) for parts in zip(*(slab.caches for slab in slabs), strict=True))
-
-
-def assemble(slabs: Sequence[KvSlab], *, n_streams: int) -> Bytes:
-    """The blob of neighbouring slabs for a cache of `n_streams`; each row is copied once, a whole blob not at all."""
-    slabs = [slab for slab in slabs if slab.p1 > slab.p0]
-    if len(slabs) == 1 and slabs[0].blob is not None and _streams_of(slabs[0].blob) == n_streams:
-        return slabs[0].blob
-    _check_neighbours(slabs)
-    caches = list(_by_cache(slabs))
-    blob = np.empty(_HEADER.size + sum(_cache_bytes(parts, n_streams) for parts in caches), np.uint8)
-    _HEADER.pack_into(blob.data, 0, MAGIC, 0)
-    offset = _HEADER.size
-    for parts in caches:
-        offset = _write_cache(blob, offset, parts, n_streams)
-    return blob
-
-
-def _streams_of(blob: Bytes) -> int:
-    return int(_U32.unpack_from(blob.data, _HEADER.size)[0])
-
-
-def _cell_type(cache: CacheRows) -> np.dtype[np.void]:
-    return BlobFormat(ext_bytes=int(cache.ext.shape[1])).cell_type
-
-
-def _cache_bytes(parts: Sequence[CacheRows], n_streams: int) -> int:
-    n_cells = sum(part.n_cells for part in parts)
-    rows = sum(_TENSOR.size + n_cells * rows.row_size for rows in parts[0].tensors)
-    return _U32.size * (1 + n_streams) + n_cells * _cell_type(parts[0]).itemsize + _LAYERS.size + rows
-
-
-def _write_cache(blob: Bytes, offset: int, parts: Sequence[CacheRows], n_streams: int) -> int:
-    n_cells = sum(part.n_cells for part in parts)
-    _U32.pack_into(blob.data, offset, n_streams)
-    _U32.pack_into(blob.data, offset + _U32.size, n_cells)
-    offset += 2 * _U32.size
-    cells = np.zeros(n_cells, _cell_type(parts[0]))
-    cells["position"] = np.concatenate([part.positions for part in parts])
-    cells["n_seq_id"] = 1
-    if parts[0].ext.shape[1]:
-        cells["ext"] = np.concatenate([part.ext for part in parts])
-    blob[offset : offset + cells.nbytes] = cells.view(np.uint8)
-    offset += cells.nbytes
-    _LAYERS.pack_into(blob.data, offset, 0, len(parts[0].keys))
-    offset += _LAYERS.size
-    for index, rows in enumerate(parts[0].tensors):
-        _TENSOR.pack_into(blob.data, offset, rows.ggml_type, rows.row_size)
-        offset += _TENSOR.size
-        for part in parts:
-            data = part.tensors[index].data
-            blob[offset : offset + data.nbytes].reshape(data.shape)[...] = data
-            offset += data.nbytes
-    empty_streams = _U32.size * (n_streams - 1)
-    blob[offset : offset + empty_streams] = 0
-    return offset + empty_streams

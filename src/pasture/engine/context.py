@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
-from pasture.core.values import Layout, PoolShape
+from pasture.core.values import Form, Layout, PoolShape
 from pasture.engine import bindings
 from pasture.engine.bindings import KV_TYPES, MAX_SEQUENCES, lib
 from pasture.engine.model import Model
@@ -54,7 +55,7 @@ class Piece:
     """further tokens at the positions behind, removed again after the decode"""
 
 
-def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, *, n_hidden: int) -> PoolShape:
+def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, form: Form, *, n_hidden: int) -> PoolShape:
     """The shape that `n_cells` really gives: rounded down to llama.cpp's padding (up only to the first 256)."""
     if layout is Layout.UNIFIED:
         n_cells = max(CELL_PADDING, settings.n_cells // CELL_PADDING * CELL_PADDING)
@@ -68,7 +69,8 @@ def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, *, n_hidde
         n_cells = per_sequence * n_seqs
     if n_seqs + n_hidden > MAX_SEQUENCES:
         raise DoesNotFit(f"{n_seqs} sequences are too many: llama.cpp has {MAX_SEQUENCES} ids, {n_hidden} of them are ours")
-    return PoolShape(n_cells=n_cells, n_seqs=n_seqs, layout=layout, n_batch=min(settings.n_batch, n_cells))
+    n_batch = min(settings.n_batch, n_cells)
+    return PoolShape(n_cells=n_cells, n_seqs=n_seqs, layout=layout, n_batch=n_batch, form=form)
 
 
 def _tiles_on_cpu(settings: EngineSettings) -> bool:
@@ -87,20 +89,23 @@ def max_sequences(model: Model, layout: Layout) -> int:
 class Context:
     """A live cache of a given shape. `close` frees it; it must go before its model does."""
 
-    def __init__(self, model: Model, settings: EngineSettings, layout: Layout, n_seqs: int) -> None:
+    def __init__(self, model: Model, settings: EngineSettings, layout: Layout, n_seqs: int, form: Form = Form.RAW) -> None:
+        """`settings` hold the KV types to use; a `form` other than RAW says that they are not the configured ones.
+
+        Such a cache is made without the library's rotation of quantised rows, so that what was computed before fits in.
+        """
         self.is_guarded = layout is Layout.UNIFIED and model.info.shareable and model.window_tokens > 0
         has_scratch = layout is Layout.UNIFIED and model.info.shareable
         n_hidden = (n_seqs if self.is_guarded else 0) + (1 if has_scratch else 0)
-        self.shape = plan_shape(settings, layout, n_seqs, n_hidden=n_hidden)
+        self.shape = plan_shape(settings, layout, n_seqs, form, n_hidden=n_hidden)
         self.n_streams = 1 if layout is Layout.UNIFIED else n_seqs
         self.scratch = n_seqs + n_hidden - 1 if has_scratch else None
-        self.shape = replace(
-            self.shape,
-            tile_tokens=CPU_TILE_TOKENS if _tiles_on_cpu(settings) else 1,
-            can_pad=model.info.shareable and model.window_tokens == 0,
-        )
+        tiles = _tiles_on_cpu(settings)
+        can_pad = tiles and model.info.shareable and model.window_tokens == 0
+        self.shape = replace(self.shape, tile_tokens=CPU_TILE_TOKENS if tiles else 1, can_pad=can_pad)
         self._n_vocab = model.vocabulary.n_tokens
-        with bindings.library_log.errors() as reasons:
+        rotation = nullcontext() if form is Form.RAW else bindings.without_rotation()
+        with bindings.library_log.errors() as reasons, rotation:
             params = self._params(settings, n_seqs + n_hidden)
             self._handle = lib.llama_init_from_model(model.handle, params)
             if not self._handle:

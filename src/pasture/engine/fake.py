@@ -5,19 +5,22 @@ token, its position and of all the cells it attended to when it was computed, as
 stale restore or a forgotten removal changes the text. `expected_reply` says what a lone, cold run would answer.
 
 It honours the real engine's limits: cells, sequence ids, batch size, one stream a sequence, the copy rules of the layout, and
-partial failure on demand (`fail_next`). Where llama.cpp would abort the process, it raises EngineError.
+partial failure on demand (`fail_next`). Where llama.cpp would abort the process, it raises EngineError. Shifted down, it has
+more cells with the same content: what its codec calls Q8_0 is smaller and loses nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pasture.core.errors import DoesNotFit, EngineError
 from pasture.core.ports import Vocabulary
 from pasture.core.values import (
     CellOperation,
     Copy,
+    Direction,
+    Form,
     Layout,
     ModelInfo,
     Outcome,
@@ -35,8 +38,12 @@ from pasture.core.values import (
     StepPlan,
     StepResult,
     TokenLogprobs,
+    Transfer,
     Work,
 )
+from pasture.engine.fakecodec import CELL_BYTES, Cell, FakeCodec, FakeSlab
+
+__all__ = ["BOS_TOKEN", "END_TOKEN", "N_VOCAB", "Cell", "FakeEngine", "FakeSlab", "expected_reply"]
 
 _MASK = (1 << 64) - 1
 N_VOCAB = 512
@@ -54,29 +61,6 @@ def _mix(*parts: int) -> int:
         h = h * 0x94D049BB133111EB & _MASK
         h ^= h >> 31
     return h
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    token: int
-    pos: int
-    mark: int
-    """hash of this cell and of all that it attended to"""
-
-
-class FakeSlab(Slab):
-    def __init__(self, p0: int, cells: tuple[Cell, ...]) -> None:
-        self.p0 = p0
-        self.p1 = p0 + len(cells)
-        self.cells = cells
-
-    @property
-    def n_bytes(self) -> int:
-        return 64 * len(self.cells)
-
-    def cut(self, p0: int, p1: int) -> FakeSlab:
-        assert self.p0 <= p0 <= p1 <= self.p1
-        return FakeSlab(p0, self.cells[p0 - self.p0 : p1 - self.p0])
 
 
 class FakeSampler(Sampler):
@@ -130,6 +114,10 @@ class FakeEngine:
         self._sums: dict[SeqId, int] = {}
         self._refs: dict[int, int] = {}
         self._decodes_to_fail: list[Outcome] = []
+        self._raw_cells = shape.n_cells
+        self.codec = FakeCodec()
+        self.transfer_seconds = 0.0
+        """what it claims that saving or restoring a token takes"""
         self.closed = False
         self.n_computed = 0
         """tokens put through the model since the start"""
@@ -137,7 +125,7 @@ class FakeEngine:
 
     @property
     def model(self) -> ModelInfo:
-        return ModelInfo("fake", "", "fake", "no model", 0, 0, N_VOCAB, 1, 1 << 20, 64, not self._recurrent)
+        return ModelInfo("fake", "", "fake", "no model", 0, 0, N_VOCAB, 1, 1 << 20, CELL_BYTES[Form.RAW], not self._recurrent)
 
     @property
     def shape(self) -> PoolShape:
@@ -160,8 +148,7 @@ class FakeEngine:
 
     def execute(self, plan: StepPlan) -> StepResult:
         saved: dict[int, Slab] = {}
-        for operation in plan.operations:
-            self._operate(operation, saved)
+        transfers = tuple(filter(None, [self._operate(operation, saved) for operation in plan.operations]))
         if plan.n_tokens > self._shape.n_batch:
             raise EngineError(f"{plan.n_tokens} tokens in a batch of {self._shape.n_batch}")
         lost: set[SeqId] = set()
@@ -174,16 +161,20 @@ class FakeEngine:
                     self._remove(Remove(work.sequence, 0, None))
                     lost.add(work.sequence)
         if outcome is not Outcome.DONE:
-            return StepResult(outcome, {}, saved, 0.0, lost=frozenset(lost))
+            return StepResult(outcome, {}, saved, 0.0, lost=frozenset(lost), transfers=transfers)
         samples = {}
         for work in plan.works:
             sample = self._compute(work)
             if sample is not None:
                 samples[work.sequence] = sample
-        return StepResult(Outcome.DONE, samples, saved, 0.0)
+        return StepResult(Outcome.DONE, samples, saved, 0.0, transfers=transfers)
 
-    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int) -> PoolShape:
-        shape = replace(self._shape, n_seqs=n_seqs, layout=layout)
+    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
+        form = self._shape.form if form is None else form
+        if form is not Form.RAW and (form is Form.LOSSLESS or self._recurrent):
+            raise DoesNotFit(f"no live cache in {form}")
+        n_cells = self._raw_cells * CELL_BYTES[Form.RAW] // CELL_BYTES[form]
+        shape = replace(self._shape, n_seqs=n_seqs, layout=layout, form=form, n_cells=n_cells)
         kept: dict[SeqId, list[Cell]] = {}
         for segment in segments:
             cells = self._cells[segment.holders[0]][segment.p0 : segment.p1]
@@ -196,6 +187,9 @@ class FakeEngine:
                 mine.extend(cells if layout is Layout.UNIFIED else [Cell(c.token, c.pos, c.mark) for c in cells])
         if any(len(cells) > shape.cells_per_sequence for cells in kept.values()):
             raise DoesNotFit(f"a sequence is longer than {shape.cells_per_sequence} cells")
+        n_used = len({id(cell) for cells in kept.values() for cell in cells})
+        if n_used > n_cells:
+            raise DoesNotFit(f"{n_used} cells in use do not fit into {n_cells}")
         self._shape = shape
         self._cells, self._refs, self._sums = kept, {}, {}
         for sequence, cells in kept.items():
@@ -208,7 +202,7 @@ class FakeEngine:
 
     # Inside
 
-    def _operate(self, operation: CellOperation, saved: dict[int, Slab]) -> None:
+    def _operate(self, operation: CellOperation, saved: dict[int, Slab]) -> Transfer | None:
         match operation:
             case Copy():
                 self._copy(operation)
@@ -220,10 +214,17 @@ class FakeEngine:
                 cells = self._cells.get(sequence, [])
                 if not 0 <= p0 <= p1 <= len(cells) or (self._recurrent and (p0, p1) != (0, len(cells))):
                     raise EngineError(f"cannot save [{p0}, {p1}) of sequence {sequence}")
-                saved[key] = FakeSlab(p0, tuple(cells[p0:p1]))
+                saved[key] = slab = FakeSlab(p0, tuple(cells[p0:p1]))
+                return self._transfer(Direction.SAVE, [slab])
             case Restore(sequence, slabs):
-                for slab in slabs:
-                    self._restore(sequence, slab)
+                for part in slabs:
+                    self._restore(sequence, part)
+                return self._transfer(Direction.RESTORE, slabs)
+        return None
+
+    def _transfer(self, direction: Direction, slabs: Sequence[Slab]) -> Transfer:
+        n_tokens = sum(slab.p1 - slab.p0 for slab in slabs)
+        return Transfer(direction, n_tokens, sum(slab.n_bytes for slab in slabs), n_tokens * self.transfer_seconds)
 
     def _copy(self, copy: Copy) -> None:
         source = self._cells.get(copy.source, [])

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pasture.core.errors import EngineError, ModelError
+from pasture.core.errors import DoesNotFit, EngineError, ModelError
 from pasture.core.values import (
     CellOperation,
     Copy,
+    Direction,
+    Form,
     Layout,
     ModelInfo,
     Outcome,
@@ -41,14 +44,18 @@ from pasture.core.values import (
     Slab,
     StepPlan,
     StepResult,
+    Transfer,
     Work,
 )
-from pasture.engine.blob import BlobFormat
+from pasture.engine.blob import CacheKind, KvFormat, StateSlab
+from pasture.engine.blockcodec import LlamaCodec, kinds_in
 from pasture.engine.context import Context, Piece
+from pasture.engine.fingerprint import kv_fingerprint
 from pasture.engine.model import Model
-from pasture.engine.relayout import check_fit, fill, gather
+from pasture.engine.relayout import check_fit, fill, gather, settings_in
 from pasture.engine.sampling import LlamaSampler, Logits, log_probabilities
 from pasture.engine.settings import EngineSettings
+from pasture.engine.stateblob import StateFormat
 from pasture.engine.transfer import PartTransfer, StateTransfer
 from pasture.engine.vocabulary import LlamaVocabulary
 
@@ -60,12 +67,22 @@ _INVALID_BATCH = -1
 class LlamaEngine:
     """Implements `pasture.core.ports.Engine`. Made by `open_engine`, which also hands over the model."""
 
-    def __init__(self, model: Model, context: Context, settings: EngineSettings, form: BlobFormat | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        settings: EngineSettings,
+        kv_format: KvFormat | None,
+        state_format: StateFormat | None = None,
+    ) -> None:
+        """`kv_format` where sequences can be cut; else `state_format`, or neither for a model nothing of which is stored."""
         self._model = model
         self._settings = settings
-        self._form = form
+        self._kv_format = kv_format
+        self._state_format = state_format
         self._use(context)
         self._closed = False
+        self._codec = self._make_codec()
 
     @property
     def model(self) -> ModelInfo:
@@ -79,6 +96,10 @@ class LlamaEngine:
     def shape(self) -> PoolShape:
         return self._context.shape
 
+    @property
+    def codec(self) -> LlamaCodec:
+        return self._codec
+
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
         """A fresh sampler whose penalty windows hold the end of `prompt`. Raises RequestError on impossible parameters."""
         return LlamaSampler(params, prompt, self.vocabulary, self.shape.n_cells)
@@ -86,44 +107,51 @@ class LlamaEngine:
     def execute(self, plan: StepPlan) -> StepResult:
         """Operations in order, then every work. Raises EngineError when the plan is impossible."""
         saved: dict[int, Slab] = {}
-        for operation in plan.operations:
-            self._carry_out(operation, saved)
-        if not plan.works:
-            return StepResult(Outcome.DONE, {}, saved, 0.0)
+        transfers = tuple(filter(None, [self._carry_out(operation, saved) for operation in plan.operations]))
+        result = self._compute(plan, saved) if plan.works else StepResult(Outcome.DONE, {}, saved, 0.0)
+        return replace(result, transfers=transfers) if transfers else result
+
+    def _compute(self, plan: StepPlan, saved: dict[int, Slab]) -> StepResult:
         self._check_works(plan.works)
-        decode_seconds = 0.0
+        decode_seconds = apart_seconds = 0.0
         rows: list[NDArray[np.float32]] = []
-        batches = list(_batches(plan, self.shape.n_batch))
-        for batch in batches:
-            code, seconds = self._context.decode(batch, plan.pad_to)
+        apart = list(_batches(plan.works[: plan.n_apart], self.shape.n_batch))
+        batches = [*apart, *_batches(plan.works[plan.n_apart :], self.shape.n_batch)]
+        for i, batch in enumerate(batches):
+            code, seconds = self._context.decode(batch, plan.pad_to if i >= len(apart) else 0)
             decode_seconds += seconds
+            apart_seconds += seconds if i < len(apart) else 0.0
             if code != _DECODED:
                 return self._failure(code, plan.works, saved, decode_seconds)
             view = self._context.logits(sum(piece.wants_logits for piece in batch))
             rows.append(view if len(batches) == 1 else view.copy())
         began = time.perf_counter()
         samples = self._draw(plan.works, rows[0] if len(rows) == 1 else np.concatenate(rows))
-        return StepResult(Outcome.DONE, samples, saved, decode_seconds, time.perf_counter() - began)
+        return StepResult(Outcome.DONE, samples, saved, decode_seconds, apart_seconds, time.perf_counter() - began)
 
-    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int) -> PoolShape:
+    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
         """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on."""
         old = self.shape
-        moves = (layout, n_seqs) != (old.layout, old.n_seqs)
-        check_fit(self._model, self._settings, segments, layout, n_seqs, moves=moves)
+        form = old.form if form is None else form
+        settings = self._settings_in(form)
+        check_fit(self._model, settings, segments, old, layout, n_seqs)
         slabs = gather(self._transfer, segments)
-        if not moves:
+        if (layout, n_seqs, form) == (old.layout, old.n_seqs, old.form):
             self._context.clear()
             fill(self._transfer, segments, slabs, layout)
             return self.shape
         self._context.close()
         try:
-            self._use(Context(self._model, self._settings, layout, n_seqs))
-        except ModelError:
-            self._use(Context(self._model, self._settings, old.layout, old.n_seqs))
+            self._use(Context(self._model, settings, layout, n_seqs, form))
+        except ModelError as error:
+            self._use(Context(self._model, self._settings_in(old.form), old.layout, old.n_seqs, old.form))
             fill(self._transfer, segments, slabs, old.layout)
-            raise
+            raise DoesNotFit(str(error)) from error
         fill(self._transfer, segments, slabs, layout)
         return self.shape
+
+    def _settings_in(self, form: Form) -> EngineSettings:
+        return settings_in(self._settings, self._kv_format.kinds if self._kv_format else (), form)
 
     def close(self) -> None:
         """Free the cache and the model; safe to call twice."""
@@ -135,10 +163,31 @@ class LlamaEngine:
     def _use(self, context: Context) -> None:
         self._context = context
         self._transfer: PartTransfer | StateTransfer = (
-            StateTransfer(context) if self._form is None else PartTransfer(context, self._form, self._model.window_tokens)
+            StateTransfer(context)
+            if self._kv_format is None
+            else PartTransfer(context, self._kv_format.form, self._live_kinds(), self._model.window_tokens)
         )
 
-    def _carry_out(self, operation: CellOperation, saved: dict[int, Slab]) -> None:
+    def _live_kinds(self) -> tuple[CacheKind, ...]:
+        return kinds_in(self._kv_format.kinds, self.shape.form) if self._kv_format else ()
+
+    def _make_codec(self) -> LlamaCodec:
+        fingerprint = kv_fingerprint(
+            self._settings,
+            architecture=self.model.architecture,
+            long_rope=self._model.uses_long_rope(self.shape.cells_per_sequence),
+        )
+        kinds = self._kv_format.kinds if self._kv_format else ()
+        return LlamaCodec(fingerprint, kinds, self._live_kinds, self._check_state)
+
+    def _check_state(self, slab: StateSlab) -> None:
+        if self._state_format is None:
+            raise EngineError("this model's states have a form that cannot be checked")
+        self._state_format.check(slab)
+
+    def _carry_out(self, operation: CellOperation, saved: dict[int, Slab]) -> Transfer | None:
+        """What was moved out of the cache or into it, where the operation does that."""
+        began = time.perf_counter()
         match operation:
             case Copy(source, target, p0, p1):
                 self._check_ids(source, target)
@@ -152,10 +201,14 @@ class LlamaEngine:
                 self._transfer.swap_cells(source, target, p0, p1)
             case Save(sequence, p0, p1, key):
                 self._check_ids(sequence)
-                saved[key] = self._transfer.save(sequence, p0, p1)
+                saved[key] = slab = self._transfer.save(sequence, p0, p1)
+                return Transfer(Direction.SAVE, p1 - p0, slab.n_bytes, time.perf_counter() - began)
             case Restore(sequence, slabs):
                 self._check_ids(sequence)
                 self._transfer.restore(sequence, slabs)
+                n_bytes = sum(slab.n_bytes for slab in slabs)
+                return Transfer(Direction.RESTORE, slabs[-1].p1 - slabs[0].p0, n_bytes, time.perf_counter() - began)
+        return None
 
     def _check_ids(self, *sequences: int) -> None:
         for sequence in sequences:
@@ -199,11 +252,11 @@ class LlamaEngine:
         return False
 
 
-def _batches(plan: StepPlan, n_batch: int) -> Iterator[list[Piece]]:
+def _batches(works: Sequence[Work], n_batch: int) -> Iterator[list[Piece]]:
     """The works in order, cut so that no batch is larger than `n_batch`."""
     batch: list[Piece] = []
     room = n_batch
-    for work in plan.works:
+    for work in works:
         done, n_tokens = 0, len(work.tokens)
         while done < n_tokens:
             if not room:
@@ -216,4 +269,5 @@ def _batches(plan: StepPlan, n_batch: int) -> Iterator[list[Piece]]:
             batch.append(Piece(work.sequence, tokens, work.start + done, wants_logits, n_pads))
             done += count
             room -= count + n_pads
-    yield batch
+    if batch:
+        yield batch

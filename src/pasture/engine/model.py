@@ -14,6 +14,7 @@ from pasture.core.errors import ModelError
 from pasture.core.values import ModelInfo
 from pasture.engine import bindings
 from pasture.engine.bindings import Handle, lib
+from pasture.engine.gguf_header import GgufHeader, read_header
 from pasture.engine.probe import probe_model
 from pasture.engine.settings import EngineSettings
 from pasture.engine.vocabulary import LlamaVocabulary
@@ -35,7 +36,13 @@ class Model:
     vocabulary: LlamaVocabulary
     window_tokens: int
     """of sliding-window attention; 0 without"""
+    rope_switch_tokens: int = 0
+    """above this many cells a sequence the library uses other rope factors; 0 where there is one set of them"""
     closed: bool = False
+
+    def uses_long_rope(self, cells_per_sequence: int) -> bool:
+        """Which of two sets of rope factors a context of this size computes with; stored KV suits only the same one."""
+        return bool(self.rope_switch_tokens) and cells_per_sequence > self.rope_switch_tokens
 
     def close(self) -> None:
         if not self.closed:
@@ -78,7 +85,13 @@ def load_model(settings: EngineSettings) -> Model:
         n_ctx_train=int(lib.llama_model_n_ctx_train(model)),
         shareable=not stateful and settings.flash_attn,
     )
-    return Model(handle, info, vocabulary, int(lib.llama_model_n_swa(model)))
+    return Model(handle, info, vocabulary, int(lib.llama_model_n_swa(model)), _rope_switch(read_header(settings.model_path)))
+
+
+def _rope_switch(header: GgufHeader) -> int:
+    """llama.cpp, get_rope_factors: long factors above the original context, short ones up to it."""
+    has_two = any(name.endswith("rope_factors_long.weight") for name in header.tensor_names)
+    return header.number("rope.scaling.original_context_length", header.number("context_length")) if has_two else 0
 
 
 def _reason(lines: object) -> str:

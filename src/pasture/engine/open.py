@@ -11,8 +11,9 @@ import logging
 from dataclasses import replace
 
 from pasture.core.errors import EngineError
+from pasture.core.storage import Bytes
 from pasture.core.values import ModelInfo
-from pasture.engine.blob import BlobFormat, detect_format, parse
+from pasture.engine.blob import KvFormat, StateSlab, detect_format, parse
 from pasture.engine.context import Context, Piece, max_sequences
 from pasture.engine.gguf_header import read_header
 from pasture.engine.llama import LlamaEngine
@@ -21,6 +22,7 @@ from pasture.engine.model import Model, load_model
 from pasture.engine.probe import probe_model
 from pasture.engine.selfcheck import find_safe_settings
 from pasture.engine.settings import EngineSettings
+from pasture.engine.stateblob import StateFormat, detect_state_format
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +53,20 @@ def open_unchecked(settings: EngineSettings) -> LlamaEngine:
             logger.warning("%d sequences at once instead of %d: llama.cpp has no more ids", n_seqs, settings.n_seqs)
         context = Context(model, settings, settings.layout, n_seqs)
         try:
-            form = _learn_format(model, context)
-            if form is None and model.info.shareable:
+            learnt = _learn_format(model, context)
+            if learnt is None and model.info.shareable:
                 logger.warning("%s keeps its KV in a form pasture does not know: nothing is shared", model.info.name)
                 context.close()
                 model.info = replace(model.info, shareable=False)
                 context = Context(model, settings, settings.layout, n_seqs)
+            state_format = None if model.info.shareable else _learn_state_format(model, context)
         except BaseException:
             context.close()
             raise
     except BaseException:
         model.close()
         raise
-    return LlamaEngine(model, context, settings, form)
+    return LlamaEngine(model, context, settings, learnt, state_format)
 
 
 def _has_gpu() -> bool:
@@ -73,10 +76,27 @@ def _has_gpu() -> bool:
     return bool(lib.llama_supports_gpu_offload())
 
 
-def _learn_format(model: Model, context: Context) -> BlobFormat | None:
+def _learn_format(model: Model, context: Context) -> KvFormat | None:
     """Decode two tokens and look at their blob; the true bytes a cell go into `model.info`. None: keep states whole."""
     if not model.info.shareable:
         return None
+    blob = _probe_blob(model, context)
+    form = detect_format(blob, _PROBE_TOKENS)
+    if form is None:
+        return None
+    kinds = tuple(cache.kind for cache in parse(blob, form))
+    model.info = replace(model.info, cell_bytes=sum(row.row_size for kind in kinds for row in kind.rows))
+    return KvFormat(form, kinds)
+
+
+def _learn_state_format(model: Model, context: Context) -> StateFormat | None:
+    """How this model's whole states look; None: in a way that cannot be checked, so they are not stored."""
+    blob = _probe_blob(model, context)
+    return detect_state_format(StateSlab(0, _PROBE_TOKENS, blob, context.n_streams))
+
+
+def _probe_blob(model: Model, context: Context) -> Bytes:
+    """The state of a sequence of two tokens, which is gone again."""
     token = model.vocabulary.bos or 0
     code, _ = context.decode([Piece(0, [token] * _PROBE_TOKENS, 0, wants_logits=True)])
     if code:
@@ -84,11 +104,7 @@ def _learn_format(model: Model, context: Context) -> BlobFormat | None:
     blob = context.read_state(0)
     context.remove(0)
     context.clear()
-    form = detect_format(blob, _PROBE_TOKENS)
-    if form is not None:
-        measured = sum(rows.row_size for cache in parse(blob, form) for rows in cache.tensors)
-        model.info = replace(model.info, cell_bytes=measured)
-    return form
+    return blob
 
 
 __all__ = ["EngineSettings", "ModelInfo", "open_engine", "open_unchecked", "probe_model"]

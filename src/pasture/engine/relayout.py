@@ -9,25 +9,45 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pasture.core.errors import DoesNotFit, EngineError
-from pasture.core.values import Layout, Segment, SeqId, Slab
-from pasture.engine.blob import KvSlab
+from pasture.core.values import Form, Layout, PoolShape, Segment, SeqId, Slab
+from pasture.engine.blob import CacheKind, KvSlab
+from pasture.engine.blockcodec import kinds_in
 from pasture.engine.context import max_sequences, plan_shape
 from pasture.engine.model import Model
 from pasture.engine.settings import EngineSettings
 from pasture.engine.transfer import PartTransfer, StateTransfer
 
 
+def settings_in(settings: EngineSettings, kinds: Sequence[CacheKind], form: Form) -> EngineSettings:
+    """The settings of a cache in another form, with as many cells as go into the configured bytes.
+
+    Raises DoesNotFit where the form is not for this model: running states, types that are quantised (and rotated) already,
+    rows without a whole number of the form's blocks.
+    """
+    if form is Form.RAW:
+        return settings
+    shifted = kinds_in(kinds, form)
+    complete = all(a != b for old, new in zip(kinds, shifted, strict=True) for a, b in zip(old.rows, new.rows, strict=True))
+    if not kinds or not complete or not {settings.type_k, settings.type_v} <= {"f32", "f16", "bf16"}:
+        raise DoesNotFit(f"this model's live cache cannot be kept in {form}")
+    before, after = (sum(row.row_size for kind in some for row in kind.rows) for some in (kinds, shifted))
+    return replace(settings, type_k=form.value, type_v=form.value, n_cells=settings.n_cells * before // after)
+
+
 def check_fit(
-    model: Model, settings: EngineSettings, segments: Sequence[Segment], layout: Layout, n_seqs: int, *, moves: bool
+    model: Model, settings: EngineSettings, segments: Sequence[Segment], old: PoolShape, layout: Layout, n_seqs: int
 ) -> None:
-    """Raises DoesNotFit when a layout of `n_seqs` sequences cannot hold the segments."""
+    """Raises DoesNotFit when a layout of `n_seqs` sequences, made with `settings`, cannot hold the segments."""
     if n_seqs > max_sequences(model, layout):
         raise DoesNotFit(f"{n_seqs} sequences; this model can have {max_sequences(model, layout)} in the {layout} layout")
-    if moves and segments and not model.info.shareable:
+    if (layout, n_seqs) != (old.layout, old.n_seqs) and segments and not model.info.shareable:
         raise DoesNotFit("a recurrent or hybrid model's sequences cannot move to another layout")
-    shape = plan_shape(settings, layout, n_seqs, n_hidden=0)
+    shape = plan_shape(settings, layout, n_seqs, old.form, n_hidden=0)
+    if model.uses_long_rope(shape.cells_per_sequence) != model.uses_long_rope(old.cells_per_sequence):
+        raise DoesNotFit(f"sequences of {shape.cells_per_sequence} cells are computed with other rope factors")
     lengths: dict[SeqId, int] = defaultdict(int)
     for segment in segments:
         for holder in segment.holders:

@@ -20,28 +20,21 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from pasture.core.errors import EngineError
+from pasture.core.storage import Bytes
 from pasture.core.values import Layout, Slab
-from pasture.engine.blob import (
-    BlobFormat,
-    Bytes,
-    CacheRows,
-    KvSlab,
-    StateSlab,
-    assemble,
-    concatenate,
-    join_caches,
-    parse,
-    slab_of,
-)
+from pasture.engine.assembly import assemble, concatenate, join_caches
+from pasture.engine.blob import BlobFormat, CacheKind, CacheRows, KvSlab, StateSlab, parse, slab_of
 from pasture.engine.context import WINDOW_STATE_ONLY, Context
 
 
 class PartTransfer:
     """Save, restore and copy for models whose sequences can be cut anywhere."""
 
-    def __init__(self, context: Context, form: BlobFormat, window_tokens: int) -> None:
+    def __init__(self, context: Context, form: BlobFormat, kinds: Sequence[CacheKind], window_tokens: int) -> None:
         self._context = context
         self._form = form
+        self._kinds = tuple(kinds)
+        """of the live cache; slabs that hold other types are converted as they go in"""
         self._piece_tokens = max(1, window_tokens // 2) if window_tokens and form.n_caches > 1 else None
         """half a window, so that pieces suit standard, symmetric and chunked windows alike"""
 
@@ -96,7 +89,7 @@ class PartTransfer:
         self._context.join(source, target, p0, p1)
 
     def _blob(self, slabs: Sequence[KvSlab]) -> Bytes:
-        return assemble(slabs, n_streams=self._context.n_streams)
+        return assemble(slabs, n_streams=self._context.n_streams, kinds=self._kinds)
 
     def _scratch(self) -> int:
         if self._context.scratch is None:

@@ -11,18 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pasture.core.errors import EngineError
-from pasture.engine.blob import (
-    BlobFormat,
-    CacheRows,
-    KvSlab,
-    Rows,
-    StateSlab,
-    assemble,
-    concatenate,
-    detect_format,
-    parse,
-    slab_of,
-)
+from pasture.engine.assembly import assemble, concatenate
+from pasture.engine.blob import BlobFormat, CacheRows, KvSlab, Rows, StateSlab, detect_format, parse, slab_of
 
 formats = st.builds(BlobFormat, st.integers(1, 3), st.sampled_from([0, 12]), st.booleans())
 
