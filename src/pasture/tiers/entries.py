@@ -31,13 +31,12 @@ BLOCK_OVERHEAD_BYTES = 1536
 class Entry:
     """A block in RAM and its standing."""
 
-    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "stage", "supersedes", "uses")
+    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "stage", "supersedes")
 
     def __init__(self, block: Block) -> None:
         self.block = block
         self.last_used = 0
         """tick of the last use"""
-        self.uses = 0
         self.forks = 0
         """how often a second path began somewhere below: many for a system prompt"""
         self.pins = 0
