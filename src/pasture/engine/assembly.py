@@ -6,7 +6,7 @@ another type than the cache has now. Stateless.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +27,28 @@ from pasture.engine.blob import (
     Rows,
 )
 from pasture.engine.kernels import convert
+
+
+def fresh(n_bytes: int) -> Bytes:
+    return np.empty(n_bytes, np.uint8)
+
+
+class Workbench:
+    """Memory for one blob at a time, kept for the next: fresh pages cost as much as the copy itself."""
+
+    KEPT_BYTES = 64 << 20
+    """larger blobs get fresh memory"""
+
+    def __init__(self) -> None:
+        self._kept = fresh(0)
+
+    def allocate(self, n_bytes: int) -> Bytes:
+        """Valid until the next call."""
+        if n_bytes > self.KEPT_BYTES:
+            return fresh(n_bytes)
+        if n_bytes > self._kept.nbytes:
+            self._kept = fresh(min(2 * n_bytes, self.KEPT_BYTES))
+        return self._kept[:n_bytes]
 
 
 def join_caches(parts: Sequence[CacheRows]) -> CacheRows:
@@ -70,10 +92,17 @@ def _by_cache(slabs: Sequence[KvSlab]) -> Iterator[list[CacheRows]]:
     return (list(parts) for parts in zip(*(slab.caches for slab in slabs), strict=True))
 
 
-def assemble(slabs: Sequence[KvSlab], *, n_streams: int, kinds: Sequence[CacheKind] = ()) -> Bytes:
+def assemble(
+    slabs: Sequence[KvSlab],
+    *,
+    n_streams: int,
+    kinds: Sequence[CacheKind] = (),
+    allocate: Callable[[int], Bytes] = fresh,
+) -> Bytes:
     """The blob of neighbouring slabs for a cache of `n_streams`; each row is copied once, a whole blob not at all.
 
-    Rows are converted to `kinds` on the way, where slabs hold other types; without `kinds`, to those of the first slab.
+    Rows are converted to `kinds` on the way, where slabs hold other types; without `kinds`, to those of the first slab. The
+    blob lies in what `allocate` gives for its size.
     """
     slabs = [slab for slab in slabs if slab.p1 > slab.p0]
     _check_neighbours(slabs)
@@ -85,7 +114,7 @@ def assemble(slabs: Sequence[KvSlab], *, n_streams: int, kinds: Sequence[CacheKi
         return whole
     caches = list(zip(_by_cache(slabs), kinds, strict=True))
     n_cells = slabs[-1].p1 - slabs[0].p0
-    blob = np.empty(HEADER.size + sum(_cache_bytes(n_cells, kind, n_streams) for kind in kinds), np.uint8)
+    blob = allocate(HEADER.size + sum(_cache_bytes(n_cells, kind, n_streams) for kind in kinds))
     HEADER.pack_into(blob.data, 0, MAGIC, 0)
     offset = HEADER.size
     for parts, kind in caches:
@@ -124,25 +153,24 @@ def _write_cache(blob: Bytes, offset: int, parts: Sequence[CacheRows], kind: Cac
     offset += cells.nbytes
     LAYERS.pack_into(blob.data, offset, 0, len(kind.keys))
     offset += LAYERS.size
-    for index, row in enumerate(kind.rows):
+    for row, *shares in zip(kind.rows, *(part.tensors for part in parts), strict=True):
         TENSOR.pack_into(blob.data, offset, *row)
         offset += TENSOR.size
-        for tensors in [part.tensors for part in parts]:
-            offset = _write_rows(blob, offset, tensors[index], row)
+        end = offset + n_cells * row.row_size
+        _write_rows(blob[offset:end], shares, row)
+        offset = end
     empty_streams = U32.size * (n_streams - 1)
     blob[offset : offset + empty_streams] = 0
     return offset + empty_streams
 
 
-def _write_rows(blob: Bytes, offset: int, rows: Rows, kind: RowKind) -> int:
-    """Rows in `kind` at `offset`; where they end."""
-    data = rows.data
-    n_bytes = len(data) * kind.row_size
-    target = blob[offset : offset + n_bytes]
-    if rows.kind == kind:
-        target.reshape(data.shape)[...] = data
-    elif rows.ggml_type == kind.ggml_type:
-        raise EngineError("slabs of different models cannot be joined")
-    else:
-        convert(np.ascontiguousarray(data).reshape(-1), rows.ggml_type, target, kind.ggml_type)
-    return offset + n_bytes
+def _write_rows(target: Bytes, shares: Sequence[Rows], kind: RowKind) -> None:
+    """One tensor's rows from all parts, in `kind`."""
+    if all(rows.ggml_type == kind.ggml_type and rows.data.shape[1] == kind.row_size for rows in shares):
+        np.concatenate([rows.data for rows in shares], out=target.reshape(-1, kind.row_size))
+        return
+    offset = 0
+    for rows in shares:
+        end = offset + len(rows.data) * kind.row_size
+        convert(np.ascontiguousarray(rows.data).reshape(-1), rows.ggml_type, target[offset:end], kind.ggml_type)
+        offset = end

@@ -110,16 +110,12 @@ class LlamaCodec:
             return payload
         if not isinstance(slab, KvSlab):
             raise EngineError(f"{type(slab).__name__} is no slab of this engine")
-        parts = [cache.ext for cache in slab.caches]
-        parts += [rows.data for cache in slab.caches for rows in cache.tensors]
+        parts = [cache.ext.reshape(-1) for cache in slab.caches]
+        parts += [rows.data.reshape(-1) for cache in slab.caches for rows in cache.tensors]
         kinds = _flat(slab.kinds)
         payload = np.empty(_HEADER.size + _KIND.size * len(kinds) + sum(part.nbytes for part in parts), np.uint8)
         _Head(_ROWS, len(slab.caches), len(kinds), slab.p0, slab.p1, 0).write(payload)
-        offset = _write_kinds(payload, kinds)
-        for part in parts:
-            end = offset + part.nbytes
-            payload[offset:end].reshape(part.shape)[...] = part
-            offset = end
+        np.concatenate(parts, out=payload[_write_kinds(payload, kinds) :])
         return payload
 
     def unpack(self, payload: Bytes, p0: int, p1: int) -> Slab:

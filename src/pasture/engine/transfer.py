@@ -22,7 +22,7 @@ from itertools import pairwise
 from pasture.core.errors import EngineError
 from pasture.core.storage import Bytes
 from pasture.core.values import Layout, Slab
-from pasture.engine.assembly import assemble, concatenate, join_caches
+from pasture.engine.assembly import Workbench, assemble, concatenate, join_caches
 from pasture.engine.blob import BlobFormat, CacheKind, CacheRows, KvSlab, StateSlab, parse, slab_of
 from pasture.engine.context import WINDOW_STATE_ONLY, Context
 
@@ -32,6 +32,7 @@ class PartTransfer:
 
     def __init__(self, context: Context, form: BlobFormat, kinds: Sequence[CacheKind], window_tokens: int) -> None:
         self._context = context
+        self._bench = Workbench()
         self._form = form
         self._kinds = tuple(kinds)
         """of the live cache; slabs that hold other types are converted as they go in"""
@@ -89,7 +90,7 @@ class PartTransfer:
         self._context.join(source, target, p0, p1)
 
     def _blob(self, slabs: Sequence[KvSlab]) -> Bytes:
-        return assemble(slabs, n_streams=self._context.n_streams, kinds=self._kinds)
+        return assemble(slabs, n_streams=self._context.n_streams, kinds=self._kinds, allocate=self._bench.allocate)
 
     def _scratch(self) -> int:
         if self._context.scratch is None:
