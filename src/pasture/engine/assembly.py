@@ -166,7 +166,9 @@ def _write_cache(blob: Bytes, offset: int, parts: Sequence[CacheRows], kind: Cac
 
 def _write_rows(target: Bytes, shares: Sequence[Rows], kind: RowKind) -> None:
     """One tensor's rows from all parts, in `kind`."""
-    if all(rows.ggml_type == kind.ggml_type and rows.data.shape[1] == kind.row_size for rows in shares):
+    if all(rows.ggml_type == kind.ggml_type for rows in shares):
+        if any(rows.data.shape[1] != kind.row_size for rows in shares):
+            raise EngineError("slabs of different models cannot be joined")
         np.concatenate([rows.data for rows in shares], out=target.reshape(-1, kind.row_size))
         return
     offset = 0
