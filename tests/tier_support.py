@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from pasture.core.errors import EngineError
-from pasture.core.storage import Bytes
+from pasture.core.storage import BlockKey, Bytes, TierStatistics
 from pasture.core.values import Form, Namespace, Slab
 from pasture.engine.fake import Cell, FakeSlab
+from pasture.tiers.block import Block
 from pasture.tiers.gate import Gate, OpenGate
+from pasture.tiers.keys import Address
 from pasture.tiers.memory import MemoryTier
+from pasture.tiers.ports import SlowTier
 from pasture.tiers.store import TieredStore
 
 NAME = Namespace("tests")
@@ -81,12 +85,74 @@ def cells_of(slabs: Iterable[Slab]) -> list[Cell]:
     return cells
 
 
+OPENED: list[TieredStore] = []
+"""closed after each test by the fixture in tests/unit/tiers/conftest.py"""
+
+
+def make_store(memory: MemoryTier, slow: Sequence[SlowTier] = (), gate: Gate | None = None) -> TieredStore:
+    store = TieredStore(PlainCodec(), memory, gate or OpenGate(), slow=slow)
+    OPENED.append(store)
+    return store
+
+
 def ram_store(
     budget_bytes: int = 1 << 30, *, divisible: bool = True, gate: Gate | None = None, codec: PlainCodec | None = None
 ) -> tuple[TieredStore, MemoryTier]:
     """A store without a slow tier, and its RAM."""
     memory = MemoryTier(budget_bytes, divisible=divisible)
-    return TieredStore(codec or PlainCodec(), memory, gate or OpenGate()), memory
+    store = TieredStore(codec or PlainCodec(), memory, gate or OpenGate())
+    OPENED.append(store)
+    return store, memory
+
+
+class ShelfTier:
+    """A slow tier in a dictionary, whose calls can be held up (`gate.clear()`) or made to fail."""
+
+    def __init__(self, name: str = "shelf") -> None:
+        self.name = name
+        self.blocks: dict[BlockKey, Block] = {}
+        self.log: list[tuple[str, BlockKey]] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.failing = False
+        self.closed = False
+
+    def _enter(self, call: str, key: BlockKey) -> None:
+        self.log.append((call, key))
+        self.open.wait(60)
+        if self.failing:
+            raise OSError(f"{self.name} fails")
+
+    def leading(self, path: Sequence[Address]) -> int:
+        self._enter("leading", path[0].key)
+        return next((n for n, address in enumerate(path) if address.key not in self.blocks), len(path))
+
+    def following(self, parent: BlockKey) -> list[tuple[Address, array[int]]]:
+        self._enter("following", parent)
+        found = [block for block in self.blocks.values() if block.address.parent == parent]
+        return [(b.address, b.tokens) for b in reversed(found) if b.whole or len(b.tokens) < 64]
+
+    def get(self, address: Address) -> Block | None:
+        self._enter("get", address.key)
+        return self.blocks.get(address.key)
+
+    def put(self, block: Block) -> None:
+        self._enter("put", block.address.key)
+        self.blocks.setdefault(block.address.key, block)
+
+    def remove(self, key: BlockKey) -> None:
+        self._enter("remove", key)
+        self.blocks.pop(key, None)
+
+    def calls(self, name: str) -> int:
+        return sum(call == name for call, _ in self.log)
+
+    def statistics(self) -> TierStatistics:
+        size = sum(block.n_bytes for block in self.blocks.values())
+        return TierStatistics(self.name, len(self.blocks), size, 1 << 40, 0, 0, {}, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def put(store: TieredStore, tokens: array[int], p0: int = 0, name: Namespace = NAME) -> None:

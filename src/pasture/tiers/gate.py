@@ -91,7 +91,7 @@ class Gate(Protocol):
     def observe_unpack(self, form: Form, n_bytes: int, seconds: float) -> None: ...
     def observe_read(self, tier: str, n_bytes: int, seconds: float) -> None: ...
     def describe_tier(self, tier: str, latency_seconds: float, bytes_per_second: float) -> None:
-        """What the tier says of itself; used until reads were measured. Zero: unknown."""
+        """What the tier has measured of itself; zero: nothing. Its bandwidth counts until a read was measured here."""
         ...
 
     def figures(self) -> GateFigures: ...
@@ -101,6 +101,7 @@ class Gate(Protocol):
 class _SlowTier:
     latency_seconds: float
     rate: Rate
+    measured: bool = False
 
 
 class CostGate:
@@ -183,13 +184,14 @@ class CostGate:
     def observe_read(self, tier: str, n_bytes: int, seconds: float) -> None:
         slow = self._tier(tier)
         with self._lock:
+            slow.measured = True
             slow.rate.observe(n_bytes, max(seconds - slow.latency_seconds, seconds / 10))
 
     def describe_tier(self, tier: str, latency_seconds: float, bytes_per_second: float) -> None:
         slow = self._tier(tier)
         if latency_seconds > 0:
             slow.latency_seconds = latency_seconds
-        if bytes_per_second > 0:
+        if bytes_per_second > 0 and not slow.measured:
             slow.rate = Rate(bytes_per_second)
 
     def _tier(self, name: str) -> _SlowTier:

@@ -1,6 +1,9 @@
 """All tiers below the live cache behind one `core.storage.Store`.
 
-    engine thread        reach  take  gap  put  pin          RAM only: microseconds a block, and the copying
+    engine thread     reach  take  gap  put  pin  lift      RAM only: microseconds a block, and the copying of what moves
+    writer            new blocks -> slow tiers              (writing)
+    readers           slow tiers -> RAM, for lifts          (lifting)
+    upkeep            budget, watermarks, compression       (upkeep)
 
 Owns the way between slabs and blocks: cutting, packing, unpacking, and cutting again where a prompt parts from a block. Keys
 are `trail`'s business, what is kept is `memory`'s, what pays is `gate`'s. A payload that the codec refuses is dropped and was a
@@ -10,33 +13,60 @@ miss. No lock is held while bytes are packed or unpacked.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from pasture.core.errors import EngineError
 from pasture.core.ports import Clock
-from pasture.core.storage import Lift, Pin, SlabCodec, StoreStatistics
+from pasture.core.storage import Lift, Pin, SlabCodec, StoreStatistics, TierStatistics
 from pasture.core.values import Form, Namespace, Slab, Transfer
 from pasture.tiers.block import Block
-from pasture.tiers.gate import Gate
+from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, inflate, ladder
+from pasture.tiers.gate import CostGate, Gate
+from pasture.tiers.guard import MemoryGuard
+from pasture.tiers.lifting import Readers
 from pasture.tiers.memory import MemoryTier
+from pasture.tiers.ports import SlowTier
 from pasture.tiers.trail import Trails
+from pasture.tiers.upkeep import Upkeep
+from pasture.tiers.writing import Writer
 
 log = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 5.0
+"""for each kind of thread to end, and for the tiers to close"""
+
 
 class TieredStore:
-    """See the module and `core.storage.Store`."""
+    """See the module and `core.storage.Store`. Made by `open_store`."""
 
-    def __init__(self, codec: SlabCodec, memory: MemoryTier, gate: Gate, *, clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self,
+        codec: SlabCodec,
+        memory: MemoryTier,
+        gate: Gate,
+        *,
+        slow: Sequence[SlowTier] = (),
+        squeezer: Squeezer | None = None,
+        guard: MemoryGuard | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """`memory` lists unwritten blocks exactly when there are slow tiers. The store closes the tiers, fastest first."""
         self._codec = codec
         self._memory = memory
         self._gate = gate
+        self._slow = slow
         self._clock = clock
         self._trails = Trails(codec.fingerprint)
-        self._warned_of_damage = False
+        self._squeezer = squeezer or Squeezer(memory, codec, Compression.OFF, ())
+        self._writer = Writer(memory, slow, gate) if slow else None
+        self._readers = Readers(memory, slow, gate, clock) if slow else None
+        self._upkeep = Upkeep(memory, self._squeezer, guard=guard, readers=self._readers, clock=clock)
+        self._upkeep.start()
+        self._closed = False
 
     # Engine thread
 
@@ -44,8 +74,10 @@ class TieredStore:
         return self._memory.reach(self._trails.of(namespace, tokens))
 
     def lift(self, namespace: Namespace, tokens: array[int], have: int, ready: Callable[[], None]) -> Lift | None:
-        self._memory.count_missed(len(tokens) - have)
-        return None
+        self._memory.count_missed(max(0, len(tokens) - have))
+        if self._readers is None:
+            return None
+        return self._readers.lift(self._trails.fresh(namespace, tokens), have, ready)
 
     def take(self, namespace: Namespace, tokens: array[int], p0: int, p1: int) -> tuple[Slab, ...]:
         if p0 >= p1:
@@ -82,6 +114,8 @@ class TieredStore:
             block = Block(address, tokens[address.p0 : address.p1], Form.RAW, payload, whole)
             if not self._memory.insert(block):
                 break  # what follows could not be reached
+        if self._writer is not None:
+            self._writer.wake()
 
     def pin(self, namespace: Namespace, tokens: array[int]) -> Pin:
         return self._memory.pin(self._trails.of(namespace, tokens))
@@ -95,10 +129,19 @@ class TieredStore:
     # Any thread
 
     def statistics(self) -> StoreStatistics:
+        """The slow tiers' part is at most half a second old, unless a tier hangs."""
         figures = self._gate.figures()
-        ram = self._memory.statistics(bytes_per_second=figures.restore_bytes_per_second)
+        in_flight, errors = self._squeezer.in_flight_bytes, self._upkeep.errors
+        slow: tuple[TierStatistics, ...] = ()
+        if self._writer is not None and self._readers is not None:
+            in_flight += self._writer.in_flight_bytes + self._readers.in_flight_bytes
+            errors += self._writer.errors + self._readers.errors
+            slow = self._writer.tier_statistics
+        ram = self._memory.statistics(
+            in_flight_bytes=in_flight, errors=errors, bytes_per_second=figures.restore_bytes_per_second
+        )
         return StoreStatistics(
-            tiers=(ram,),
+            tiers=(ram, *slow),
             prefill_tokens_per_second=figures.prefill_tokens_per_second,
             save_bytes_per_second=figures.save_bytes_per_second,
             restore_bytes_per_second=figures.restore_bytes_per_second,
@@ -106,10 +149,24 @@ class TieredStore:
         )
 
     def flush(self, timeout_seconds: float) -> bool:
-        return True
+        return self._writer is None or self._writer.flush(timeout_seconds)
 
     def close(self) -> None:
-        pass
+        """Within CLOSE_SECONDS for each kind of thread, whatever the tiers do. A tier that hangs is left behind, open."""
+        if self._closed:
+            return
+        self._closed = True
+        ended = [self._upkeep.stop(CLOSE_SECONDS)]
+        if self._readers is not None:
+            ended.append(self._readers.stop(CLOSE_SECONDS))
+        if self._writer is not None:
+            ended.append(self._writer.stop(CLOSE_SECONDS))
+        if not all(ended):
+            log.warning("a storage tier does not answer; it is not closed")
+            return
+        closing = threading.Thread(target=self._close_tiers, name="pasture-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
 
     # Inside
 
@@ -117,7 +174,8 @@ class TieredStore:
         started = self._clock()
         address = block.address
         try:
-            slab = self._codec.unpack(block.payload, 0 if block.whole else address.p0, address.p1)
+            payload = inflate(block.payload) if block.form is Form.LOSSLESS else block.payload
+            slab = self._codec.unpack(payload, 0 if block.whole else address.p0, address.p1)
         except EngineError as error:
             self._forget(block, error)
             return None
@@ -125,7 +183,51 @@ class TieredStore:
         return slab
 
     def _forget(self, block: Block, error: EngineError) -> None:
+        """Drop it from every tier."""
+        if not self._memory.statistics().damaged_blocks:
+            log.warning("a stored block was refused and dropped; any other will only be counted: %s", error)
         self._memory.drop_damaged(block)
-        if not self._warned_of_damage:
-            self._warned_of_damage = True
-            log.warning("a stored block was refused, and dropped; others that are will be counted only: %s", error)
+        if self._writer is not None:
+            self._writer.remove(block.address.key)
+
+    def _close_tiers(self) -> None:
+        for tier in self._slow:
+            try:
+                tier.close()
+            except Exception:
+                log.exception("a storage tier failed while it was closed")
+
+
+def open_store(
+    codec: SlabCodec,
+    budget_bytes: int,
+    *,
+    divisible: bool,
+    cell_bytes: int = 0,
+    slow: Sequence[SlowTier] = (),
+    compression: Compression = Compression.OFF,
+    allowed: Collection[Form] = EVERY_FORM,
+    available: Callable[[], int] | None = None,
+    gate: Gate | None = None,
+    clock: Clock = time.perf_counter,
+) -> TieredStore:
+    """A store with its threads running.
+
+    `divisible` and `cell_bytes`: `ModelInfo.shareable` and `.cell_bytes`. `slow`: fastest first. `allowed`: forms that the
+    quality bound admits. `available`: bytes that the process can still take; with it, RAM shrinks before the machine runs out.
+    """
+    memory = MemoryTier(
+        budget_bytes,
+        divisible=divisible,
+        list_unwritten=bool(slow),
+        squeeze_stages=len(ladder(compression, allowed)),
+    )
+    return TieredStore(
+        codec,
+        memory,
+        gate or CostGate(cell_bytes),
+        slow=slow,
+        squeezer=Squeezer(memory, codec, compression, allowed),
+        guard=MemoryGuard(budget_bytes, available) if available is not None else None,
+        clock=clock,
+    )

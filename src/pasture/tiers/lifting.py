@@ -1,0 +1,243 @@
+"""Fetching ahead: blocks come from slow tiers into RAM for a prompt that waits, from a pool of threads.
+
+    engine thread      Readers.lift -> Lift          (an entry in a queue)
+    a reader           plan: what follows, where it is, whether reading it beats computing it
+    readers            read: each takes the next block, verifies it, puts it into RAM and pins it for the lift
+    the last one       ready()
+
+What came is pinned until the lift is released. A block that is missing or not what it claims ends the lift there: what lies
+behind it could not be used. A lift is over at the latest when recomputing would have been, so a slow tier that hangs costs no
+more than its absence; while every reader is stuck, nothing is lifted at all. `ready` is called exactly once, whatever happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from pasture.core.ports import Clock
+from pasture.core.storage import BLOCK_TOKENS, Pin
+from pasture.tiers.block import Block
+from pasture.tiers.gate import Gate
+from pasture.tiers.memory import MemoryTier
+from pasture.tiers.planning import Reading, plan
+from pasture.tiers.ports import SlowTier
+from pasture.tiers.trail import Trail
+
+log = logging.getLogger(__name__)
+
+N_READERS = 4
+SHORTEST_WAIT_SECONDS = 0.25
+LONGEST_WAIT_SECONDS = 10.0
+STUCK_SECONDS = 2.0
+"""in one call to a slow tier, from which on a reader counts as lost until it comes back"""
+
+
+class PromptLift:
+    """One prompt's lift; see `core.storage.Lift`."""
+
+    def __init__(self, trail: Trail, have: int, ready: Callable[[], None], pin: Pin, deadline: float) -> None:
+        self.trail = trail
+        self.have = have
+        self.deadline = deadline
+        self._ready = ready
+        self._lock = threading.Lock()
+        self._pins = [pin]
+        self._readings: deque[Reading] | None = None
+        """None: not planned yet"""
+        self._n_reading = 0
+        self._done = False
+        self._released = False
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def release(self) -> None:
+        with self._lock:
+            pins, self._pins, self._released = self._pins, [], True
+            if self._readings is not None:
+                self._readings.clear()
+        for pin in pins:
+            pin.release()
+
+    # For the readers
+
+    def begin(self, readings: Sequence[Reading]) -> None:
+        with self._lock:
+            self._readings = deque(() if self._released or self._done else readings)
+
+    @property
+    def planned(self) -> bool:
+        return self._readings is not None
+
+    def next(self) -> Reading | None:
+        with self._lock:
+            if not self._readings:
+                return None
+            self._n_reading += 1
+            return self._readings.popleft()
+
+    def came(self, pin: Pin | None) -> None:
+        """A reading has ended: with a block in RAM, or, where the chain ends there, with None."""
+        with self._lock:
+            self._n_reading -= 1
+            if pin is None and self._readings is not None:
+                self._readings.clear()
+            if pin is not None and not self._released:
+                self._pins.append(pin)
+                pin = None
+        if pin is not None:
+            pin.release()
+
+    def finish_when_read(self) -> None:
+        with self._lock:
+            over = not self._readings and not self._n_reading
+        if over:
+            self.finish()
+
+    def finish(self) -> None:
+        """Say that it is over; once."""
+        with self._lock:
+            if self._done:
+                return
+            self._done = True
+            if self._readings is not None:
+                self._readings.clear()
+        try:
+            self._ready()
+        except Exception:
+            log.exception("whoever waited for stored blocks failed when told of them")
+
+
+class Readers:
+    """The pool of threads, and the lifts that are under way."""
+
+    def __init__(self, memory: MemoryTier, tiers: Sequence[SlowTier], gate: Gate, clock: Clock) -> None:
+        self._memory = memory
+        self._tiers = tiers
+        self._gate = gate
+        self._clock = clock
+        self._queue: SimpleQueue[PromptLift | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._lifts: set[PromptLift] = set()
+        self._reading_since: dict[int, float] = {}
+        """reader -> when it began the call that it is in"""
+        self._closed = False
+        self.errors = 0
+        self._threads = [
+            threading.Thread(target=self._run, args=(n,), name=f"pasture-read-{n}", daemon=True) for n in range(N_READERS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # Engine thread
+
+    def lift(self, trail: Trail, have: int, ready: Callable[[], None]) -> PromptLift | None:
+        """Queue it. None when it is pointless: nothing to look for, or nobody free to look."""
+        if have >= len(trail) or self._stuck():
+            return None
+        recomputing = self._gate.recompute_seconds(len(trail) - have)
+        wait = min(max(recomputing, SHORTEST_WAIT_SECONDS), LONGEST_WAIT_SECONDS)
+        lift = PromptLift(trail, have, ready, self._memory.pin(trail), self._clock() + wait)
+        with self._lock:
+            if not self._closed:
+                self._lifts.add(lift)
+                self._queue.put(lift)
+                return lift
+        lift.release()
+        return None
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """What is being read at this moment, about."""
+        return len(self._reading_since) * self._gate.stored_bytes(BLOCK_TOKENS)
+
+    # Background
+
+    def expire(self) -> bool:
+        """Finish the lifts whose time is over; True while others are under way."""
+        now = self._clock()
+        with self._lock:
+            self._lifts = {lift for lift in self._lifts if not lift.done}
+            late = [lift for lift in self._lifts if lift.deadline <= now]
+            under_way = len(self._lifts) > len(late)
+        for lift in late:
+            lift.finish()
+        return under_way
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Finish every lift and end the threads; False when one is stuck in a slow tier."""
+        with self._lock:
+            self._closed = True
+            lifts = list(self._lifts)
+        for _ in self._threads:
+            self._queue.put(None)
+        for lift in lifts:
+            lift.finish()
+        deadline = self._clock() + timeout_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - self._clock()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _stuck(self) -> bool:
+        now = self._clock()
+        since = list(self._reading_since.values())
+        return len(since) == len(self._threads) and all(now - started > STUCK_SECONDS for started in since)
+
+    # The readers
+
+    def _run(self, reader: int) -> None:
+        while (lift := self._queue.get()) is not None:
+            try:
+                if not lift.planned:
+                    self._plan(reader, lift)
+                while (reading := lift.next()) is not None:
+                    lift.came(self._read(reader, reading))
+                lift.finish_when_read()
+            except Exception:
+                self._failed()
+                lift.finish()
+
+    def _plan(self, reader: int, lift: PromptLift) -> None:
+        if lift.done:
+            lift.begin(())
+            return
+        self._reading_since[reader] = self._clock()
+        try:
+            readings = plan(self._memory, self._tiers, self._gate, lift.trail, lift.have)
+        except Exception:
+            self._failed()
+            readings = []
+        finally:
+            del self._reading_since[reader]
+        lift.begin(readings)
+        for _ in range(min(len(readings), len(self._threads)) - 1):
+            self._queue.put(lift)  # others help
+
+    def _read(self, reader: int, reading: Reading) -> Pin | None:
+        started = self._reading_since[reader] = self._clock()
+        try:
+            block = reading.tier.get(reading.address)
+        except Exception:
+            self._failed()
+            return None
+        finally:
+            del self._reading_since[reader]
+        if block is None or not _is_asked_for(block, reading):
+            return None
+        self._gate.observe_read(reading.tier.name, block.n_bytes, self._clock() - started)
+        return self._memory.insert_pinned(block, written=reading.tier is self._tiers[0])
+
+    def _failed(self) -> None:
+        self.errors += 1
+        if self.errors == 1:
+            log.exception("a slow tier failed where it should not; it is counted from here on")
+
+
+def _is_asked_for(block: Block, reading: Reading) -> bool:
+    """A hash finds, tokens confirm."""
+    return block.address == reading.address and block.tokens == reading.tokens and block.whole is reading.whole
