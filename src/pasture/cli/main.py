@@ -14,6 +14,7 @@ import typer
 
 from pasture import __version__
 from pasture.cli.bench import bench, demo
+from pasture.cli.cache import cache
 from pasture.cli.check import check
 from pasture.cli.configuration import config
 from pasture.cli.flags import normalise
@@ -34,6 +35,7 @@ app.command(rich_help_panel="Measure")(demo)
 app.command(rich_help_panel="Measure")(bench)
 app.command(rich_help_panel="Find out")(check)
 app.command(rich_help_panel="Find out")(config)
+app.add_typer(cache, name="cache", rich_help_panel="Look after")
 
 
 def _print_version(wanted: bool) -> None:

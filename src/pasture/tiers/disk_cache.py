@@ -19,6 +19,10 @@ from pasture.tiers.disk_rows import Row
 from pasture.tiers.wire import BadBlock, Header, PlainWire, Wire, parts, read_header
 
 
+NOTHING = -1
+"""a target for `evict` that even empty blocks exceed"""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What became of one file that was read from beginning to end."""
@@ -67,6 +71,14 @@ class DiskCache:
         for row in evicted:
             self.files.remove(row.name)
         return evicted
+
+    def clear(self) -> int:
+        """Take every block away; how many."""
+        names = {row.name for row in self.evict(NOTHING)}
+        for fact in list(self.files.scan()):
+            self.files.remove(fact.name)
+            names.add(fact.name)
+        return len(names)
 
     def verify(self, wire: Wire | None) -> Iterator[Verdict]:
         """Read every file, and take away those that are damaged. `wire` opens blocks that are encrypted."""

@@ -1,0 +1,212 @@
+"""`pasture cache ls|stats|verify|prune|clear`: look after a disk cache, whether or not a server is using it.
+
+Thin commands over `pasture.tiers.disk_cache`. A cache holds blocks, each a stretch of some conversation; a block that nothing
+follows ends a conversation, and those are what people want listed. Nothing here needs a model, and only `verify` can make use
+of the secret that a cache is encrypted under.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from pasture.cli.output import err, out, print_json
+from pasture.config import format_bytes, format_seconds, parse_bytes, parse_seconds
+from pasture.core.errors import ConfigError, PastureError
+
+if TYPE_CHECKING:
+    from pasture.tiers.disk_cache import DiskCache
+    from pasture.tiers.disk_rows import Row
+
+SHOWN_CONVERSATIONS = 20
+NAME_DIGITS = 12
+"""of a block's name, enough to tell them apart"""
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="What the server was given as --kv-cache.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+cache = typer.Typer(no_args_is_help=True, help="Look after a disk cache; a server may be using it meanwhile.")
+
+
+@cache.command("ls")
+def ls(
+    directory: Directory,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Conversations to show.")] = SHOWN_CONVERSATIONS,
+    as_json: AsJson = False,
+) -> None:
+    """List the conversations in a cache, last used first: size, age, hits."""
+    with _opened(directory) as opened:
+        rows = opened.index.rows(limit, leaves=True)
+        sizes = [opened.index.path_bytes(row.name) for row in rows]
+    now = time.time()
+    if as_json:
+        print_json({"conversations": [_as_json(row, size, now) for row, size in zip(rows, sizes, strict=True)]})
+        return
+    table = Table(title="Conversations", title_justify="left", caption=_LS_CAPTION, caption_justify="left")
+    for heading in ("ends in", "tokens", "size", "form", "written", "used", "hits"):
+        table.add_column(heading, justify="left" if heading in ("ends in", "form") else "right", no_wrap=True)
+    for row, size in zip(rows, sizes, strict=True):
+        form = f"{row.form.value}{', encrypted' if row.sealed else ''}"
+        ages = (_ago(now - row.written), _ago(now - row.last_used))
+        table.add_row(row.name.hex()[:NAME_DIGITS], f"{row.p1:,}", format_bytes(size), form, *ages, f"{row.hits:,}")
+    out().print(table)
+
+
+_LS_CAPTION = "Sizes include what conversations have in common, which is stored once."
+
+
+@cache.command("stats")
+def stats(directory: Directory, as_json: AsJson = False) -> None:
+    """Count blocks and bytes in a cache, by form."""
+    with _opened(directory) as opened:
+        rows = opened.index.rows()
+        conversations = len(opened.index.rows(leaves=True))
+    now = time.time()
+    n_blocks, n_bytes = Counter(row.form.value for row in rows), Counter[str]()
+    for row in rows:
+        n_bytes[row.form.value] += row.n_bytes
+    facts = {
+        "conversations": conversations,
+        "blocks": len(rows),
+        "bytes": n_bytes.total(),
+        "blocks_by_form": dict(n_blocks),
+        "bytes_by_form": dict(n_bytes),
+        "encrypted_blocks": sum(row.sealed for row in rows),
+        "hits": sum(row.hits for row in rows),
+        "oldest_use_seconds": round(now - min((row.last_used for row in rows), default=now), 1),
+        "free_bytes": shutil.disk_usage(directory).free,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_row("conversations", f"{conversations:,}")
+    table.add_row("blocks", f"{len(rows):,}, {format_bytes(n_bytes.total())}")
+    for form, n_of_form in n_blocks.items():
+        table.add_row(f"  {form}", f"{n_of_form:,}, {format_bytes(n_bytes[form])}")
+    table.add_row("encrypted", f"{facts['encrypted_blocks']:,}")
+    table.add_row("hits", f"{facts['hits']:,}")
+    table.add_row("longest unused", _ago(now - min((row.last_used for row in rows), default=now)))
+    table.add_row("free on the disk", format_bytes(shutil.disk_usage(directory).free))
+    out().print(table, highlight=False)
+
+
+@cache.command("verify")
+def verify(
+    directory: Directory,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the index anew from the files.")] = False,
+    key_file: Annotated[
+        Path | None, typer.Option("--kv-key-file", metavar="FILE", help="Also open what is encrypted under this key.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every file of a cache, and take away those that are damaged."""
+    from pasture.tiers.sealed import SealedWire, read_secret
+
+    wire = SealedWire(read_secret(key_file)) if key_file is not None else None
+    with _opened(directory) as opened:
+        n_files = n_bytes = n_closed = 0
+        damaged = {}
+        for verdict in opened.verify(wire):
+            n_files, n_bytes = n_files + 1, n_bytes + verdict.n_bytes
+            if verdict.damage is not None:
+                damaged[verdict.name.hex()] = verdict.damage
+            elif not verdict.opened:
+                n_closed += 1
+        if rebuild:
+            opened.index.rebuild()
+        opened.settle(time.time())
+    if as_json:
+        print_json({"files": n_files, "bytes": n_bytes, "damaged": damaged, "not_opened": n_closed, "rebuilt": rebuild})
+        return
+    for name, reason in damaged.items():
+        err().print(f"{name[:NAME_DIGITS]}: {reason}; removed", markup=False, highlight=False)
+    remark = f", {n_closed:,} encrypted ones by their checksum alone" if n_closed else ""
+    out().print(f"{n_files:,} files, {format_bytes(n_bytes)}: {len(damaged):,} damaged and removed{remark}", highlight=False)
+
+
+@cache.command("prune")
+def prune(
+    directory: Directory,
+    to: Annotated[str | None, typer.Option("--to", metavar="SIZE", help="Keep at most so much, last used first.")] = None,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="TIME", help="Remove what was not used for so long, as 168h.")
+    ] = None,
+) -> None:
+    """Make a cache smaller: least recently used blocks go first, the ends of conversations before their beginnings."""
+    from pasture.tiers.disk_cache import NOTHING
+
+    if to is None and older_than is None:
+        raise ConfigError("say what may stay: --to SIZE, --older-than TIME, or both")
+    target_bytes = _parsed("--to", parse_bytes, to)
+    age_seconds = _parsed("--older-than", parse_seconds, older_than)
+    with _opened(directory) as opened:
+        opened.settle(time.time())
+        gone = [] if age_seconds is None else opened.evict(NOTHING, used_before=time.time() - age_seconds)
+        gone += [] if target_bytes is None else opened.evict(int(target_bytes))
+    _tell_removed(len(gone), sum(row.n_bytes for row in gone))
+
+
+@cache.command("clear")
+def clear(directory: Directory, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Remove every block of a cache."""
+    with _opened(directory) as opened:
+        if not yes:
+            typer.confirm(f"Remove everything that is cached in {directory}?", abort=True)
+        n_bytes = sum(fact.n_bytes for fact in opened.files.scan())
+        n_blocks = opened.clear()
+    _tell_removed(n_blocks, n_bytes)
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[DiskCache]:
+    from pasture.tiers.disk_cache import DiskCache
+    from pasture.tiers.disk_files import LAYOUT, private_directory
+    from pasture.tiers.disk_index import IndexUnavailable
+
+    if not (directory / LAYOUT).is_dir():
+        raise ConfigError(f"there is no cache in {directory}")
+    opened = DiskCache(private_directory(directory))
+    try:
+        yield opened
+    except (OSError, IndexUnavailable) as error:
+        raise PastureError(f"the cache in {directory} cannot be used now: {error}") from None
+    finally:
+        opened.close()
+
+
+def _parsed(flag: str, parse: Callable[[str], float], text: str | None) -> float | None:
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag}: {error}") from None
+
+
+def _tell_removed(n_blocks: int, n_bytes: int) -> None:
+    out().print(f"{n_blocks:,} blocks removed, {format_bytes(n_bytes)}", highlight=False)
+
+
+def _ago(seconds: float) -> str:
+    return f"{format_seconds(round(max(0.0, seconds), 1))} ago"
+
+
+def _as_json(row: Row, path_bytes: int, now: float) -> dict[str, object]:
+    return {
+        "ends_in": row.name.hex(),
+        "tokens": row.p1,
+        "bytes": path_bytes,
+        "form": row.form.value,
+        "whole": row.whole,
+        "encrypted": row.sealed,
+        "written_seconds_ago": round(now - row.written, 1),
+        "used_seconds_ago": round(now - row.last_used, 1),
+        "hits": row.hits,
+    }

@@ -1,0 +1,455 @@
+"""The disk tier: what it keeps, in which order it lets go, and what a failing disk is to it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import stat
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pasture.core.errors import ConfigError
+from pasture.core.storage import BlockKey
+from pasture.core.values import Form
+from pasture.tiers.disk import DiskTier
+from pasture.tiers.disk_files import TEMPORARY, BlockFiles
+from pasture.tiers.keys import child_key
+from tests.blocks import block_at, blocks, conversation, path, root, same
+
+BLOCK_BYTES = 1000 + 112 + 256
+"""of the file of a full block with 1,000 bytes of payload"""
+
+
+class Time:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def pass_(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock() -> Time:
+    return Time()
+
+
+Open = Callable[..., DiskTier]
+
+
+@pytest.fixture
+def open_tier(tmp_path: Path, clock: Time) -> Open:
+    def opened(budget_bytes: int = 1 << 20) -> DiskTier:
+        return DiskTier(tmp_path / "cache", budget_bytes, clock=clock, now=clock)
+
+    return opened
+
+
+def close(*tiers: DiskTier) -> None:
+    for tier in tiers:
+        tier.close()
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.kv"))
+
+
+def fill(tier: DiskTier, *seeds: int, n_tokens: int = 200, clock: Time | None = None) -> None:
+    for seed in seeds:
+        for block in blocks(conversation(seed, n_tokens)):
+            tier.put(block)
+        if clock is not None:
+            clock.pass_(60)
+
+
+def kept(tier: DiskTier, seed: int, n_tokens: int = 200) -> int:
+    """Leading blocks of a conversation that are stored, and come back right."""
+    tokens = conversation(seed, n_tokens)
+    n_blocks = tier.leading(path(tokens))
+    for block in list(blocks(tokens))[:n_blocks]:
+        assert same(tier.get(block.address), block)
+    return n_blocks
+
+
+def test_what_was_put_is_there_after_a_restart(open_tier: Open) -> None:
+    tier = open_tier()
+    fill(tier, 1, 2)
+    tier.close()
+    tier = open_tier()
+    assert (kept(tier, 1), kept(tier, 2), kept(tier, 3)) == (4, 4, 0)
+    figures = tier.statistics()
+    assert (figures.blocks, figures.hit_tokens, figures.missed_tokens, figures.damaged_blocks) == (8, 400, 200, 0)
+    assert figures.bytes == figures.bytes_by_form[Form.RAW] == figures.read_bytes
+    assert figures.latency_seconds > 0
+    assert figures.bytes_per_second > 0
+
+
+def test_leading_stops_at_the_first_that_is_missing(open_tier: Open) -> None:
+    tier = open_tier()
+    tokens = conversation(1, 2000)
+    addresses = path(tokens)
+    for index in (0, 1, 2, 5):
+        tier.put(block_at(addresses[index], tokens))
+    assert tier.leading(addresses) == 3
+    assert tier.leading([]) == 0
+    assert tier.leading(addresses * 40) == 3, "more than fit into one question"
+
+
+def test_following_finds_short_blocks_and_checkpoints_newest_first(open_tier: Open, clock: Time) -> None:
+    tier = open_tier()
+    tokens = conversation(1, 128)
+    full, second = path(tokens)
+    tier.put(block_at(full, tokens))
+    tier.put(block_at(second, tokens))
+    assert tier.following(full.key) == [], "full blocks are asked for by their key"
+    for n_tokens in (70, 80, 90):
+        clock.pass_(1)
+        tier.put(block_at(path(tokens[:n_tokens])[1], tokens))
+    assert [len(found) for _, found in tier.following(full.key)] == [26, 16, 6]
+    other = conversation(2, 64)
+    tier.put(block_at(path(other)[0], other, whole=True))
+    assert list(tier.following(root())) == [(path(other)[0], other)], (
+        "a checkpoint on a boundary is filed as the block it ends in"
+    )
+    for n_tokens in range(100, 120):
+        tier.put(block_at(path(tokens[:n_tokens])[1], tokens))
+    assert len(tier.following(full.key)) == 8, "a few at most"
+
+
+def test_equal_blocks_exist_once(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1, 1, 1)
+    assert tier.statistics().blocks == len(files(tmp_path)) == 4
+    assert tier.statistics().written_bytes == sum(file.stat().st_size for file in files(tmp_path))
+
+
+def test_a_block_whose_file_was_deleted_is_a_miss_and_can_be_put_again(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    for file in files(tmp_path):
+        file.unlink()
+    assert tier.get(path(conversation(1, 200))[0]) is None
+    assert tier.statistics().blocks == 3
+    fill(tier, 1)
+    assert kept(tier, 1) == 4
+    assert tier.statistics().errors == tier.statistics().damaged_blocks == 0
+
+
+def test_remove(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    tier.remove(path(conversation(1, 200))[3].key)
+    tier.remove(BlockKey(bytes(32)))
+    assert kept(tier, 1) == 3
+    assert len(files(tmp_path)) == tier.statistics().blocks == 3
+
+
+def test_least_recently_used_goes_first_and_ends_before_beginnings(open_tier: Open, tmp_path: Path, clock: Time) -> None:
+    tier = open_tier(10 * BLOCK_BYTES)
+    fill(tier, 1, 2, 3, n_tokens=192, clock=clock)
+    assert kept(tier, 1, 192) == 3, "and used again"
+    clock.pass_(60)
+    fill(tier, 4, n_tokens=192, clock=clock)
+    assert [kept(tier, seed, 192) for seed in (1, 2, 3, 4)] == [3, 1, 3, 3]
+    assert len(files(tmp_path)) == tier.statistics().blocks == 10
+    assert tier.statistics().evicted_blocks == 2
+
+
+def test_a_parent_outlives_its_children(open_tier: Open, clock: Time) -> None:
+    tier = open_tier(12 * BLOCK_BYTES)
+    shared = conversation(1, 128)
+    for seed in range(10, 30):
+        tokens = shared + conversation(seed, 64)
+        for block in list(blocks(tokens))[0 if seed == 10 else 2 :]:
+            tier.put(block)
+        clock.pass_(60)
+    assert tier.leading(path(shared + conversation(29, 64))) == 3, "a child that is put keeps its path"
+    assert tier.statistics().bytes <= 12 * BLOCK_BYTES
+
+
+def test_the_budget_holds_at_start_and_for_a_block_that_exceeds_it(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1, 2, 3)
+    tier.close()
+    tier = open_tier(5 * BLOCK_BYTES)
+    assert tier.statistics().bytes <= 5 * BLOCK_BYTES
+    tokens = conversation(9, 64)
+    tier.put(block_at(path(tokens)[0], tokens, 6 * BLOCK_BYTES))
+    assert kept(tier, 9, 64) == 0
+    assert tier.statistics().blocks > 0, "nothing was evicted for what does not fit anyway"
+    assert sum(file.stat().st_size for file in files(tmp_path)) == tier.statistics().bytes
+
+
+def test_two_tiers_share_blocks_and_budget(open_tier: Open, tmp_path: Path, clock: Time) -> None:
+    one, two = open_tier(20 * BLOCK_BYTES), open_tier(20 * BLOCK_BYTES)
+    for seed in range(1, 21, 2):
+        fill(one, seed, n_tokens=128, clock=clock)
+        fill(two, seed + 1, n_tokens=128, clock=clock)
+        assert kept(one, seed + 1, 128) == kept(two, seed, 128) == 2
+    assert one.statistics().bytes == two.statistics().bytes <= 20 * BLOCK_BYTES
+    assert sum(file.stat().st_size for file in files(tmp_path)) == one.statistics().bytes
+
+
+def test_everything_is_private(open_tier: Open, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        tier = open_tier()
+        fill(tier, 1)
+        tier.statistics()
+        found = list((tmp_path / "cache").rglob("*"))
+        assert len(found) > 8
+        for item in (tmp_path / "cache", *found):
+            assert stat.S_IMODE(item.stat().st_mode) == (0o700 if item.is_dir() else 0o600), item
+        tier.close()
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+def test_a_directory_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    with pytest.raises(ConfigError, match="written by others"):
+        DiskTier(tmp_path, 1 << 20)
+
+
+def test_a_directory_of_someone_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(ConfigError, match="another user"):
+        DiskTier(tmp_path, 1 << 20)
+
+
+def test_a_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(ConfigError, match="cannot be used"):
+        DiskTier(tmp_path / "cache", 1 << 20)
+
+
+def test_abandoned_temporary_files_are_swept_and_young_ones_are_not(open_tier: Open, tmp_path: Path, clock: Time) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    tier.close()
+    folder = files(tmp_path)[0].parent
+    for name, age in (("old", 1000), ("young", 10)):
+        (folder / f"{TEMPORARY}{name}").touch()
+        os.utime(folder / f"{TEMPORARY}{name}", (clock() - age, clock() - age))
+    open_tier()
+    assert [file.name for file in folder.glob(f"{TEMPORARY}*")] == [f"{TEMPORARY}young"]
+
+
+class Failing:
+    """os.write, until it fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, code: int, after_calls: int = 0) -> None:
+        self.broken = True
+        self.calls = 0
+        real = getattr(os, name)
+
+        def call(*arguments: object, **options: object) -> object:
+            self.calls += 1
+            if self.broken and self.calls > after_calls:
+                raise OSError(code, os.strerror(code))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("write", errno.ENOSPC), ("write", errno.EIO), ("replace", errno.EROFS), ("open", errno.EMFILE)]
+)
+def test_a_disk_that_takes_nothing_costs_writes_and_one_warning(
+    open_tier: Open,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: Time,
+    name: str,
+    code: int,
+) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    failing = Failing(monkeypatch, name, code, after_calls=1 if name == "write" else 0)
+    fill(tier, 2, 3)
+    assert failing.calls <= 2, "left alone after the first failure"
+    assert len(caplog.records) == 1
+    assert "cannot be written" in caplog.text
+    assert not list((tmp_path / "cache").rglob(f"{TEMPORARY}*")), "nothing half written stays"
+    failing.broken = False
+    assert kept(tier, 1) == 4, "reading goes on"
+    fill(tier, 2)
+    assert kept(tier, 2) == 0, "the pause is not over"
+    clock.pass_(3)
+    fill(tier, 2)
+    assert kept(tier, 2) == 4
+    assert tier.statistics().errors == 1
+
+
+def test_a_disk_that_cannot_be_read_is_a_miss_and_keeps_its_files(
+    open_tier: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Time
+) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    failing = Failing(monkeypatch, "readv", errno.EIO)
+    addresses = path(conversation(1, 200))
+    assert [tier.get(address) for address in addresses] == [None] * 4
+    assert failing.calls == 1
+    assert tier.leading(addresses) == 0, "no promise while it fails"
+    assert len(caplog.records) == 1
+    failing.broken = False
+    clock.pass_(3)
+    assert kept(tier, 1) == 4
+    assert tier.statistics().damaged_blocks == 0
+
+
+def test_a_directory_that_cannot_be_written_is_read(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    tier.close()
+    for index in (tmp_path / "cache").rglob("index*"):
+        index.unlink()
+    for name in ("mkdir", "link", "replace", "unlink"):
+        Failing(monkeypatch, name, errno.EROFS)
+    real = os.open
+
+    def read_only(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", read_only)
+    tier = open_tier()
+    assert kept(tier, 1) == 4, "from an index in memory"
+    fill(tier, 2)
+    assert kept(tier, 2) == 0
+    tier.close()
+    assert len(caplog.records) == 1
+
+
+def test_what_a_file_holds_instead_is_never_served(open_tier: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tier = open_tier()
+    fill(tier, 1, 2)
+    one, two = (path(conversation(seed, 200)) for seed in (1, 2))
+    place = {file.stem: file for file in files(tmp_path)}
+    swapped = place[one[0].key.hex()], place[two[0].key.hex()]
+    content = [file.read_bytes() for file in swapped]
+    swapped[0].write_bytes(content[1])
+    swapped[1].write_bytes(content[0])
+    assert tier.get(one[0]) is tier.get(two[0]) is None
+    assert tier.statistics().damaged_blocks == 2
+    assert len(caplog.records) == 1
+    assert not any(file.exists() for file in swapped)
+    fill(tier, 1, 2)
+    assert kept(tier, 1) == kept(tier, 2) == 4
+
+
+def test_links_are_not_followed(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    tokens = conversation(1, 200)
+    place = {file.stem: file for file in files(tmp_path)}
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    first, second = (place[address.key.hex()] for address in path(tokens)[:2])
+    first.rename(outside / "target")
+    first.symlink_to(outside / "target")
+    second.parent.rename(outside / "folder")
+    second.parent.symlink_to(outside / "folder")
+    assert tier.get(path(tokens)[0]) is tier.get(path(tokens)[1]) is None
+    fill(tier, 1)
+    assert kept(tier, 1) == 4
+    assert (outside / "target").exists()
+    assert (outside / "folder" / second.name).exists(), "nothing outside is touched"
+    assert not first.is_symlink()
+    assert not second.parent.is_symlink()
+
+
+def test_keys_of_other_tokens_find_nothing(open_tier: Open) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    assert tier.leading(path(conversation(1, 200), namespace="another")) == 0
+    assert tier.following(child_key(root(), conversation(1, 64))) == []
+
+
+def test_files_survive_what_the_index_does_not(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    tier.close()
+    for index in (tmp_path / "cache").rglob("index*"):
+        index.write_bytes(b"garbage" * 1000)
+    tier = open_tier()
+    assert kept(tier, 1) == 4
+    assert [len(tokens) for _, tokens in tier.following(path(conversation(1, 200))[2].key)] == [8]
+    assert len(list((tmp_path / "cache").rglob("index*.sqlite"))) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", ["deleted", "replaced", "scribbled over", "a directory", "a link", "no table", "foreign rows"]
+)
+def test_an_index_that_is_damaged_while_it_is_open_is_made_anew(open_tier: Open, tmp_path: Path, damage: str) -> None:
+    tier, other = open_tier(), open_tier()
+    fill(tier, 1)
+    [index] = (tmp_path / "cache").rglob("index*.sqlite")
+    if damage in ("no table", "foreign rows"):
+        with closing(sqlite3.connect(index)) as connection:
+            if damage == "no table":
+                connection.execute("DROP TABLE blocks")
+            else:
+                connection.execute(
+                    "UPDATE blocks SET p0 = 'x', p1 = 1e300, form = x'00', n_bytes = 'many', tokens = 1, last_used = 'y'"
+                )
+            connection.commit()
+    elif damage == "scribbled over":
+        close(tier, other)
+        content = bytearray(index.read_bytes())
+        content[4096:] = os.urandom(len(content) - 4096)
+        index.write_bytes(content)
+    else:
+        index.unlink()
+        if damage == "replaced":
+            index.write_bytes(b"x" * 100_000)
+        elif damage == "a directory":
+            index.mkdir()
+        elif damage == "a link":
+            index.symlink_to("/dev/zero")
+    for _ in range(2):
+        for one in (tier, other):
+            one.statistics()
+            fill(one, 1, 2)
+    assert kept(tier, 1) == kept(other, 1) == kept(tier, 2) == kept(other, 2) == 4
+    close(tier, other)
+    tier = open_tier()
+    assert kept(tier, 1) == kept(tier, 2) == 4
+    assert tier.statistics().bytes == sum(file.stat().st_size for file in files(tmp_path))
+
+
+def test_a_block_without_a_row_is_found_after_a_restart(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    away = tmp_path / "away"
+    orphan = files(tmp_path)[0]
+    orphan.rename(away)
+    tier.close()
+    open_tier().close()
+    away.rename(orphan)
+    tier = open_tier()
+    assert kept(tier, 1) == 4
+    assert tier.statistics().bytes == sum(file.stat().st_size for file in files(tmp_path))
+
+
+def test_probing_leaves_no_file(tmp_path: Path) -> None:
+    block_files = BlockFiles(tmp_path)
+    block_files.create()
+    speed = block_files.probe()
+    assert speed.latency_seconds > 0
+    assert speed.bytes_per_second > 0
+    assert not list(block_files.root.iterdir())
