@@ -135,11 +135,39 @@ class LlamaEngine:
         form = old.form if form is None else form
         settings = self._settings_in(form)
         check_fit(self._model, settings, segments, old, layout, n_seqs)
-        slabs = gather(self._transfer, segments)
         if (layout, n_seqs, form) == (old.layout, old.n_seqs, old.form):
+            slabs = list(gather(self._transfer, segments))
             self._context.clear()
             fill(self._transfer, segments, slabs, layout)
-            return self.shape
+        elif not self._move_beside(segments, settings, layout, n_seqs, form):
+            self._move_through_memory(segments, settings, layout, n_seqs, form)
+        return self.shape
+
+    def _move_beside(
+        self, segments: Sequence[Segment], settings: EngineSettings, layout: Layout, n_seqs: int, form: Form
+    ) -> bool:
+        """Make the new cache while the old one stands, and carry segment by segment over. False: there is no room for both."""
+        before = self._context
+        source = self._transfer
+        try:
+            self._use(Context(self._model, settings, layout, n_seqs, form))
+        except ModelError:
+            return False
+        try:
+            fill(self._transfer, segments, gather(source, segments), layout)
+        except EngineError:
+            self._context.close()
+            self._use(before)
+            raise
+        before.close()
+        return True
+
+    def _move_through_memory(
+        self, segments: Sequence[Segment], settings: EngineSettings, layout: Layout, n_seqs: int, form: Form
+    ) -> None:
+        """Everything out, the old cache freed, the new one made, everything in; all back where that cannot be made."""
+        old = self.shape
+        slabs = list(gather(self._transfer, segments))
         self._context.close()
         try:
             self._use(Context(self._model, settings, layout, n_seqs, form))
@@ -148,7 +176,6 @@ class LlamaEngine:
             fill(self._transfer, segments, slabs, old.layout)
             raise DoesNotFit(str(error)) from error
         fill(self._transfer, segments, slabs, layout)
-        return self.shape
 
     def _settings_in(self, form: Form) -> EngineSettings:
         return settings_in(self._settings, self._kv_format.kinds if self._kv_format else (), form)

@@ -7,8 +7,8 @@ gets its own copy, its sequence put together from all the segments it holds. Sta
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from pasture.core.errors import DoesNotFit, EngineError
@@ -64,31 +64,31 @@ def check_fit(
         raise DoesNotFit(f"{total} cells in use do not fit into {shape.n_cells}")
 
 
-def gather(transfer: PartTransfer | StateTransfer, segments: Sequence[Segment]) -> list[Slab]:
-    """Every segment's KV, in order."""
-    slabs: list[Slab] = []
+def gather(transfer: PartTransfer | StateTransfer, segments: Sequence[Segment]) -> Iterator[Slab]:
+    """Every segment's KV, in order, each saved when it is asked for."""
     for segment in segments:
         if not segment.holders:
             raise EngineError(f"nobody holds the segment [{segment.p0}, {segment.p1})")
-        slabs.append(transfer.save(segment.holders[0], segment.p0, segment.p1))
-    return slabs
+        yield transfer.save(segment.holders[0], segment.p0, segment.p1)
 
 
-def fill(transfer: PartTransfer | StateTransfer, segments: Sequence[Segment], slabs: Sequence[Slab], layout: Layout) -> None:
-    """Put every segment into an empty cache."""
+def fill(transfer: PartTransfer | StateTransfer, segments: Sequence[Segment], slabs: Iterable[Slab], layout: Layout) -> None:
+    """Put every segment into an empty cache; in the unified layout, `slabs` is read one by one as they go in."""
     if isinstance(transfer, StateTransfer):
         for segment, slab in zip(segments, slabs, strict=True):
             for holder in segment.holders:
                 transfer.restore(holder, [slab])
         return
-    parts = [slab for slab in slabs if isinstance(slab, KvSlab)]
+    parts = (slab for slab in slabs if isinstance(slab, KvSlab))
     if layout is Layout.UNIFIED:
         for segment, part in zip(segments, parts, strict=True):
             transfer.share(segment.holders, [part])
         return
     owned: dict[SeqId, list[KvSlab]] = defaultdict(list)
+    missing = Counter(holder for segment in segments for holder in segment.holders)
     for segment, part in zip(segments, parts, strict=True):
         for holder in segment.holders:
             owned[holder].append(part)
-    for holder, own in owned.items():
-        transfer.restore(holder, sorted(own, key=lambda part: part.p0))
+            missing[holder] -= 1
+            if not missing[holder]:
+                transfer.restore(holder, sorted(owned.pop(holder), key=lambda part: part.p0))
