@@ -137,17 +137,23 @@ class Squeezer:
             return False
         block, stage = found
         self.in_flight_bytes = block.n_bytes
-        form = self._ladder[stage]
-        smaller = block
-        if block.form is not form and not self._skips(form):
-            try:
-                smaller = self._squeeze(block, form)
-            except EngineError:
-                stage = len(self._ladder) - 1  # it will be refused when it is asked for; it need not be tried again here
-        if self._memory.replace(block, smaller, stage + 1):
+        try:
+            smaller, stage = self._next(block, stage)
+        finally:
+            self.in_flight_bytes = 0
+        if self._memory.replace(block, smaller, stage):
             self.bytes_saved += block.n_bytes - smaller.n_bytes
-        self.in_flight_bytes = 0
         return True
+
+    def _next(self, block: Block, stage: int) -> tuple[Block, int]:
+        """The block one step down, and the stage it is at then."""
+        form = self._ladder[stage]
+        if block.form is form or self._skips(form):
+            return block, stage + 1
+        try:
+            return self._squeeze(block, form), stage + 1
+        except EngineError:  # it will be refused when somebody wants it; there is nothing to be done to it here
+            return block, len(self._ladder)
 
     def _skips(self, form: Form) -> bool:
         """Lossless as one step of several is left out where it never pays on this model."""

@@ -17,6 +17,7 @@ from itertools import islice
 
 from pasture.core.storage import BLOCK_TOKENS, BlockKey
 from pasture.tiers.entries import Entry
+from pasture.tiers.keys import child_key
 from pasture.tiers.trail import Trail, common_prefix
 
 MAX_CANDIDATES = 32
@@ -129,9 +130,8 @@ class BlockIndex:
         """The checkpoint of exactly `[0, p1)`."""
         index = (p1 - 1) // BLOCK_TOKENS
         part = trail.part(index)[: p1 - index * BLOCK_TOKENS]
-        if p1 == trail[index].p1:
-            return self._exact(trail, index)
-        return next((entry for entry in self.behind(trail[index].parent, part[0]) if entry.block.tokens == part), None)
+        entry = self._entries.get(child_key(trail[index].parent, part))
+        return entry if entry is not None and entry.block.tokens == part else None
 
     def _exact(self, trail: Trail, index: int) -> Entry | None:
         entry = self._entries.get(trail[index].key)

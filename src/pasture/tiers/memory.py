@@ -106,11 +106,8 @@ class MemoryTier:
         with self._lock:
             found = self._index.cover(trail, p0, p1)
             if found is None:
-                self._missed_tokens += p1 - p0
                 return ()
             self._touch(trail, found)
-            self._hit_tokens += p1 - p0
-            self._read_bytes += sum(entry.block.n_bytes for entry in found)
             return tuple(entry.block for entry in found)
 
     def missing(self, trail: Trail, p0: int, p1: int, *, use: bool = False) -> list[Address]:
@@ -128,10 +125,12 @@ class MemoryTier:
         with self._lock:
             return key in self._index
 
-    def count_missed(self, n_tokens: int) -> None:
-        """Tokens that somebody wanted and RAM did not have."""
+    def count(self, *, hit_tokens: int = 0, missed_tokens: int = 0, read_bytes: int = 0) -> None:
+        """What came of looking, for the statistics."""
         with self._lock:
-            self._missed_tokens += n_tokens
+            self._hit_tokens += hit_tokens
+            self._missed_tokens += missed_tokens
+            self._read_bytes += read_bytes
 
     # Storing
 

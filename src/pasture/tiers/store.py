@@ -26,7 +26,7 @@ from pasture.core.values import Form, Namespace, Slab, Transfer
 from pasture.tiers.block import Block
 from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, inflate, ladder
 from pasture.tiers.gate import CostGate, Gate
-from pasture.tiers.guard import MemoryGuard
+from pasture.tiers.guard import GuardLimits, MemoryGuard
 from pasture.tiers.lifting import Readers
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.ports import SlowTier
@@ -74,7 +74,7 @@ class TieredStore:
         return self._memory.reach(self._trails.of(namespace, tokens))
 
     def lift(self, namespace: Namespace, tokens: array[int], have: int, ready: Callable[[], None]) -> Lift | None:
-        self._memory.count_missed(max(0, len(tokens) - have))
+        self._memory.count(missed_tokens=max(0, len(tokens) - have))
         if self._readers is None:
             return None
         return self._readers.lift(self._trails.fresh(namespace, tokens), have, ready)
@@ -86,17 +86,24 @@ class TieredStore:
         stored: Counter[Form] = Counter()
         for block in blocks:
             stored[block.form] += block.n_bytes
-        if not blocks or not self._gate.fetch(p1 - p0, stored):
+        if blocks and not self._gate.fetch(p1 - p0, stored):
             return ()
-        slabs = []
+        slabs: list[Slab] = []
         for block in blocks:
             slab = self._unpack(block)
             if slab is None:
-                return ()
+                slabs = []
+                break
             slabs.append(slab.cut(max(p0, slab.p0), min(p1, slab.p1)))
+        if slabs:
+            self._memory.count(hit_tokens=p1 - p0, read_bytes=stored.total())
+        else:
+            self._memory.count(missed_tokens=p1 - p0)
         return tuple(slabs)
 
     def gap(self, namespace: Namespace, tokens: array[int], p0: int) -> int:
+        if not tokens or (self._memory.divisible and p0 >= len(tokens)):
+            return len(tokens)
         missing = self._memory.missing(self._trails.of(namespace, tokens), p0, len(tokens))
         if not missing:
             return len(tokens)
@@ -104,6 +111,8 @@ class TieredStore:
         return start if self._gate.spill(len(tokens) - start) else len(tokens)
 
     def put(self, namespace: Namespace, tokens: array[int], slab: Slab) -> None:
+        if slab.p0 >= slab.p1:
+            return
         trail = self._trails.of(namespace, tokens[: slab.p1])
         whole = not self._memory.divisible
         for address in self._memory.missing(trail, slab.p0, slab.p1, use=True):
@@ -208,13 +217,15 @@ def open_store(
     compression: Compression = Compression.OFF,
     allowed: Collection[Form] = EVERY_FORM,
     available: Callable[[], int] | None = None,
+    limits: GuardLimits | None = None,
     gate: Gate | None = None,
     clock: Clock = time.perf_counter,
 ) -> TieredStore:
     """A store with its threads running.
 
     `divisible` and `cell_bytes`: `ModelInfo.shareable` and `.cell_bytes`. `slow`: fastest first. `allowed`: forms that the
-    quality bound admits. `available`: bytes that the process can still take; with it, RAM shrinks before the machine runs out.
+    quality bound admits. `available`: bytes that the process can still take; with it, RAM shrinks where that falls below
+    `limits`.
     """
     memory = MemoryTier(
         budget_bytes,
@@ -228,6 +239,6 @@ def open_store(
         gate or CostGate(cell_bytes),
         slow=slow,
         squeezer=Squeezer(memory, codec, compression, allowed),
-        guard=MemoryGuard(budget_bytes, available) if available is not None else None,
+        guard=MemoryGuard(budget_bytes, available, limits) if available is not None else None,
         clock=clock,
     )

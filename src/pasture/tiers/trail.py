@@ -15,8 +15,8 @@ from pasture.core.storage import BLOCK_TOKENS
 from pasture.core.values import Namespace
 from pasture.tiers.keys import Address, chain, root_key
 
-_REMEMBERED = 32
-"""trails kept"""
+REMEMBERED_TOKENS = 1 << 18
+"""in all trails that are kept"""
 
 
 def common_prefix(a: array[int], b: array[int]) -> int:
@@ -62,16 +62,19 @@ class Trails:
     def __init__(self, fingerprint: bytes) -> None:
         self._fingerprint = fingerprint
         self._trails: OrderedDict[tuple[Namespace, bytes], Trail] = OrderedDict()
+        self._n_tokens = 0
 
     def of(self, namespace: Namespace, tokens: array[int]) -> Trail:
         name = (namespace, tokens.tobytes())
         trail = self._trails.get(name)
-        if trail is None:
-            trail = self._trails[name] = self.fresh(namespace, tokens)
-            if len(self._trails) > _REMEMBERED:
-                self._trails.popitem(last=False)
-        else:
+        if trail is not None:
             self._trails.move_to_end(name)
+            return trail
+        trail = self._trails[name] = self.fresh(namespace, tokens)
+        self._n_tokens += len(tokens)
+        while self._n_tokens > REMEMBERED_TOKENS and len(self._trails) > 1:
+            _, oldest = self._trails.popitem(last=False)
+            self._n_tokens -= len(oldest)
         return trail
 
     def fresh(self, namespace: Namespace, tokens: array[int]) -> Trail:

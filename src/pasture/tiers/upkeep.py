@@ -73,8 +73,10 @@ class Upkeep:
     def _make_room(self) -> None:
         if self._guard is not None:
             budget = self._guard.budget(self._memory.used_bytes)
-            if budget != self._memory.budget_bytes:
-                log.debug("RAM budget: %d bytes", budget)
+            if budget < self._memory.budget_bytes:
+                self._memory.resize(budget)
+                self._give_back()  # before the next look at what is free
+            elif budget > self._memory.budget_bytes:
                 self._memory.resize(budget)
         self._memory.trim()
         used = self._memory.used_bytes
