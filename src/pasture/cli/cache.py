@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pasture.tiers.disk_rows import Row
 
 SHOWN_CONVERSATIONS = 20
+SECONDS_A_DAY = 86_400
 NAME_DIGITS = 12
 """of a block's name, enough to tell them apart"""
 
@@ -195,6 +196,8 @@ def _tell_removed(n_blocks: int, n_bytes: int) -> None:
 
 
 def _ago(seconds: float) -> str:
+    if seconds >= 2 * SECONDS_A_DAY:
+        return f"{seconds / SECONDS_A_DAY:.1f} d ago"
     return f"{format_seconds(round(max(0.0, seconds), 1))} ago"
 
 

@@ -6,8 +6,8 @@ import errno
 import os
 import sqlite3
 import stat
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -46,11 +46,13 @@ Open = Callable[..., DiskTier]
 
 
 @pytest.fixture
-def open_tier(tmp_path: Path, clock: Time) -> Open:
-    def opened(budget_bytes: int = 1 << 20) -> DiskTier:
-        return DiskTier(tmp_path / "cache", budget_bytes, clock=clock, now=clock)
+def open_tier(tmp_path: Path, clock: Time) -> Iterator[Open]:
+    with ExitStack() as all_opened:
 
-    return opened
+        def opened(budget_bytes: int = 1 << 20) -> DiskTier:
+            return all_opened.enter_context(closing(DiskTier(tmp_path / "cache", budget_bytes, clock=clock, now=clock)))
+
+        yield opened
 
 
 def close(*tiers: DiskTier) -> None:

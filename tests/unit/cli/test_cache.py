@@ -1,0 +1,144 @@
+"""`pasture cache`: what it says of a directory, and what it takes away."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pasture.tiers.disk import DiskTier
+from pasture.tiers.sealed import SealedWire
+from tests.blocks import blocks, conversation, path
+from tests.unit.cli.test_flags import run
+
+BUDGET_BYTES = 1 << 20
+SECRET = bytes(range(32))
+
+
+def fill(directory: Path, *seeds: int, secret: bytes | None = None, age_seconds: float = 0.0) -> None:
+    """Conversations of three full blocks and a short one."""
+    wire = SealedWire(secret) if secret is not None else None
+    tier = DiskTier(directory, BUDGET_BYTES, wire=wire, now=lambda: time.time() - age_seconds)
+    with closing(tier):
+        for seed in seeds:
+            for block in blocks(conversation(seed, 200)):
+                tier.put(block)
+
+
+def stored(directory: Path, seed: int) -> int:
+    """Leading blocks of a conversation."""
+    with closing(DiskTier(directory, BUDGET_BYTES)) as tier:
+        return tier.leading(path(conversation(seed, 200)))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "cache"
+    fill(directory, 1, 2)
+    yield directory
+    assert all(not file.stat().st_mode & 0o077 for file in directory.rglob("*.kv")), "still private"
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert run("cache", *arguments, "--json") == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_ls_lists_conversations_last_used_first(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(cache, 3, age_seconds=3600)
+    with closing(DiskTier(cache, BUDGET_BYTES)) as tier:
+        assert tier.get(path(conversation(1, 200))[3]) is not None
+    found = answer(capsys, "ls", str(cache))["conversations"]
+    assert [row["tokens"] for row in found] == [200, 200, 200]
+    assert found[0]["ends_in"] == path(conversation(1, 200))[3].key.hex()
+    assert found[0]["hits"] == 1
+    assert found[2]["ends_in"] == path(conversation(3, 200))[3].key.hex()
+    assert found[2]["used_seconds_ago"] > 3000
+    assert found[0]["bytes"] == sum(file.stat().st_size for file in cache.rglob("*.kv")) // 3
+    assert len(answer(capsys, "ls", str(cache), "--limit", "2")["conversations"]) == 2
+
+
+def test_ls_prints_a_table(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run("cache", "ls", str(cache)) == 0
+    table = capsys.readouterr().out
+    assert path(conversation(1, 200))[3].key.hex()[:12] in table
+    assert "raw" in table
+
+
+def test_stats_counts(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(cache, 1, secret=SECRET)
+    found = answer(capsys, "stats", str(cache))
+    assert (found["conversations"], found["blocks"], found["encrypted_blocks"]) == (3, 12, 4)
+    assert found["bytes"] == found["bytes_by_form"]["raw"] == sum(file.stat().st_size for file in cache.rglob("*.kv"))
+    assert run("cache", "stats", str(cache)) == 0
+    assert "12, " in capsys.readouterr().out
+
+
+def test_verify_removes_what_is_damaged(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(cache, 1, secret=SECRET)
+    fill(cache, 1, secret=bytes(32))
+    key_file = tmp_path / "key"
+    key_file.write_bytes(SECRET)
+    key_file.chmod(0o600)
+    victim = next(file for file in cache.rglob("*.kv") if file.stem == path(conversation(2, 200))[0].key.hex())
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    found = answer(capsys, "verify", str(cache), "--kv-key-file", str(key_file))
+    assert list(found["damaged"]) == [victim.stem]
+    assert (found["files"], found["not_opened"]) == (16, 4), "those under the other key"
+    assert not victim.exists()
+    found = answer(capsys, "verify", str(cache))
+    assert (found["files"], found["not_opened"], found["damaged"]) == (15, 8, {})
+    assert (stored(cache, 1), stored(cache, 2)) == (4, 0)
+    assert run("cache", "verify", str(cache)) == 0
+    assert "0 damaged" in capsys.readouterr().out
+
+
+def test_verify_rebuilds_the_index(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [before] = cache.rglob("index-*.sqlite")
+    assert answer(capsys, "verify", str(cache), "--rebuild")["rebuilt"]
+    [after] = cache.rglob("index-*.sqlite")
+    assert after != before
+    assert stored(cache, 1) == stored(cache, 2) == 4
+
+
+def test_prune_to_a_size(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(cache, 3)
+    assert run("cache", "prune", str(cache), "--to", "5kB") == 0
+    assert "removed" in capsys.readouterr().out
+    assert 0 < sum(file.stat().st_size for file in cache.rglob("*.kv")) <= 5000
+    assert stored(cache, 3) >= 3, "what was used last stays"
+
+
+def test_prune_by_age(cache: Path) -> None:
+    fill(cache, 3, age_seconds=7200)
+    assert run("cache", "prune", str(cache), "--older-than", "1h") == 0
+    assert [stored(cache, seed) for seed in (1, 2, 3)] == [4, 4, 0]
+
+
+def test_clear_asks(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert run("cache", "clear", str(cache)) == 1
+    assert stored(cache, 1) == 4
+    assert run("cache", "clear", str(cache), "--yes") == 0
+    assert "8 blocks removed" in capsys.readouterr().out
+    assert not list(cache.rglob("*.kv"))
+    assert stored(cache, 1) == 0
+
+
+def test_mistakes_are_one_line(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (("ls", str(tmp_path)), f"pasture: there is no cache in {tmp_path}\n"),
+        (("prune", str(cache)), "pasture: say what may stay: --to SIZE, --older-than TIME, or both\n"),
+        (("prune", str(cache), "--to", "5G"), "pasture: --to: '5G' is not a size: write 5GiB or 5GB\n"),
+    ):
+        assert run("cache", *arguments) == 2
+        assert capsys.readouterr().err == message
+    assert not (tmp_path / "v1").exists(), "looking creates nothing"
