@@ -111,6 +111,18 @@ class LlamaEngine:
         result = self._compute(plan, saved) if plan.works else StepResult(Outcome.DONE, {}, saved, 0.0)
         return replace(result, transfers=transfers) if transfers else result
 
+    def logits_after(self, works: Sequence[Work]) -> Logits:
+        """Compute works, which must fit into one batch; the raw logits after each, `(n_works, n_vocab) float32`, a copy.
+
+        Raises EngineError where they cannot be computed.
+        """
+        self._check_works(works)
+        pieces = [Piece(work.sequence, work.tokens, work.start, wants_logits=True) for work in works]
+        code, _ = self._context.decode(pieces)
+        if code != _DECODED:
+            raise EngineError(f"llama_decode answered {code}")
+        return self._context.logits(len(pieces)).copy()
+
     def _compute(self, plan: StepPlan, saved: dict[int, Slab]) -> StepResult:
         self._check_works(plan.works)
         decode_seconds = apart_seconds = 0.0

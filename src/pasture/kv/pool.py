@@ -139,6 +139,18 @@ class Pool:
             return len(prompt)
         return len(prompt) - match.length + unlocked_tokens(match)
 
+    def distinct_cells(self, sequences: Iterable[Sequence]) -> int:
+        """Cells that these sequences hold, each counted once. O(nodes on their paths)."""
+        seen: set[int] = set()
+        cells = 0
+        for sequence in sequences:
+            for node in sequence.tail.path():
+                if id(node) in seen:
+                    break
+                seen.add(id(node))
+                cells += len(node)
+        return cells
+
     # Coming
 
     def join(self, namespace: Namespace, prompt: array[int], request_id: RequestId) -> Sequence | None:

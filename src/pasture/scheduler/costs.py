@@ -1,16 +1,16 @@
-"""What a step costs on this machine, learnt from every step, and what follows: how much prefill a step may take, and whether
-to fill it up.
+"""What a step costs on this machine, learnt from every step, and what follows: its shape.
 
 A step's cost is linear in what it does, but with different coefficients in different regimes:
 
     row by row   fewer rows than a tile: each row walks over the cells it attends to, and skips the others
-    tiled        a tile of rows (64 on CPUs) or more: attention is a matrix product over the used cells, several times
-                 cheaper a row
+    tiled        a tile of rows (64 on CPUs) or more: attention is a matrix product over every cell that any row of the tile
+                 attends to, several times cheaper a row
     streams      decode rows row by row, prompts in a micro-batch of their own
 
-So a prompt's chunk should bring the step up to a full tile, and a step that falls somewhat short of one is cheaper filled up
-with rows that nobody reads. On a backend without the cliff (`tile_tokens` 1) everything is the tiled regime. Coefficients are
-fitted by recursive least squares with forgetting; the start values are a CPU's. Knows no clock and no engine.
+So a prompt's chunk should bring the step up to a full tile, a step that falls somewhat short of one is cheaper filled up with
+rows that nobody reads, and streams whose cells are not the prompt's are cheaper in a batch of their own than in its tile, which
+would then walk over their cells too. On a backend without the cliff (`tile_tokens` 1) everything is the tiled regime.
+Coefficients are fitted by recursive least squares with forgetting; the start values are a CPU's. Knows no clock and no engine.
 """
 
 from __future__ import annotations
@@ -31,23 +31,36 @@ BUSY_FACTOR = 2.0
 """where the streams alone take longer than the target, prompts get as much time again, so that newcomers are not starved"""
 PAD_GAIN = 0.9
 """filling up must promise to take at most this share of the time"""
+APART_GAIN = 0.95
+"""a batch of their own for the streams must promise to take at most this share of the time a prompt token"""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one step computes."""
+    """What one batch computes."""
 
     rows: int
     """streams, one token each"""
     prompt_tokens: int
     attended_cells: int
     """sum over rows and prompt tokens of the cells before each; in the streams layout over the rows alone"""
-    used_cells: int
-    """of the pool, which the tiled kernel walks over"""
+    distinct_cells: int
+    """that any of them attends to: what a tile with all of them walks over"""
+    prompt_cells: int
+    """of these, what the prompts attend to: what a tile of prompt tokens alone walks over"""
 
     @property
     def n_tokens(self) -> int:
         return self.rows + self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a step should be put together."""
+
+    prompt_tokens: int
+    apart: bool
+    """whether the streams should be a batch of their own"""
 
 
 class _Linear:
@@ -109,28 +122,52 @@ class StepCosts:
         tiled = self._streams.predict((0.0, 0.0, tile, 0.0))
         return tile - n_tokens if tiled < row_by_row * PAD_GAIN else 0
 
-    def prompt_tokens(self, shape: PoolShape, rows: int, row_cells: int, used_cells: int) -> int:
-        """How many prompt tokens a step with `rows` streams, which attend to `row_cells`, should take."""
-        alone = self.expected_seconds(shape, Load(rows, 0, row_cells, used_cells)) if rows else 0.0
-        target = max(self._target, alone * BUSY_FACTOR) if rows else self._target * QUIET_FACTOR
+    def step(self, shape: PoolShape, streams: Load, prompt: Load) -> Shape:
+        """How many prompt tokens a step with `streams` should take, and whether in their batch.
+
+        `prompt` is a first token of the prompt that goes next: its cells, and (distinct) those of it and the streams together.
+        """
+        alone = self.expected_seconds(shape, streams) if streams.rows else 0.0
+        target = max(self._target, alone * BUSY_FACTOR) if streams.rows else self._target * QUIET_FACTOR
+        together = self._grow(shape, streams, prompt, target, apart=False)
+        if not streams.rows or not shape.can_pad or shape.layout is Layout.STREAMS:
+            return Shape(together, apart=False)
+        apart = self._grow(shape, streams, prompt, target, apart=True)
+        gain = [
+            (self._with_prompt(shape, streams, prompt, n, apart=is_apart) - alone) / max(1, n)
+            for n, is_apart in ((together, False), (apart, True))
+        ]
+        return Shape(apart, apart=True) if gain[1] < gain[0] * APART_GAIN else Shape(together, apart=False)
+
+    def _grow(self, shape: PoolShape, streams: Load, prompt: Load, target: float, *, apart: bool) -> int:
+        """Prompt tokens in whole tiles: one at least, more while the step stays within the target."""
+        tile = shape.tile_tokens
         if shape.layout is Layout.STREAMS:
-            least = shape.tile_tokens + 1 if shape.tile_tokens > 1 else MIN_PROMPT_TOKENS
-            step = least
+            tokens = step = tile + 1 if tile > 1 else MIN_PROMPT_TOKENS
         else:
-            least = max(MIN_PROMPT_TOKENS, shape.tile_tokens - rows)
-            step = shape.tile_tokens if shape.tile_tokens > 1 else MIN_PROMPT_TOKENS
-        tokens = least
-        while tokens + step <= shape.n_batch - rows:
-            load = Load(rows, tokens + step, row_cells, used_cells + tokens + step)
-            if self.expected_seconds(shape, load) > target:
+            step = tile if tile > 1 else MIN_PROMPT_TOKENS
+            tokens = step if apart else max(MIN_PROMPT_TOKENS, tile - streams.rows)
+        while tokens + step <= shape.n_batch - streams.rows:
+            if self._with_prompt(shape, streams, prompt, tokens + step, apart=apart) > target:
                 break
             tokens += step
-        return max(0, min(tokens, shape.n_batch - rows))
+        return max(0, min(tokens, shape.n_batch - streams.rows))
 
-    def tokens_per_second(self, shape: PoolShape, used_cells: int) -> float:
-        """Prefill rate of a quiet server, as learnt so far."""
+    def _with_prompt(self, shape: PoolShape, streams: Load, prompt: Load, n_tokens: int, *, apart: bool) -> float:
+        """Seconds of a step with `n_tokens` of the prompt."""
+        attended = 0 if shape.layout is Layout.STREAMS else prompt.attended_cells * n_tokens + n_tokens * n_tokens // 2
+        cells = prompt.prompt_cells + n_tokens
+        if apart:
+            alone = self.expected_seconds(shape, Load(0, n_tokens, attended, cells, cells), shape.tile_tokens)
+            return self.expected_seconds(shape, streams) + alone
+        joined = prompt.distinct_cells + n_tokens
+        load = Load(streams.rows, n_tokens, streams.attended_cells + attended, joined, cells)
+        return self.expected_seconds(shape, load)
+
+    def tokens_per_second(self, shape: PoolShape) -> float:
+        """Prefill rate of a quiet server at the start of a conversation, as learnt so far."""
         n = 4 * shape.tile_tokens if shape.tile_tokens > 1 else 256
-        return n / max(1e-6, self.expected_seconds(shape, Load(0, n, 0, used_cells + n)))
+        return n / max(1e-6, self.expected_seconds(shape, Load(0, n, n * n // 2, n, n)))
 
     def _regime(self, shape: PoolShape, load: Load, n_rows: int) -> tuple[_Linear, tuple[float, ...]]:
         if shape.layout is Layout.STREAMS:
@@ -138,4 +175,5 @@ class StepCosts:
         if n_rows < shape.tile_tokens:
             return self._row_by_row, (1.0, n_rows, load.attended_cells / 1000)
         tiles = -(-n_rows // shape.tile_tokens) if shape.tile_tokens > 1 else n_rows / 64
-        return self._tiled, (1.0, n_rows, tiles * load.used_cells / 1000)
+        walked = load.distinct_cells + max(0.0, tiles - 1) * load.prompt_cells  # the streams are rows of the first tile
+        return self._tiled, (1.0, n_rows, walked / 1000)

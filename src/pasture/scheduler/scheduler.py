@@ -14,8 +14,6 @@ Owns the tasks; the pool owns cells. Knows no threads and no asyncio: `pasture.s
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, RequestError
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import SchedulerStatistics, SequenceState
@@ -34,8 +32,8 @@ from pasture.kv.eviction import POLICIES
 from pasture.kv.pool import Pool
 from pasture.scheduler.accounts import Accounts
 from pasture.scheduler.admission import Admission
-from pasture.scheduler.costs import Load, StepCosts
 from pasture.scheduler.settings import SchedulerSettings
+from pasture.scheduler.shaping import StepShaper
 from pasture.scheduler.task import Task
 
 HEADROOM_CELLS = 16
@@ -62,7 +60,7 @@ class Scheduler:
         self.running: dict[RequestId, Task] = {}
         """tasks with a sequence"""
         self.swapped: dict[RequestId, Task] = {}
-        self.costs = StepCosts(settings.itl_target_seconds)
+        self.shaper = StepShaper(self.pool, settings.itl_target_seconds)
         self.accounts = Accounts()
         self._engine = engine
         self._clock = clock
@@ -71,6 +69,8 @@ class Scheduler:
         self._suspects: list[Task] = []
         self._events: list[Delivery] = []
         self._saving: dict[int, Task] = {}
+        self._n_streams = 0
+        """of the tasks planned"""
         self._budget_tokens = 0
 
     # Requests come and go
@@ -99,10 +99,9 @@ class Scheduler:
             return self._plan_suspect()
         self._planned = []
         works = [self._work(task, 1) for task in self._streams()]
+        self._n_streams = len(works)
         self._resume(len(works))
-        row_cells = sum(work.start for work in works)
-        self._budget_tokens = self.costs.prompt_tokens(self.pool.shape, len(works), row_cells, self.pool.used_cells)
-        self._fill(works, self._budget_tokens)
+        self._fill(works)
         if not works and any(not task.paused for task in self.running.values()):
             self._unjam(works)
         return self._plan(works)
@@ -111,30 +110,12 @@ class Scheduler:
         if self.pool.shape.layout is Layout.STREAMS:
             # only neighbouring streams in ascending order share a micro-batch
             order = sorted(range(len(works)), key=lambda i: works[i].sequence)
-            works = [self._padded(works[i], self._planned[i]) for i in order]
+            works = [works[i] if self._planned[i].decoding else self.shaper.padded(works[i]) for i in order]
             self._planned = [self._planned[i] for i in order]
         n_tokens = sum(len(work.tokens) for work in works)
         if n_tokens and not self.pool.make_room(n_tokens):
             raise InvariantBroken(f"a step of {n_tokens} tokens was planned, and they do not fit")
-        pad_to = self.costs.padding(self.pool.shape, self._load(works))
-        if pad_to and not self.pool.make_room(pad_to):
-            pad_to = 0
-        return StepPlan(self.pool.operations(), tuple(works), pad_to)
-
-    def _padded(self, work: Work, task: Task) -> Work:
-        """A stream's short chunk, filled up where that is cheaper."""
-        n_pads = 0 if task.decoding else self.costs.chunk_padding(self.pool.shape, len(work.tokens), work.start)
-        return replace(work, pad_tokens=n_pads) if n_pads else work
-
-    def _load(self, works: list[Work]) -> Load:
-        decoding = [task.decoding for task in self._planned]
-        lengths = [len(work.tokens) + work.pad_tokens for work in works]
-        rows = sum(decoding)
-        streams = self.pool.shape.layout is Layout.STREAMS  # whose prompts are tiles of their own
-        attended = sum(
-            work.start * n + n * n // 2 for work, n, row in zip(works, lengths, decoding, strict=True) if row or not streams
-        )
-        return Load(rows, sum(lengths) - rows, attended, self.pool.used_cells)
+        return self.shaper.plan(works, self._n_streams)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delivery]:
         """Book a step's result; returns what readers get, in order."""
@@ -226,10 +207,11 @@ class Scheduler:
 
     # Prompts: what the budget leaves
 
-    def _fill(self, works: list[Work], budget: int) -> None:
+    def _fill(self, works: list[Work]) -> None:
+        budget: int | None = None
         started = [t for t in self.running.values() if not t.decoding and not t.paused and t not in self._planned]
         may_start = not self.swapped
-        while budget > 0:
+        while budget is None or budget > 0:
             taken = sum(len(work.tokens) for work in works)
             newcomers = self.admission.newcomers(len(self.running)) if may_start else []
             task = self.admission.choose(started + newcomers)
@@ -242,6 +224,8 @@ class Scheduler:
             elif not self._start(task, taken):
                 may_start = self._swap_out_unread()
                 continue
+            if budget is None:
+                budget = self._budget_tokens = self.shaper.prompt_share(works[: self._n_streams], task).prompt_tokens
             n = min(self._chunk(task, budget), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return
@@ -309,7 +293,7 @@ class Scheduler:
         """Prompts fill the pool between them and none can go on: the youngest make way for the oldest."""
         while len(self.running) > 1:
             self._swap_out(self._youngest())
-            self._fill(works, self._budget_tokens)
+            self._fill(works)
             if works:
                 return
 
@@ -317,10 +301,8 @@ class Scheduler:
 
     def _book(self, plan: StepPlan, result: StepResult) -> None:
         now = self._clock()
-        load = self._load(list(plan.works))
-        if plan.works and result.decode_seconds > 0:
-            self.costs.observe(self.pool.shape, load, plan.pad_to, result.decode_seconds)
-        self.accounts.computed_tokens += plan.n_tokens - load.rows
+        self.shaper.learn(plan, self._n_streams, result)
+        self.accounts.computed_tokens += plan.n_tokens - self._n_streams
         for task, work in zip(self._planned, plan.works, strict=True):
             sequence = task.sequence
             assert sequence is not None
@@ -410,7 +392,7 @@ class Scheduler:
         self.waiting.push(task)
 
     def _plan_suspect(self) -> StepPlan:
-        self._planned = []
+        self._planned, self._n_streams = [], 0
         works: list[Work] = []
         suspects = [t for t in self._suspects if t.request.request_id in self._tasks and not t.swapped]
         self._suspects = suspects
@@ -450,7 +432,7 @@ class Scheduler:
             decode_seconds_total=accounts.decode_seconds,
             sample_seconds_total=accounts.sample_seconds,
             prefill_budget_tokens=self._budget_tokens,
-            prefill_tokens_per_second=self.costs.tokens_per_second(self.pool.shape, self.pool.used_cells),
+            prefill_tokens_per_second=self.shaper.costs.tokens_per_second(self.pool.shape),
             layout_moves_total=accounts.layout_moves,
             invariant_failures_total=accounts.invariant_failures,
         )

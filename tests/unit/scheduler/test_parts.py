@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from pasture.core.values import Layout, PoolShape, Request, RequestId, SamplingParams
-from pasture.scheduler.costs import Load, StepCosts
+from pasture.scheduler.costs import Load, Shape, StepCosts
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.layout import SETTLE_STEPS, LayoutAdvisor, Target, Traffic
 from pasture.scheduler.task import Task
@@ -90,13 +90,14 @@ def seconds(load: Load, n_rows: int) -> float:
     """A machine with a cliff at 64 rows."""
     if n_rows < 64:
         return 0.01 + 0.004 * n_rows + 13e-6 * load.attended_cells
-    return 0.01 + 0.004 * n_rows + 20e-6 * -(-n_rows // 64) * load.used_cells
+    return 0.01 + 0.004 * n_rows + 20e-6 * (load.distinct_cells + (-(-n_rows // 64) - 1) * load.prompt_cells)
 
 
 def learnt(target: float = 0.2) -> StepCosts:
     costs = StepCosts(target)
     for i in range(300):
-        load = Load(i % 17, (i * 37) % 200, 1000 * ((i * 7) % 30 + 1), 1000 + (i * 131) % 4000)
+        cells = 1000 + (i * 131) % 4000
+        load = Load(i % 17, (i * 37) % 200, 1000 * ((i * 7) % 30 + 1), cells, cells // 2)
         if load.n_tokens:
             costs.observe(UNIFIED, load, 0, seconds(load, load.n_tokens))
     return costs
@@ -104,29 +105,42 @@ def learnt(target: float = 0.2) -> StepCosts:
 
 def test_costs_are_learnt_on_both_sides_of_the_cliff() -> None:
     costs = learnt()
-    for load in (Load(16, 0, 16_000, 2000), Load(16, 100, 116_000, 2000), Load(0, 640, 300_000, 4000)):
+    for load in (Load(16, 0, 16_000, 2000, 0), Load(16, 100, 116_000, 2000, 1000), Load(0, 640, 300_000, 4000, 4000)):
         assert costs.expected_seconds(UNIFIED, load) == pytest.approx(seconds(load, load.n_tokens), rel=0.15)
 
 
+def prompt(own: int, joined: int) -> Load:
+    return Load(0, 1, own, joined, own)
+
+
 def test_prompts_bring_a_step_up_to_a_tile_and_no_further_than_the_target() -> None:
+    costs, streams = learnt(), Load(16, 0, 16_000, 2000, 0)
+    assert costs.step(UNIFIED, streams, prompt(1000, 2000)) == Shape(48, apart=False)
+    assert learnt(2.0).step(UNIFIED, streams, prompt(1000, 2000)).prompt_tokens > 200
+    small = PoolShape(1000, 4, n_batch=20, tile_tokens=64)
+    assert costs.step(small, streams, prompt(1000, 2000)) == Shape(4, apart=False)
+
+
+def test_streams_over_other_cells_than_the_prompt_get_a_batch_of_their_own() -> None:
     costs = learnt()
-    assert costs.prompt_tokens(UNIFIED, 16, 16_000, 2000) == 48
-    assert learnt(2.0).prompt_tokens(UNIFIED, 16, 16_000, 2000) > 200
-    assert costs.prompt_tokens(PoolShape(1000, 4, n_batch=20, tile_tokens=64), 16, 1000, 2000) == 4
+    few = Load(2, 0, 2 * 500, 1000, 0)
+    assert costs.step(UNIFIED, few, prompt(200, 12_000)) == Shape(64, apart=True)
+    assert not costs.step(UNIFIED, few, prompt(200, 300)).apart
+    assert not costs.step(PoolShape(32768, 64), few, prompt(200, 12_000)).apart
 
 
 def test_a_step_is_filled_up_where_that_is_cheaper() -> None:
     costs = learnt()
-    assert costs.padding(UNIFIED, Load(40, 0, 60_000, 2000)) == 64
-    assert costs.padding(UNIFIED, Load(2, 0, 200, 2000)) == 0
-    assert costs.padding(PoolShape(1000, 4, tile_tokens=64), Load(40, 0, 60_000, 2000)) == 0
+    assert costs.padding(UNIFIED, Load(40, 0, 60_000, 2000, 0)) == 64
+    assert costs.padding(UNIFIED, Load(2, 0, 200, 2000, 0)) == 0
+    assert costs.padding(PoolShape(1000, 4, tile_tokens=64), Load(40, 0, 60_000, 2000, 0)) == 0
 
 
 def test_a_short_chunk_of_a_stream_is_filled_up_where_that_is_cheaper() -> None:
     shape = PoolShape(32768, 16, Layout.STREAMS, tile_tokens=64, can_pad=True)
     costs = StepCosts(0.2)
     for i in range(200):
-        load = Load(i % 17, 65 * (i % 3), 1000 * (i % 17), 5000)
+        load = Load(i % 17, 65 * (i % 3), 1000 * (i % 17), 5000, 0)
         costs.observe(shape, load, 0, 0.01 + 0.004 * load.n_tokens + 13e-6 * load.attended_cells)
     assert costs.chunk_padding(shape, 40, 1000) == 25
     assert costs.chunk_padding(shape, 4, 1000) == 0
@@ -136,7 +150,7 @@ def test_a_short_chunk_of_a_stream_is_filled_up_where_that_is_cheaper() -> None:
 
 def test_one_stalled_step_does_not_spoil_what_was_learnt() -> None:
     costs = learnt()
-    load = Load(16, 0, 16_000, 2000)
+    load = Load(16, 0, 16_000, 2000, 0)
     before = costs.expected_seconds(UNIFIED, load)
     costs.observe(UNIFIED, load, 0, 30.0)
     assert costs.expected_seconds(UNIFIED, load) < before * 2.5
@@ -146,9 +160,9 @@ def test_without_a_cliff_the_target_alone_decides() -> None:
     shape = PoolShape(32768, 64)
     costs = StepCosts(0.2)
     for i in range(200):
-        load = Load(i % 17, (i * 37) % 400, 0, 2000)
+        load = Load(i % 17, (i * 37) % 400, 0, 2000, 2000)
         costs.observe(shape, load, 0, 0.02 + 0.001 * load.n_tokens)
-    assert costs.prompt_tokens(shape, 16, 0, 2000) == pytest.approx(164, abs=40)
+    assert costs.step(shape, Load(16, 0, 0, 2000, 0), prompt(2000, 2000)).prompt_tokens == pytest.approx(164, abs=40)
 
 
 def traffic(rows: int, shared: int, own: int, n_ids: int = 0, longest: int = 0) -> Traffic:

@@ -1,0 +1,93 @@
+"""Puts a step together: how much prompt goes beside the streams, in one batch or two, filled up or not.
+
+Translates works into the loads that `StepCosts` knows about, asks it, and tells it afterwards what the step really took. The
+streams' works always come first. Owns nothing but the costs; reads the pool. Engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from pasture.core.values import Layout, StepPlan, StepResult, Work
+from pasture.kv.pool import Pool
+from pasture.scheduler.costs import APART_GAIN, Load, Shape, StepCosts
+from pasture.scheduler.task import Task
+
+
+class StepShaper:
+    def __init__(self, pool: Pool, itl_target_seconds: float) -> None:
+        self.costs = StepCosts(itl_target_seconds)
+        self._pool = pool
+
+    def prompt_share(self, streams: Sequence[Work], prompt: Task) -> Shape:
+        """How many prompt tokens to put beside the streams, if `prompt` goes next; it has its sequence."""
+        assert prompt.sequence is not None
+        pool = self._pool
+        sequences = [pool.sequences[work.sequence] for work in streams]
+        own = prompt.sequence.length
+        joined = pool.distinct_cells([*sequences, prompt.sequence]) if pool.cells_are_shared else own
+        load = Load(0, 1, own, joined, own)
+        return self.costs.step(pool.shape, self._load(streams, len(streams)), load)
+
+    def plan(self, works: list[Work], n_streams: int) -> StepPlan:
+        """The step of these works, the first `n_streams` of them streams. Makes the room it needs for filling up."""
+        pool = self._pool
+        n_apart = n_streams if self._are_better_apart(works, n_streams) else 0
+        last = self._load(works[n_apart:], n_streams - n_apart)
+        pad_to = self.costs.padding(pool.shape, last)
+        if pad_to and not pool.make_room(pad_to):
+            pad_to = 0
+        return StepPlan(pool.operations(), tuple(works), n_apart, pad_to)
+
+    def padded(self, work: Work) -> Work:
+        """A prompt's short chunk in the streams layout, filled up where that is cheaper."""
+        n_pads = self.costs.chunk_padding(self._pool.shape, len(work.tokens), work.start)
+        return replace(work, pad_tokens=n_pads) if n_pads else work
+
+    def learn(self, plan: StepPlan, n_streams: int, result: StepResult) -> None:
+        """What the plan, whose first `n_streams` works were streams, took. Before the pool books the step's tokens."""
+        if not plan.works or result.decode_seconds <= 0:
+            return
+        if plan.n_apart:
+            first = self._load(plan.works[: plan.n_apart], plan.n_apart)
+            self.costs.observe(self._pool.shape, first, 0, result.apart_seconds)
+        last = self._load(plan.works[plan.n_apart :], n_streams - plan.n_apart)
+        self.costs.observe(self._pool.shape, last, plan.pad_to, result.decode_seconds - result.apart_seconds)
+
+    def _are_better_apart(self, works: Sequence[Work], n_streams: int) -> bool:
+        shape = self._pool.shape
+        if not 0 < n_streams < len(works) or not shape.can_pad or shape.layout is Layout.STREAMS:
+            return False
+        streams, prompts = self._load(works[:n_streams], n_streams), self._load(works[n_streams:], 0)
+        apart = self.costs.expected_seconds(shape, streams) + self._filled(prompts)
+        return apart < self._filled(self._load(works, n_streams)) * APART_GAIN
+
+    def _filled(self, load: Load) -> float:
+        shape = self._pool.shape
+        return self.costs.expected_seconds(shape, load, self.costs.padding(shape, load))
+
+    def _load(self, works: Sequence[Work], n_streams: int) -> Load:
+        """`works`, the first `n_streams` of them streams."""
+        if self._pool.shape.layout is Layout.STREAMS:
+            return _load_in_streams(works)
+        prompts = works[n_streams:]
+        n_tokens = sum(len(work.tokens) for work in prompts)
+        rows_attend = sum(work.start for work in works[:n_streams])
+        attended = rows_attend + sum(work.start * len(work.tokens) + len(work.tokens) ** 2 // 2 for work in prompts)
+        return Load(n_streams, n_tokens, attended, self._cells(works), self._cells(prompts) if prompts else 0)
+
+    def _cells(self, works: Iterable[Work]) -> int:
+        """Distinct cells that they attend to, their own tokens included."""
+        works = list(works)
+        n_tokens = sum(len(work.tokens) for work in works)
+        if not self._pool.cells_are_shared:
+            return n_tokens + sum(work.start for work in works)
+        return n_tokens + self._pool.distinct_cells(self._pool.sequences[work.sequence] for work in works)
+
+
+def _load_in_streams(works: Iterable[Work]) -> Load:
+    """Sorted by sequence, not streams first; prompts are tiles of their own, which walk over what is theirs."""
+    sizes = [(len(work.tokens) + work.pad_tokens, work.start) for work in works]
+    rows = [start for size, start in sizes if size == 1]
+    return Load(len(rows), sum(size for size, _ in sizes) - len(rows), sum(rows), sum(rows), 0)
