@@ -15,9 +15,8 @@ from pathlib import Path
 from pasture.core.storage import Bytes
 from pasture.tiers.disk_files import BlockFiles, FileFacts
 from pasture.tiers.disk_index import DiskIndex, IndexUnavailable
-from pasture.tiers.disk_rows import Row
+from pasture.tiers.disk_rows import Row, tick
 from pasture.tiers.wire import BadBlock, Header, PlainWire, Wire, parts, read_header
-
 
 NOTHING = -1
 """a target for `evict` that even empty blocks exceed"""
@@ -140,6 +139,6 @@ def _row(header: Header, section: bytes, written: float) -> Row:
         n_bytes=header.n_bytes,
         tokens=section,
         written=written,
-        last_used=written,
+        last_used=tick(written),
         hits=0,
     )

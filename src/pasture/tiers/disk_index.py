@@ -37,6 +37,7 @@ from pasture.tiers.disk_rows import (
     insert_row,
     rows_of,
     touch_paths,
+    with_paths_used,
 )
 
 T = TypeVar("T")
@@ -87,7 +88,8 @@ class DiskIndex:
 
     def tails(self, parent: bytes, limit: int) -> list[Row]:
         """Short blocks and checkpoints right behind `parent`, newest first."""
-        question = f"SELECT {COLUMNS} FROM blocks WHERE parent = ? AND tokens IS NOT NULL ORDER BY last_used DESC LIMIT ?"
+        where = "WHERE parent = ? AND tokens IS NOT NULL ORDER BY last_used DESC, written DESC"
+        question = f"SELECT {COLUMNS} FROM blocks {where} LIMIT ?"
         return rows_of(self._ask(question, parent, limit))
 
     def rows(self, limit: int | None = None, *, leaves: bool = False) -> list[Row]:
@@ -119,11 +121,7 @@ class DiskIndex:
     def add(self, row: Row) -> None:
         """Enter a block, and note that its path is in use."""
 
-        def work(db: sqlite3.Connection) -> None:
-            insert_row(db, row)
-            touch_paths(db, {row.name: 0}, row.last_used)
-
-        self._change(work)
+        self._change(lambda db: _add(db, row))
 
     def touch(self, hits: Mapping[bytes, int], now: float) -> None:
         """These were used, so many times each; everything before them counts as used too."""
@@ -152,7 +150,7 @@ class DiskIndex:
         def work(db: sqlite3.Connection) -> None:
             db.executemany("DELETE FROM blocks WHERE name = ?", [(name,) for name in gone])
             for row in new:
-                insert_row(db, row)
+                _add(db, row)
             db.execute("DELETE FROM totals")
             db.execute("INSERT INTO totals SELECT form, count(*), sum(n_bytes) FROM blocks GROUP BY form")
 
@@ -292,9 +290,14 @@ class DiskIndex:
         connection.executescript(SCHEMA)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("BEGIN")
-        for row in self._contents():
+        for row in with_paths_used(self._contents()):
             insert_row(connection, row)
         connection.execute("COMMIT")
+
+
+def _add(db: sqlite3.Connection, row: Row) -> None:
+    insert_row(db, row)
+    touch_paths(db, {row.name: 0}, row.last_used)
 
 
 def _path_of(root: Path, generation: int) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pasture.core.storage import BLOCK_TOKENS
 from pasture.core.values import Form
@@ -16,6 +16,8 @@ from pasture.tiers.keys import KEY_BYTES
 
 EVICT_ROWS = 64
 """looked at in one go"""
+TICK_SECONDS = 2.0
+"""times of use are kept this coarsely: within a tick a path needs to be touched once only, and its end is evicted first"""
 
 SCHEMA_VERSION = 1
 SCHEMA = """
@@ -36,13 +38,14 @@ CREATE TRIGGER count_out AFTER DELETE ON blocks BEGIN
 END;
 """
 COLUMNS = "name, parent, p0, p1, form, whole, sealed, n_bytes, tokens, written, last_used, hits"
-_TOUCH_PATHS = """
+TOUCH_PATHS = """
 WITH RECURSIVE path (name) AS (
     SELECT name FROM touched
     UNION
-    SELECT blocks.parent FROM blocks JOIN path ON blocks.name = path.name WHERE blocks.p0 > 0
+    SELECT parent.name FROM path JOIN blocks child ON child.name = path.name JOIN blocks parent ON parent.name = child.parent
+    WHERE parent.last_used < :now
 )
-UPDATE blocks SET last_used = max(last_used, :now) WHERE name IN path
+UPDATE blocks SET last_used = :now WHERE name IN path AND last_used < :now
 """
 TOUCHED = "CREATE TEMP TABLE touched (name BLOB PRIMARY KEY, hits INTEGER NOT NULL)"
 """every connection's own"""
@@ -67,6 +70,7 @@ class Row:
     written: float
     """seconds since the epoch"""
     last_used: float
+    """the beginning of a tick"""
     hits: int
 
     @property
@@ -95,11 +99,31 @@ def insert_row(db: sqlite3.Connection, row: Row) -> None:
     )
 
 
+def tick(seconds: float) -> float:
+    """The beginning of the tick that this time is in."""
+    return seconds // TICK_SECONDS * TICK_SECONDS
+
+
 def touch_paths(db: sqlite3.Connection, hits: Mapping[bytes, int], now: float) -> None:
+    """These were used, so many times each, and with them everything before them.
+
+    Stops at a block that was used as lately: by the same rule, everything before that was too.
+    """
     db.execute("DELETE FROM touched")
     db.executemany("INSERT INTO touched VALUES (?, ?)", hits.items())
-    db.execute(_TOUCH_PATHS, {"now": now})
+    db.execute(TOUCH_PATHS, {"now": tick(now)})
     db.executemany("UPDATE blocks SET hits = hits + ? WHERE name = ?", [(n, name) for name, n in hits.items() if n])
+
+
+def with_paths_used(rows: Iterable[Row]) -> list[Row]:
+    """The same rows, each used as lately as anything behind it."""
+    found = {row.name: row for row in rows}
+    for name in sorted(found, key=lambda name: found[name].p1, reverse=True):
+        row = found[name] = replace(found[name], last_used=tick(found[name].last_used))
+        before = found.get(row.parent)
+        if before is not None and before.last_used < row.last_used:
+            found[row.parent] = replace(before, last_used=row.last_used)
+    return list(found.values())
 
 
 def evict_rows(db: sqlite3.Connection, target_bytes: int, used_before: float | None) -> Iterator[Row]:

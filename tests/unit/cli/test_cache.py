@@ -40,7 +40,7 @@ def stored(directory: Path, seed: int) -> int:
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Path]:
     directory = tmp_path / "cache"
-    fill(directory, 1, 2)
+    fill(directory, 1, 2, age_seconds=60)
     yield directory
     assert all(not file.stat().st_mode & 0o077 for file in directory.rglob("*.kv")), "still private"
 
