@@ -104,6 +104,10 @@ class Store(Protocol):
         """Store `tokens[slab.p0:slab.p1]`; `slab.p0` came from `gap`, `slab.p1 <= len(tokens)`. Equal blocks exist once."""
         ...
 
+    def hold(self, namespace: Namespace, tokens: array[int], slab: Slab) -> Pin:
+        """`put`, but whatever the budget says, and pinned: for what must come back."""
+        ...
+
     def pin(self, namespace: Namespace, tokens: array[int]) -> Pin:
         """Keep what RAM has of `tokens`, as far as `reach` goes, until the pin is released."""
         ...

@@ -17,7 +17,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from pasture.core.errors import EngineError
 from pasture.core.ports import Clock
@@ -38,6 +38,18 @@ log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
 """for each kind of thread to end, and for the tiers to close"""
+
+
+class Pins:
+    """Several pins as one; see `core.storage.Pin`."""
+
+    def __init__(self, pins: Sequence[Pin]) -> None:
+        self._pins = pins
+
+    def release(self) -> None:
+        pins, self._pins = self._pins, ()
+        for pin in pins:
+            pin.release()
 
 
 class TieredStore:
@@ -111,20 +123,16 @@ class TieredStore:
         return start if self._gate.spill(len(tokens) - start) else len(tokens)
 
     def put(self, namespace: Namespace, tokens: array[int], slab: Slab) -> None:
-        if slab.p0 >= slab.p1:
-            return
-        trail = self._trails.of(namespace, tokens[: slab.p1])
-        whole = not self._memory.divisible
-        for address in self._memory.missing(trail, slab.p0, slab.p1, use=True):
-            p0 = 0 if whole else address.p0
-            if p0 < slab.p0:
-                raise ValueError(f"a slab of [{slab.p0}, {slab.p1}) begins inside a block")
-            payload = self._codec.pack(slab.cut(p0, address.p1))
-            block = Block(address, tokens[address.p0 : address.p1], Form.RAW, payload, whole)
+        for block in self._missing_blocks(namespace, tokens, slab):
             if not self._memory.insert(block):
                 break  # what follows could not be reached
-        if self._writer is not None:
-            self._writer.wake()
+        self._written()
+
+    def hold(self, namespace: Namespace, tokens: array[int], slab: Slab) -> Pin:
+        pins = [self._memory.insert_pinned(b, written=False) for b in self._missing_blocks(namespace, tokens, slab)]
+        whole_path = Pins([*pins, self.pin(namespace, tokens[: slab.p1])])
+        self._written()
+        return whole_path
 
     def pin(self, namespace: Namespace, tokens: array[int]) -> Pin:
         return self._memory.pin(self._trails.of(namespace, tokens))
@@ -178,6 +186,23 @@ class TieredStore:
         closing.join(CLOSE_SECONDS)
 
     # Inside
+
+    def _missing_blocks(self, namespace: Namespace, tokens: array[int], slab: Slab) -> Iterator[Block]:
+        """What of the slab is not stored, as blocks; what is counts as used."""
+        if slab.p0 >= slab.p1:
+            return
+        trail = self._trails.of(namespace, tokens[: slab.p1])
+        whole = not self._memory.divisible
+        for address in self._memory.missing(trail, slab.p0, slab.p1, use=True):
+            p0 = 0 if whole else address.p0
+            if p0 < slab.p0:
+                raise ValueError(f"a slab of [{slab.p0}, {slab.p1}) begins inside a block")
+            payload = self._codec.pack(slab.cut(p0, address.p1))
+            yield Block(address, tokens[address.p0 : address.p1], Form.RAW, payload, whole)
+
+    def _written(self) -> None:
+        if self._writer is not None:
+            self._writer.wake()
 
     def _unpack(self, block: Block) -> Slab | None:
         started = self._clock()
