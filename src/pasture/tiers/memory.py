@@ -168,6 +168,8 @@ class MemoryTier:
             return MemoryPin(self, path)
 
     def unpin(self, entries: Sequence[Entry]) -> None:
+        """Let go; what only pins kept above the budget is evicted at once."""
+        freed: list[Block] = []
         with self._lock:
             for entry in entries:
                 entry.pins -= 1
@@ -175,9 +177,10 @@ class MemoryTier:
                     continue
                 self._pinned_bytes -= entry.size
                 if entry.doomed:
-                    self._remove(entry)
+                    freed.append(self._remove(entry))
                 else:
                     self._leaves.push(entry)
+            self._evict_to(self._budget_bytes, freed)
 
     # Room
 

@@ -1,0 +1,113 @@
+"""The cost gate: what was measured decides, and what was not is assumed kindly."""
+
+from __future__ import annotations
+
+import pytest
+
+from pasture.core.values import Direction, Form, Transfer
+from pasture.tiers.gate import CostGate, OpenGate, Rate
+
+CELL = 23_040
+RAW = {Form.RAW: 1000 * CELL}
+
+
+def transfer(direction: Direction, bytes_per_second: float, n_tokens: int = 1000) -> Transfer:
+    return Transfer(direction, n_tokens, n_tokens * CELL, n_tokens * CELL / bytes_per_second)
+
+
+def test_on_ordinary_hardware_everything_is_open_before_it_is_measured() -> None:
+    gate = CostGate(CELL)
+    assert gate.fetch(1000, RAW)
+    assert gate.spill(1000)
+    assert gate.fetch_slow("disk", 1000)
+    assert gate.spill_slow("disk", 64, 64 * CELL)
+    assert not gate.figures().refusals
+
+
+def test_the_optimism_is_bounded() -> None:
+    gate = CostGate(CELL)
+    gate.observe_prefill(1e8)
+    assert not gate.fetch(1000, RAW)
+    assert not gate.spill(1000)
+    assert not gate.fetch_slow("disk", 1000)
+    assert not gate.spill_slow("disk", 64, 64 * CELL)
+    assert gate.figures().refusals == {"fetch": 2, "spill": 2}
+
+
+def test_a_slow_restore_closes_the_gate_and_a_fast_one_opens_it_again() -> None:
+    gate = CostGate(CELL)
+    gate.observe_prefill(5000)  # 1,000 tokens in 0.2 s
+    assert gate.fetch(1000, RAW)
+    for _ in range(20):
+        gate.observe([transfer(Direction.RESTORE, 50e6)])  # 23 MB in 0.46 s
+    assert not gate.fetch(1000, RAW)
+    assert not gate.spill(1000)
+    for _ in range(60):
+        gate.observe([transfer(Direction.RESTORE, 5e9)])
+    assert gate.fetch(1000, RAW)
+    assert gate.figures().restore_bytes_per_second == pytest.approx(5e9, rel=0.5)
+
+
+def test_saving_must_pay_for_what_may_never_return() -> None:
+    certain, doubtful = CostGate(CELL, return_probability=1.0), CostGate(CELL, return_probability=0.1)
+    for gate in (certain, doubtful):
+        gate.observe_prefill(20_000)  # 50 ms
+        for _ in range(30):
+            gate.observe([transfer(Direction.SAVE, 1e9), transfer(Direction.RESTORE, 2e9)])  # 23 and 12 ms
+    assert certain.spill(1000)
+    assert not doubtful.spill(1000)
+    assert certain.saving_of_spill(1000) == pytest.approx(0.05 - 0.023 - 0.0115, abs=0.004)
+
+
+def test_small_transfers_do_not_pass_for_slow_ones() -> None:
+    rate = Rate(1e9)
+    rate.observe(100e6, 0.1)
+    for _ in range(3):
+        rate.observe(1e3, 1e-4)  # 10 MB/s, of a kilobyte
+    assert rate.per_second == pytest.approx(1e9, rel=0.02)
+    rate.observe(0, 5)
+    rate.observe(5, 0)
+    assert rate.per_second == pytest.approx(1e9, rel=0.02)
+
+
+def test_undoing_a_form_counts() -> None:
+    gate = CostGate(CELL)
+    gate.observe_prefill(10_000)
+    squeezed = {Form.Q8_0: 1000 * CELL // 2}
+    assert gate.fetch(1000, squeezed)
+    for _ in range(20):
+        gate.observe_unpack(Form.Q8_0, CELL * 500, 0.2)
+    assert not gate.fetch(1000, squeezed)
+    assert gate.fetch(1000, RAW)
+
+
+def test_each_tier_is_judged_by_its_own_figures() -> None:
+    gate = CostGate(CELL)
+    gate.observe_prefill(2000)  # 0.5 s
+    gate.describe_tier("far", latency_seconds=0.6, bytes_per_second=0.0)
+    gate.describe_tier("thin", latency_seconds=0.0, bytes_per_second=10e6)
+    assert not gate.fetch_slow("far", 1000)
+    assert not gate.fetch_slow("thin", 1000)
+    assert gate.fetch_slow("far", 4000)
+    assert gate.fetch_slow("disk", 1000)
+    for _ in range(40):
+        gate.observe_read("thin", 10**6, 1e-3)
+    gate.describe_tier("thin", latency_seconds=0.0, bytes_per_second=10e6)
+    assert gate.fetch_slow("thin", 1000)
+
+
+def test_the_size_of_a_token_is_learnt() -> None:
+    gate = CostGate()
+    for _ in range(60):
+        gate.observe([transfer(Direction.SAVE, 1e9)])
+    assert gate.stored_bytes(1000) == pytest.approx(1000 * CELL, rel=0.02)
+
+
+def test_an_open_gate_measures_and_refuses_nothing() -> None:
+    gate = OpenGate(CELL)
+    gate.observe_prefill(1e9)
+    gate.observe([transfer(Direction.SAVE, 1e6)])
+    assert gate.fetch(1, RAW)
+    assert gate.spill(1)
+    assert gate.figures().prefill_tokens_per_second == 1e9
+    assert not gate.figures().refusals
