@@ -249,6 +249,10 @@ def test_two_processes_share_a_directory(tmp_path: Path, budget_bytes: int) -> N
     for seen in answers:
         assert seen.get("wrong", 0) == seen.get("damaged", 0) == seen.get("errors", 0) == 0
         assert seen["hit"] > 0
+    files = list((tmp_path / "cache").rglob("*.kv"))
+    largest = max(file.stat().st_size for file in files)
+    assert sum(file.stat().st_size for file in files) <= budget_bytes + largest, "what one wrote while the other made room"
+    assert len(list((tmp_path / "cache").rglob("index*.sqlite"))) == 1, "both use one index"
     tier = DiskTier(tmp_path / "cache", budget_bytes)
     files = list((tmp_path / "cache").rglob("*.kv"))
     assert tier.statistics().bytes == sum(file.stat().st_size for file in files) <= budget_bytes

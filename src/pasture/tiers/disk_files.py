@@ -166,7 +166,7 @@ class BlockFiles:
         for entry in self._entries():
             if entry.name.startswith(TEMPORARY):
                 with suppress(FileNotFoundError):
-                    if abs(now - entry.stat(follow_symlinks=False).st_mtime) > ABANDONED_SECONDS:
+                    if now - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_SECONDS:
                         os.unlink(entry.path)
                         swept += 1
         return swept

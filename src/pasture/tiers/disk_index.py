@@ -267,8 +267,7 @@ class DiskIndex:
 
     def _made(self) -> sqlite3.Connection:
         """A new generation from the files; the older ones go. Raises OSError, sqlite3.Error."""
-        older = _generations(self._root)
-        file = _path_of(self._root, older[-1] + 1 if older else int(time()))
+        existing = _generations(self._root)
         draft = self._root / f"{_DRAFT}{secrets.token_hex(8)}"
         try:
             os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -279,12 +278,13 @@ class DiskIndex:
                 connection.execute("PRAGMA journal_mode = WAL")
             finally:
                 connection.close()
-            _publish(draft, file)
+            _publish(draft, _path_of(self._root, existing[-1] + 1 if existing else int(time())))
         finally:
             _unlink(draft)
-        for number in older:
-            _unlink(_path_of(self._root, number))
-        return self._opened(file)
+        *older, newest = _generations(self._root)  # perhaps another process's, which has made one at the same time
+        for generation in older:
+            _unlink(_path_of(self._root, generation))
+        return self._opened(_path_of(self._root, newest))
 
     def _fill(self, connection: sqlite3.Connection) -> None:
         connection.executescript(SCHEMA)

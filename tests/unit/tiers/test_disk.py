@@ -15,6 +15,7 @@ import pytest
 from pasture.core.errors import ConfigError
 from pasture.core.storage import BlockKey
 from pasture.core.values import Form
+from pasture.tiers import disk_index
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.disk_files import TEMPORARY, BlockFiles
 from pasture.tiers.keys import child_key
@@ -455,3 +456,32 @@ def test_probing_leaves_no_file(tmp_path: Path) -> None:
     assert speed.latency_seconds > 0
     assert speed.bytes_per_second > 0
     assert not list(block_files.root.iterdir())
+
+
+@pytest.mark.parametrize("faster_by_seconds", [-1, 0, 1])
+def test_two_that_make_an_index_at_once_end_up_with_one(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster_by_seconds: int
+) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    tier.close()
+    for index in (tmp_path / "cache").rglob("index*"):
+        index.unlink()
+    seconds = [2000.0 + faster_by_seconds, 2000.0]
+    faster: list[DiskTier] = []
+    monkeypatch.setattr(disk_index, "time", lambda: seconds[0] if len(faster) == 0 else seconds[1])
+    publish = disk_index._publish
+
+    def publish_second(draft: Path, file: Path) -> None:
+        if not faster:
+            monkeypatch.setattr(disk_index, "_publish", publish)
+            faster.append(open_tier())
+        publish(draft, file)
+
+    monkeypatch.setattr(disk_index, "_publish", publish_second)
+    tier = open_tier()
+    assert len(list((tmp_path / "cache").rglob("index*.sqlite"))) == 1
+    fill(tier, 2)
+    assert kept(faster[0], 1) == kept(faster[0], 2) == 4
+    fill(faster[0], 3)
+    assert kept(tier, 3) == 4
