@@ -80,6 +80,10 @@ class TieredStore:
         self._upkeep.start()
         self._closed = False
 
+    @property
+    def persistent(self) -> bool:
+        return bool(self._slow)
+
     # Engine thread
 
     def reach(self, namespace: Namespace, tokens: array[int]) -> int:
@@ -129,10 +133,11 @@ class TieredStore:
         self._written()
 
     def hold(self, namespace: Namespace, tokens: array[int], slab: Slab) -> Pin:
+        head = self.pin(namespace, tokens[: slab.p1])  # what is there stays while room is made for the rest
         pins = [self._memory.insert_pinned(b, written=False) for b in self._missing_blocks(namespace, tokens, slab)]
-        whole_path = Pins([*pins, self.pin(namespace, tokens[: slab.p1])])
+        whole_path = self.pin(namespace, tokens[: slab.p1])
         self._written()
-        return whole_path
+        return Pins([head, *pins, whole_path])
 
     def pin(self, namespace: Namespace, tokens: array[int]) -> Pin:
         return self._memory.pin(self._trails.of(namespace, tokens))

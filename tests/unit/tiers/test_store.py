@@ -128,6 +128,24 @@ def test_checkpoints_are_whole_and_found_anywhere_in_a_prompt() -> None:
     assert store.take(NAME, LONG, 64, 192) == ()
 
 
+@pytest.mark.parametrize("divisible", [True, False])
+def test_what_is_held_stays_and_comes_back_whatever_the_budget_says(divisible: bool) -> None:
+    store, memory = ram_store(6000, divisible=divisible)
+    if divisible:
+        put(store, LONG[:64])
+    pin = store.hold(NAME, LONG, slab_of(LONG, 0, 300))
+    assert memory.pinned_bytes == memory.used_bytes > 0
+    put(store, toks(range(500, 600)))
+    memory.trim()
+    assert cells_of(store.take(NAME, LONG, 0, 300)) == list(slab_of(LONG, 0, 300).cells)
+    memory.check()
+    pin.release()
+    pin.release()
+    assert memory.pinned_bytes == 0
+    assert memory.used_bytes <= 6000
+    memory.check()
+
+
 def test_a_model_so_fast_that_fetching_loses_fetches_nothing() -> None:
     gate = CostGate(cell_bytes=24)
     store, _ = ram_store(gate=gate)
