@@ -40,6 +40,13 @@ class OpenOptions(TypedDict, total=False):
     kv_layout: Literal["auto", "unified", "streams"]
     cache_type_k: str
     cache_type_v: str
+    kv_ram: str | int
+    kv_cache: str
+    kv_disk: str | int
+    kv_key_file: str
+    kv_compress: Literal["auto", "off", "lossless", "q8_0", "q4_0"]
+    kv_quality: float
+    idle_live: str | float
     max_running: int
     max_queue: int
     itl_target: str | float

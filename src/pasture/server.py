@@ -21,9 +21,10 @@ from pasture.core.values import Layout, ModelInfo, PoolShape, SamplingParams
 from pasture.engine import EngineSettings, open_engine, probe_model
 from pasture.engine.fake import FakeEngine
 from pasture.engine.gguf_header import read_header
-from pasture.engine.memory import MemoryPlan, check_fits, plan_memory
+from pasture.engine.memory import MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+from pasture.stores import store_for
 
 MAX_SEQUENCES = 256
 """of llama.cpp; pasture asks for two a running request, so that idle conversations stay, and not for all: each costs logits"""
@@ -41,7 +42,13 @@ MIN_STREAM_CELLS = 2048
 
 def start_service(settings: Settings) -> Service:
     """Load the model and start its scheduler; ready when it returns. The caller closes it."""
-    return LocalService(_start_engine(settings), scheduler_settings(settings))
+    engine = _start_engine(settings)
+    try:
+        store = store_for(settings, engine.codec, engine.model, available_bytes)
+    except BaseException:
+        engine.close()
+        raise
+    return LocalService(engine, store, scheduler_settings(settings))
 
 
 def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> None:
@@ -142,6 +149,7 @@ def scheduler_settings(settings: Settings) -> SchedulerSettings:
         max_running=settings.max_running,
         default_deadline_seconds=settings.timeout,
         drain_seconds=settings.drain_timeout,
+        idle_live_seconds=None if settings.kv_ram == 0 and settings.kv_cache is None else settings.idle_live,
     )
 
 

@@ -13,6 +13,7 @@ from pasture.api.server import DrainingServer, ServerOptions, bind
 from pasture.core.values import Layout, PoolShape
 from pasture.engine.fake import FakeEngine
 from pasture.scheduler.service import LocalService
+from tests.store_support import store_for
 from tests.unit.api.wire import CHAT, chat_texts
 
 SYSTEM = "You are a shepherd. " * 20
@@ -25,7 +26,8 @@ def body(question: str, **fields: object) -> dict[str, object]:
 
 @pytest.fixture
 async def service() -> AsyncIterator[LocalService]:
-    made = LocalService(FakeEngine(PoolShape(8192, 32, Layout.UNIFIED)))
+    engine = FakeEngine(PoolShape(8192, 32, Layout.UNIFIED))
+    made = LocalService(engine, store_for(engine))
     yield made
     await asyncio.to_thread(made.close)
 

@@ -21,6 +21,7 @@ from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
 from tests.engine_support import smollm_path
 from tests.gguf_factory import write_falcon_h1, write_mamba
+from tests.store_support import store_for
 
 TILE = 64
 REPLY_TOKENS = 24
@@ -85,7 +86,8 @@ async def test_greedy_replies_are_those_of_a_server_that_shares_nothing(
             engine = engine_of(path)
             if layout is LayoutChoice.STREAMS:
                 engine.rebuild((), Layout.STREAMS, 4)
-            service = LocalService(engine, SchedulerSettings(share_prefix=share, layout=layout, check_invariants=True))
+            scheduling = SchedulerSettings(share_prefix=share, layout=layout, check_invariants=True)
+            service = LocalService(engine, store_for(engine), scheduling)
             if share:
                 await ask(service, system + tokens[500 : 500 + TILE], max_tokens=0)  # somebody else's prompt
             reply, usage = await ask(service, system + tokens[begin : begin + TILE])
@@ -99,7 +101,8 @@ async def test_greedy_replies_are_those_of_a_server_that_shares_nothing(
 async def test_a_running_state_is_continued_at_its_end_and_nowhere_else(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = write(tmp_path / "tiny.gguf")
     first = [5 + i % 200 for i in range(TILE)]
-    service = LocalService(engine_of(path), SchedulerSettings(check_invariants=True))
+    engine = engine_of(path)
+    service = LocalService(engine, store_for(engine), SchedulerSettings(check_invariants=True))
     reply, _ = await ask(service, first)
     # the next turn goes on from the end of what was computed, a fork in the middle starts anew
     turn = first + reply + [7] * (TILE - 1)
@@ -108,7 +111,8 @@ async def test_a_running_state_is_continued_at_its_end_and_nowhere_else(tmp_path
     assert continued[1].cached_tokens == len(first) + len(reply) - 1
     assert forked[1].cached_tokens == 0
     service.close()
-    cold = LocalService(engine_of(path), SchedulerSettings(share_prefix=False))
+    engine = engine_of(path)
+    cold = LocalService(engine, store_for(engine), SchedulerSettings(share_prefix=False))
     assert (await ask(cold, fork))[0] == forked[0]
     assert (await ask(cold, first))[0] == reply
     service.close()

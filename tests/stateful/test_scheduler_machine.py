@@ -1,5 +1,7 @@
 """Thousands of random steps on the fake engine: the books stay true, and every request gets the text that a lone run gives.
 
+The store behind the pool has no room, little, or plenty.
+
 Rules: requests arrive (new, alike, following up on finished ones, several choices of one prompt), readers fall behind, clients
 vanish, the engine fails, the pool is compacted or moved to the other layout, steps run. The pools are small, so eviction and
 swapping happen all the time. After every step the conservation law is checked, and the engine's cells are compared with the
@@ -30,6 +32,7 @@ from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.scheduler.scheduler import Delivery, Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
+from tests.store_support import still_store_for
 
 TOKENS = st.integers(0, 255)
 STEMS = [[(7 * stem + i) % 250 for i in range(length)] for stem, length in enumerate((5, 24, 47, 60))]
@@ -41,14 +44,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     recurrent = False
 
     @initialize(
-        n_cells=st.sampled_from([192, 320, 1024]), n_seqs=st.sampled_from([1, 2, 3, 8]), n_batch=st.sampled_from([4, 24, 256])
+        n_cells=st.sampled_from([192, 320, 1024]),
+        n_seqs=st.sampled_from([1, 2, 3, 8]),
+        n_batch=st.sampled_from([4, 24, 256]),
+        ram_bytes=st.sampled_from([0, 20_000, 1 << 30]),
     )
-    def start(self, n_cells: int, n_seqs: int, n_batch: int) -> None:
+    def start(self, n_cells: int, n_seqs: int, n_batch: int, ram_bytes: int) -> None:
         self.now = 0.0
         self.engine = FakeEngine(PoolShape(n_cells, n_seqs, self.layout, n_batch), recurrent=self.recurrent)
-        self.scheduler = Scheduler(
-            self.engine, SchedulerSettings(share_prefix=self.share, check_invariants=True), lambda: self.now
-        )
+        self.store = still_store_for(self.engine, ram_bytes)
+        scheduling = SchedulerSettings(share_prefix=self.share, check_invariants=True, idle_live_seconds=2.0)
+        self.scheduler = Scheduler(self.engine, scheduling, self.store, lambda: self.now)
         self.n_requests = 0
         self.live: dict[RequestId, Task] = {}
         self.replies: dict[RequestId, list[int]] = {}
@@ -141,6 +147,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._deliver(self.scheduler.commit(plan, self.engine.execute(plan)))
         pool.rebuilt(self.engine.rebuild(pool.segments(), layout, pool.shape.n_seqs))
 
+    @rule()
+    def demote(self) -> None:
+        self.scheduler.resting.demote()
+
+    @rule()
+    def copy_idle(self) -> None:
+        self.scheduler.resting.copy_idle()
+
     @rule(n=st.integers(1, 12))
     def step(self, n: int) -> None:
         for _ in range(n):
@@ -184,6 +198,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.scheduler.busy:
                 break
             self.step(1)
+        self.store.close()
         assert not self.live
         assert self.scheduler.pool.locked_cells == 0
         assert not self.scheduler.running

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics, SequenceState, SequenceStatistics, ServiceStatistics
+from pasture.core.storage import StoreStatistics
 from pasture.core.values import (
     DEFAULT_NAMESPACE,
     Finish,
@@ -114,7 +115,7 @@ class StubService:
         return TokenLogprobs(-0.5, tuple((token - i, -0.5 - i) for i in range(request.n_logprobs)))
 
     def statistics(self) -> ServiceStatistics:
-        return ServiceStatistics(MODEL, _POOL, _SCHEDULER, 12.5, draining=self.drained)
+        return ServiceStatistics(MODEL, _POOL, _SCHEDULER, _STORE, 12.5, draining=self.drained)
 
     async def drain(self) -> None:
         self.drained = True
@@ -150,6 +151,7 @@ _POOL = PoolStatistics(
     ),
 )
 
+_STORE = StoreStatistics((), 300.0, 2e9, 2e9, {})
 _SCHEDULER = SchedulerStatistics(
     waiting=1,
     prefilling=2,

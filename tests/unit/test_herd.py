@@ -14,13 +14,19 @@ from pasture.core.values import FinishReason, PoolShape
 from pasture.engine.fake import FakeEngine
 from pasture.herd import Herd
 from pasture.scheduler.service import LocalService
+from tests.store_support import store_for
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
 
+def fake_service() -> LocalService:
+    engine = FakeEngine(PoolShape(2048, 16))
+    return LocalService(engine, store_for(engine))
+
+
 @pytest.fixture
 def herd() -> Iterator[Herd]:
-    with Herd(LocalService(FakeEngine(PoolShape(2048, 16)))) as herd:
+    with Herd(fake_service()) as herd:
         yield herd
 
 
@@ -69,7 +75,7 @@ async def test_stop_strings_and_namespaces(herd: Herd) -> None:
 
 
 async def test_async_with_waits_for_what_runs() -> None:
-    async with Herd(LocalService(FakeEngine(PoolShape(2048, 16)))) as herd:
+    async with Herd(fake_service()) as herd:
         pieces = herd.chat(HELLO, max_tokens=30, ignore_eos=True)
         first = await anext(pieces)
         rest = asyncio.create_task(_rest(pieces))

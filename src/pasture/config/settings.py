@@ -63,9 +63,10 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
 Layers = Annotated[int | None, BeforeValidator(_all_layers)]
 Shares = Annotated[tuple[float, ...], NoDecode, BeforeValidator(_numbers)]
+Compress = Literal["auto", "off", "lossless", "q8_0", "q4_0"]
 OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_switch)]
 
-MODEL, CACHE, SCHEDULING, SPEED = "Model", "Shared KV cache", "Scheduling", "Speed"
+MODEL, CACHE, STORE, SCHEDULING, SPEED = "Model", "Shared KV cache", "Resting conversations", "Scheduling", "Speed"
 SAMPLING, SERVER = "Sampling, where a request does not say", "Server"
 
 
@@ -128,6 +129,31 @@ class Settings(BaseSettings):
     )
     cache_type_v: Annotated[CacheType, Flag(("-ctv", "--cache-type-v"), CACHE, "TYPE")] = Field(
         default="f16", description="Number format of the cached values; the quantised ones need flash attention."
+    )
+
+    kv_ram: Annotated[Bytes | None, Flag(("--kv-ram",), STORE, "SIZE")] = Field(
+        default=None,
+        description="RAM for conversations that rest; a quarter of what is free, up to 4GiB, unless given. 0 turns it off.",
+    )
+    kv_cache: Annotated[str | None, Flag(("--kv-cache",), STORE, "DIR")] = Field(
+        default=None, description="A directory that keeps conversations over restarts; several servers may share it."
+    )
+    kv_disk: Annotated[Bytes, Flag(("--kv-disk",), STORE, "SIZE")] = Field(
+        default=50 << 30, description="How large that directory may grow."
+    )
+    kv_key_file: Annotated[str | None, Flag(("--kv-key-file",), STORE, "FILE")] = Field(
+        default=None, description="A secret of 32 bytes under which that directory is encrypted (AES-256-GCM)."
+    )
+    kv_compress: Annotated[Compress, Flag(("--kv-compress",), STORE, "FORM")] = Field(
+        default="auto",
+        description="auto (smaller as memory gets short, the live cache too), off, or one form for all that rests: "
+        "lossless, q8_0, q4_0.",
+    )
+    kv_quality: Annotated[float, Flag(("--kv-quality",), STORE, "KL")] = Field(
+        default=0.01, ge=0, description="How far auto may take the answers from the exact ones (KL divergence; 0: not at all)."
+    )
+    idle_live: Annotated[Seconds, Flag(("--idle-live",), STORE, "TIME")] = Field(
+        default=5.0, description="How long an idle conversation stays in the live cache before it rests in RAM alone."
     )
 
     max_running: Annotated[int, Flag(("-np", "--max-running", "--parallel"), SCHEDULING, "N")] = Field(
@@ -225,6 +251,8 @@ class Settings(BaseSettings):
             raise ValueError("kv_cells and kv_memory both size the cache: give one of them")
         if (self.ssl_key_file is None) != (self.ssl_cert_file is None):
             raise ValueError("ssl_key_file and ssl_cert_file go together: HTTPS needs both")
+        if self.kv_key_file is not None and self.kv_cache is None:
+            raise ValueError("kv_key_file encrypts the directory of kv_cache: give that too")
         if self.chat_template is not None and self.chat_template_file is not None:
             raise ValueError("chat_template and chat_template_file are the same thing: give one of them")
         if self.flash_attn == "off" and self.cache_type_v not in ("f32", "f16", "bf16"):

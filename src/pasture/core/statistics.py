@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pasture.core.storage import StoreStatistics
 from pasture.core.values import ModelInfo, Namespace, PoolShape, RequestId, SeqId
 
 
@@ -52,11 +53,11 @@ class PoolStatistics:
     fragmentation: float
     """0..1: neighbouring tokens of a sequence that are not neighbours in the cache, as a share of all"""
     hit_tokens: Mapping[str, int]
-    """prompt tokens found, by the state of who held them: running, prefilling, idle, swapped"""
+    """prompt tokens found, by the state of who held them: running, prefilling, idle, or `stored`"""
     missed_tokens: int
     """prompt tokens that had to be computed"""
     evicted_cells: Mapping[str, int]
-    """by reason: cells, sequences, layout, failure"""
+    """by reason: cells, sequences, idle, layout, failure"""
     compactions: int
     namespaces: tuple[NamespaceStatistics, ...]
     sequences: tuple[SequenceStatistics, ...]
@@ -95,5 +96,6 @@ class ServiceStatistics:
     model: ModelInfo
     pool: PoolStatistics
     scheduler: SchedulerStatistics
+    store: StoreStatistics
     uptime_seconds: float
     draining: bool

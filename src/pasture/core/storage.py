@@ -77,6 +77,11 @@ class Store(Protocol):
     `tokens` is always a whole prefix from position 0; ranges are half open positions in it.
     """
 
+    @property
+    def persistent(self) -> bool:
+        """Whether what is put outlives the process."""
+        ...
+
     def reach(self, namespace: Namespace, tokens: array[int]) -> int:
         """How many leading tokens could be had from RAM now; a block that parts midway counts as far as it agrees."""
         ...

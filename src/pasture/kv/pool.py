@@ -21,9 +21,8 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from pasture.core.errors import InvariantBroken
 from pasture.core.ports import Clock
 from pasture.core.statistics import PoolStatistics, SequenceState
 from pasture.core.values import (
@@ -74,6 +73,8 @@ class Pool:
         self._policy = policy
         self._clock = clock
         self._save_keys = 0
+        self.before_eviction: Callable[[Sequence], object] = lambda sequence: None
+        """called while an idle sequence that is about to lose cells still has them all: the moment to `save`"""
         self.reset(shape)
 
     def reset(self, shape: PoolShape) -> None:
@@ -98,6 +99,11 @@ class Pool:
     def cells_are_shared(self) -> bool:
         """Whether a cell can belong to several sequences at once."""
         return self._share and self._shareable and self.shape.layout is Layout.UNIFIED
+
+    @property
+    def shares(self) -> bool:
+        """Whether what one request computed may serve another."""
+        return self._share
 
     @property
     def cuttable(self) -> bool:
@@ -175,24 +181,22 @@ class Pool:
         self._count(namespace, source, match.length, len(prompt) - match.length)
         return found
 
-    def swap_in(self, namespace: Namespace, tokens: array[int], slab: Slab, request_id: RequestId) -> Sequence | None:
-        """Bring a swapped request back: joins what is live, restores the rest. None when it has no id or no room."""
-        root = Match(self.tree.root(namespace), 0, 0)
-        match = self.tree.match(namespace, tokens) if self.cells_are_shared else root  # a copy of its own is restored whole
-        missing = len(tokens) - match.length
-        if not self.has_sequence_to_give or missing > self.unlocked_cells - unlocked_tokens(match):
-            return None
-        sequence = self._enter(namespace, self.tree.cut(match), match.length, request_id)
-        if sequence is None:
-            return None
-        if missing:
-            if not self.make_room(missing):
-                raise InvariantBroken(f"{missing} cells were free to take, and could not be had")
-            self._journal.append(Restore(sequence.id, (slab.cut(match.length, len(tokens)),)))
-            self._last_writer = None
-            self._append(sequence, tokens[match.length :])
-        self._touch(sequence)
+    def begin(self, namespace: Namespace, request_id: RequestId) -> Sequence | None:
+        """A running sequence of nothing, for a state that can only be restored whole; None when every sequence id runs."""
+        sequence = self._enter(namespace, self.tree.root(namespace), 0, request_id)
+        if sequence is not None:
+            self._touch(sequence)
         return sequence
+
+    def restore(self, sequence: Sequence, tokens: array[int], slabs: tuple[Slab, ...]) -> bool:
+        """Put stored KV of `tokens` behind what a running sequence has; False, with nothing done, when there is no room."""
+        if not self.make_room(len(tokens)):
+            return False
+        self._journal.append(Restore(sequence.id, slabs))
+        self._last_writer = None
+        self._append(sequence, tokens)
+        self._count(sequence.namespace, "stored", len(tokens), -len(tokens))
+        return True
 
     # Growing
 
@@ -237,6 +241,8 @@ class Pool:
 
         `emptied`: the engine has let go of its cells already.
         """
+        if reason is not None and sequence.idle and sequence.length and not emptied:
+            self.before_eviction(sequence)
         before = self.used_cells
         if not sequence.idle:
             self._rest(sequence)
@@ -251,11 +257,10 @@ class Pool:
         if reason is not None:
             self.evicted_cells[reason] += before - self.used_cells
 
-    def swap_out(self, sequence: Sequence) -> int:
-        """Save a running sequence's whole KV and drop it. Returns the key under which the step's result holds the slab."""
+    def save(self, sequence: Sequence, p0: int) -> int:
+        """Copy what the sequence has from `p0` on out of the cache. Returns the key under which the result holds the slab."""
         self._save_keys += 1
-        self._journal.append(Save(sequence.id, 0, sequence.length, self._save_keys))
-        self.drop(sequence)
+        self._journal.append(Save(sequence.id, p0, sequence.length, self._save_keys))
         return self._save_keys
 
     def lose(self, sequence: Sequence) -> None:
@@ -350,6 +355,7 @@ class Pool:
 
     def _cut_back(self, sequence: Sequence, node: Node[Sequence], reason: str) -> None:
         """The idle sequence leaves everything below `node`, which is on its path."""
+        self.before_eviction(sequence)
         before = self.used_cells
         self.tree.leave(sequence.tail, sequence, down_to=node)
         self._private_cells -= sequence.length - node.end

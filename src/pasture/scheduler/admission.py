@@ -14,6 +14,7 @@ from pasture.core.ports import Clock
 from pasture.kv.pool import Pool
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.promises import Promises
+from pasture.scheduler.resting import Resting
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
 
@@ -26,10 +27,11 @@ REPLY_GUESS_TOKENS = 64
 
 
 class Admission:
-    def __init__(self, pool: Pool, settings: SchedulerSettings, clock: Clock) -> None:
+    def __init__(self, pool: Pool, resting: Resting, settings: SchedulerSettings, clock: Clock) -> None:
         self.waiting = FairQueue()
         self.promises = Promises()
         self._pool = pool
+        self._resting = resting
         self._settings = settings
         self._clock = clock
         self._followers: Counter[Task] = Counter()
@@ -54,12 +56,16 @@ class Admission:
 
     def cost(self, task: Task) -> int:
         """Tokens to compute for a waiting task, with a guess at its reply."""
-        cached = self._pool.lookup(task.request.namespace, task.tokens)
-        return len(task.tokens) - cached + self.reply_guess(task)
+        return len(task.tokens) - self._cached(task) + self.reply_guess(task)
 
-    def cells_needed(self, task: Task) -> int:
-        """Cells that nobody running holds, and that the task will."""
-        return self._pool.cells_to_lock(task.request.namespace, task.tokens) + self.reply_guess(task)
+    def cells_needed(self, task: Task, reply_tokens: int | None = None) -> int:
+        """Cells that nobody running holds, and that the task will; `reply_tokens`: of its reply, a guess unless given."""
+        reply = self.reply_guess(task) if reply_tokens is None else reply_tokens
+        return self._pool.cells_to_lock(task.request.namespace, task.tokens) + reply
+
+    def _cached(self, task: Task) -> int:
+        """Tokens that need not be computed, live or stored."""
+        return max(task.stored_tokens, self._pool.lookup(task.request.namespace, task.tokens))
 
     @staticmethod
     def reply_guess(task: Task) -> int:
@@ -72,13 +78,15 @@ class Admission:
         return remaining / (1 + self._followers[task]) / patience**2
 
     def _ready(self, task: Task) -> bool:
-        """Whether a waiting task has nothing to gain from a prefill that is under way."""
+        """Whether a waiting task has nothing to gain from a prefill, or a fetch, that is under way."""
+        if not self._resting.look(task):
+            return False
         if not self._pool.joins:
             return True
         leader = task.leader
         if leader is None or leader.computed >= task.leader_length or leader.sequence is None:
             promised, leader = self.promises.longest(task)
-            if leader is None or promised < self._pool.lookup(task.request.namespace, task.tokens) + MIN_GAIN_TOKENS:
+            if leader is None or promised < self._cached(task) + MIN_GAIN_TOKENS:
                 task.leader = None
                 return True
             task.leader, task.leader_length = leader, promised

@@ -1,4 +1,4 @@
-"""The engine thread: the only one that touches the engine, the scheduler and the pool.
+"""The engine thread: the only one that touches the engine, the scheduler and the pool; it ends the store along with them.
 
     inbox (submissions, cancellations)  ->  schedule -> execute -> commit  ->  publish (events, one call a step)
 
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pasture.core.errors import EngineError, InvariantBroken, PastureError, ShuttingDown
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics
+from pasture.core.storage import Store
 from pasture.core.values import FinishReason, RequestId, StepPlan
 from pasture.scheduler.keeper import LayoutKeeper
 from pasture.scheduler.scheduler import Delivery, Scheduler
@@ -28,19 +29,24 @@ log = logging.getLogger(__name__)
 SNAPSHOT_SECONDS = 0.2
 IDLE_SECONDS = 0.3
 """without work for this long before housekeeping: a closed loop of users leaves shorter gaps"""
+KEEP_SECONDS = 30.0
+"""for writing what is live when the server ends"""
 Publish = Callable[[list[Delivery]], None]
 Snapshot = tuple[PoolStatistics, SchedulerStatistics]
 
 
 class EngineLoop:
-    def __init__(self, engine: Engine, settings: SchedulerSettings, publish: Publish, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, engine: Engine, settings: SchedulerSettings, store: Store, publish: Publish, clock: Clock = time.monotonic
+    ) -> None:
+        self._inbox: deque[Task | RequestId] = deque()
+        self._wake = threading.Condition()
         self._engine = engine
         self._publish = publish
         self._clock = clock
-        self._scheduler = Scheduler(engine, settings, clock)
+        self._store = store
+        self._scheduler = Scheduler(engine, settings, store, clock, self.nudge)
         self._keeper = LayoutKeeper(engine, self._scheduler, clock)
-        self._inbox: deque[Task | RequestId] = deque()
-        self._wake = threading.Condition()
         self._stopping = False
         self._tidy = True
         self._snapshot_at = clock()
@@ -93,6 +99,7 @@ class EngineLoop:
                 self._read_inbox()
                 if not self.step():
                     self._rest()
+            self._keep_everything()
         except Exception:
             log.exception("the engine thread failed; every request is ended")
             raise
@@ -101,7 +108,18 @@ class EngineLoop:
                 self._stopping = True  # from here on nothing is posted any more
             self._read_inbox()
             self._deliver(self._scheduler.end_all(FinishReason.CANCELLED))
+            self._store.close()
             self._engine.close()
+
+    def _keep_everything(self) -> None:
+        """What is live goes to the store, where that outlives the process: the next start finds it."""
+        if self._store.persistent:
+            self._scheduler.resting.keep_everything()
+            self._flush()
+            if not self._store.flush(KEEP_SECONDS):
+                log.warning(
+                    "not everything could be written within %g s; the rest is computed again when asked for", KEEP_SECONDS
+                )
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -116,6 +134,7 @@ class EngineLoop:
         started = self._clock()
         try:
             self._follow_traffic()
+            self._scheduler.resting.demote()
             plan = self._scheduler.schedule()
             if not plan.works and not plan.operations:
                 self._deliver(self._scheduler.take_events())
@@ -183,6 +202,8 @@ class EngineLoop:
         except InvariantBroken as error:
             self._start_over(error)
             return
+        while not self._inbox and self._scheduler.resting.copy_idle():
+            self._flush()
         if self._keeper.wants_compaction:
             self._keeper.compact()
             self.snapshot = self._draw()

@@ -14,9 +14,12 @@ Owns the tasks; the pool owns cells. Knows no threads and no asyncio: `pasture.s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, RequestError
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import SchedulerStatistics, SequenceState
+from pasture.core.storage import Store
 from pasture.core.values import (
     Finish,
     FinishReason,
@@ -32,6 +35,7 @@ from pasture.kv.eviction import POLICIES
 from pasture.kv.pool import Pool
 from pasture.scheduler.accounts import Accounts
 from pasture.scheduler.admission import Admission
+from pasture.scheduler.resting import Resting
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.shaping import StepShaper
 from pasture.scheduler.task import Task
@@ -46,7 +50,10 @@ Delivery = tuple[Task, TokenEvent]
 
 
 class Scheduler:
-    def __init__(self, engine: Engine, settings: SchedulerSettings, clock: Clock) -> None:
+    def __init__(
+        self, engine: Engine, settings: SchedulerSettings, store: Store, clock: Clock, wake: Callable[[], None] = lambda: None
+    ) -> None:
+        """`wake` is called from other threads when there may be something to schedule. The store belongs to the caller."""
         self.settings = settings
         self.pool = Pool(
             engine.shape,
@@ -55,7 +62,8 @@ class Scheduler:
             shareable=engine.model.shareable,
             policy=POLICIES[settings.policy],
         )
-        self.admission = Admission(self.pool, settings, clock)
+        self.resting = Resting(self.pool, store, clock, settings.idle_live_seconds, wake)
+        self.admission = Admission(self.pool, self.resting, settings, clock)
         self.waiting = self.admission.waiting
         self.running: dict[RequestId, Task] = {}
         """tasks with a sequence"""
@@ -68,7 +76,6 @@ class Scheduler:
         self._planned: list[Task] = []
         self._suspects: list[Task] = []
         self._events: list[Delivery] = []
-        self._saving: dict[int, Task] = {}
         self._n_streams = 0
         """of the tasks planned"""
         self._budget_tokens = 0
@@ -119,10 +126,8 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delivery]:
         """Book a step's result; returns what readers get, in order."""
-        for key, slab in result.saved.items():
-            task = self._saving.pop(key, None)
-            if task is not None:
-                task.slab, task.swap_key = slab, None
+        self.resting.store.observe(result.transfers)
+        self.resting.saved(result.saved)
         if result.outcome is Outcome.DONE:
             self._book(plan, result)
             self._suspects = [task for task in self._suspects if task not in self._planned]
@@ -137,9 +142,7 @@ class Scheduler:
         """The engine is closed, or emptied and in doubt: every task ends, the pool's books start anew."""
         for task in list(self._tasks.values()):
             task.sequence = None
-            task.slab, task.swap_key = None, None
             self._end(task, reason, error)
-        self._saving.clear()
         self._suspects, self._planned = [], []
         self.pool.reset(self._engine.shape)
         return self.take_events()
@@ -172,33 +175,37 @@ class Scheduler:
         assert sequence is not None
         self.admission.promises.remove(task)
         del self.running[task.request.request_id]
-        task.sequence = None
         if sequence.length == 0:
             self.pool.drop(sequence)
+            task.sequence = None
             self.waiting.push(task)
             return
-        task.swap_key = self.pool.swap_out(sequence)
+        self.resting.park(task)
         task.n_swaps += 1
-        self._saving[task.swap_key] = task
         self.swapped[task.request.request_id] = task
         self.accounts.swaps += 1
 
     def _resume(self, taken: int) -> None:
         """Bring swapped requests back, oldest first, while there is room for them and for everyone's next tokens."""
         for task in sorted(self.swapped.values(), key=lambda task: task.submitted_at):
-            if task.paused or task.slab is None:
+            if task.paused or task.n_saves:
                 continue
-            needed = task.slab.p1 + HEADROOM_CELLS * (len(self.running) + 1)
+            needed = self.admission.cells_needed(task, reply_tokens=0) + HEADROOM_CELLS * (len(self.running) + 1)
             if self.running and needed + taken > self.pool.unlocked_cells:
                 return
-            tokens = task.tokens[: task.slab.p1]
-            sequence = self.pool.swap_in(task.request.namespace, tokens, task.slab, task.request.request_id)
-            if sequence is None:
+            if not self._enter(task):
                 return
-            sequence.state = SequenceState.DECODING if task.n_generated else SequenceState.PREFILLING
-            task.sequence, task.slab = sequence, None
             del self.swapped[task.request.request_id]
-            self._run(task)
+
+    def _enter(self, task: Task) -> bool:
+        """Give a task a sequence with all that is there of its tokens already; False when there is none to give."""
+        task.sequence = self.resting.enter(task)
+        if task.sequence is None:
+            return False
+        task.sequence.state = SequenceState.DECODING if task.decoding else SequenceState.PREFILLING
+        task.save_at = self.resting.branch_point(task)
+        self._run(task)
+        return True
 
     def _run(self, task: Task) -> None:
         self.running[task.request.request_id] = task
@@ -237,6 +244,8 @@ class Scheduler:
     def _chunk(self, task: Task, budget: int) -> int:
         """Tokens of a prompt for this step; in streams no rest is left that would be shorter than a tile."""
         n = min(budget, task.remaining)
+        if task.save_at is not None:
+            return min(n, task.save_at - task.computed)
         shape = self.pool.shape
         if shape.layout is Layout.STREAMS and task.remaining - n <= shape.tile_tokens:
             n = min(task.remaining, shape.n_batch - len(self._planned))
@@ -258,17 +267,15 @@ class Scheduler:
         if self.running and needed + taken + HEADROOM_CELLS * len(self.running) > pool.unlocked_cells:
             return False
         charge = self.admission.cost(task)
-        sequence = pool.join(request.namespace, task.tokens, request.request_id)
-        if sequence is None:
+        if not self._enter(task):
             return False
         self.waiting.remove(task, charge)
-        task.sequence, task.leader = sequence, None
+        task.leader = None
         if task.started_at is None:
             task.started_at = self._clock()
-            task.cached_tokens = sequence.length
+            task.cached_tokens = task.computed
             self.accounts.prompt_tokens += len(request.prompt)
-            self.accounts.cached_tokens += sequence.length
-        self._run(task)
+            self.accounts.cached_tokens += task.computed
         return True
 
     def _arm(self, task: Task) -> bool:
@@ -302,12 +309,16 @@ class Scheduler:
     def _book(self, plan: StepPlan, result: StepResult) -> None:
         now = self._clock()
         self.shaper.learn(plan, self._n_streams, result)
+        self.resting.store.observe_prefill(self.shaper.costs.tokens_per_second(self.pool.shape))
         self.accounts.computed_tokens += plan.n_tokens - self._n_streams
         for task, work in zip(self._planned, plan.works, strict=True):
             sequence = task.sequence
             assert sequence is not None
             task.n_failures = 0
             self.pool.extend(sequence, task.tokens[work.start : work.start + len(work.tokens)])
+            if sequence.length == task.save_at:
+                self.resting.save(sequence)
+                task.save_at = None
             sample = result.samples.get(work.sequence)
             if sample is not None:
                 self._draw(task, sample.token, TokenEvent(sample.token, sample.logprobs), now)
@@ -316,11 +327,11 @@ class Scheduler:
 
     def _draw(self, task: Task, token: int, event: TokenEvent, now: float) -> None:
         request = task.request
+        assert task.sequence is not None
+        task.sequence.state = SequenceState.DECODING
         if task.first_token_at is None:
             task.first_token_at = now
             self.admission.promises.remove(task)
-            assert task.sequence is not None
-            task.sequence.state = SequenceState.DECODING
         if token in request.stop_tokens:
             self._end(task, FinishReason.STOP)
             return
@@ -342,12 +353,10 @@ class Scheduler:
             self.waiting.remove(task)
         self.running.pop(request_id, None)
         self.swapped.pop(request_id, None)
-        if task.swap_key is not None:
-            self._saving.pop(task.swap_key, None)
+        self.resting.forget(task)
         if task.sequence is not None:
             self.pool.finish(task.sequence)
             task.sequence = None
-        task.slab, task.swap_key = None, None
         task.release_sampler()
         self.accounts.finished[reason] += 1
         usage = task.usage(self._clock())
@@ -385,6 +394,7 @@ class Scheduler:
     def _restart(self, task: Task) -> None:
         """Its sequence is gone from the engine: begin again, prompt and drawn tokens together."""
         assert task.sequence is not None
+        task.looked = False
         self.pool.lose(task.sequence)
         self.admission.promises.remove(task)
         del self.running[task.request.request_id]

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.ports import Engine, Vocabulary
 from pasture.core.statistics import ServiceStatistics
+from pasture.core.storage import Store
 from pasture.core.values import Finish, FinishReason, ModelInfo, Request, TokenEvent
 from pasture.scheduler.loop import EngineLoop
 from pasture.scheduler.scheduler import Delivery
@@ -54,8 +55,10 @@ class _Channel:
 class LocalService:
     """One engine in this process. Starts its thread at once; `close` ends it and frees the engine."""
 
-    def __init__(self, engine: Engine, settings: SchedulerSettings | None = None) -> None:
+    def __init__(self, engine: Engine, store: Store, settings: SchedulerSettings | None = None) -> None:
+        """Engine and store are the service's from here on."""
         self._settings = settings or SchedulerSettings()
+        self._store = store
         self._model = engine.model
         self._vocabulary = engine.vocabulary
         self._limit = engine.shape.n_cells if self._settings.layout is LayoutChoice.AUTO else engine.shape.cells_per_sequence
@@ -65,7 +68,7 @@ class LocalService:
         """set when the last request has ended; made by `drain`"""
         self._n_rejected = 0
         self._started_at = time.monotonic()
-        self._loop = EngineLoop(engine, self._settings, self._publish)
+        self._loop = EngineLoop(engine, self._settings, store, self._publish)
         self._loop.start()
 
     @property
@@ -112,8 +115,9 @@ class LocalService:
 
     def statistics(self) -> ServiceStatistics:
         pool, scheduler = self._loop.snapshot
+        store = self._store.statistics()
         scheduler = dataclasses.replace(scheduler, rejected_total=self._n_rejected)
-        return ServiceStatistics(self._model, pool, scheduler, time.monotonic() - self._started_at, self._draining)
+        return ServiceStatistics(self._model, pool, scheduler, store, time.monotonic() - self._started_at, self._draining)
 
     async def drain(self) -> None:
         """Take nothing new and wait for what runs, at most `drain_seconds`."""

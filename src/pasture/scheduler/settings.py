@@ -27,6 +27,8 @@ class SchedulerSettings:
     default_deadline_seconds: float | None = None
     max_unread_tokens: int = 1024
     """a reader this far behind pauses its request"""
+    idle_live_seconds: float | None = None
+    """how long an idle conversation stays in the live cache before it rests in the store alone; None: until room is needed"""
     compact: bool = True
     check_invariants: bool = False
     """after every step (tests); otherwise when idle"""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pasture.core.values import Request, Sampler, Slab, Usage
+from pasture.core.storage import Lift, Pin
+from pasture.core.values import Request, Sampler, Usage
 from pasture.kv.radix import token_array
 from pasture.kv.sequence import Sequence
 
@@ -14,8 +15,8 @@ Paused = Callable[[], bool]
 class Task:
     """Where the request is follows from its fields:
 
-    waiting    no sequence, no swap            prefilling  sequence, more than one token to compute or none drawn yet
-    swapped    `swap_key` or `slab`            decoding    sequence, one drawn token to compute
+    waiting    no sequence, no pin             prefilling  sequence, more than one token to compute or none drawn yet
+    swapped    `pin`                           decoding    sequence, one drawn token to compute
     """
 
     __slots__ = (
@@ -24,16 +25,20 @@ class Task:
         "first_token_at",
         "leader",
         "leader_length",
+        "lift",
+        "looked",
         "n_failures",
         "n_generated",
+        "n_saves",
         "n_swaps",
+        "pin",
         "request",
         "sampler",
+        "save_at",
         "sequence",
-        "slab",
         "started_at",
+        "stored_tokens",
         "submitted_at",
-        "swap_key",
         "tokens",
     )
 
@@ -44,8 +49,18 @@ class Task:
         """the prompt and every token drawn so far; `sequence.length` of them are computed"""
         self.sequence: Sequence | None = None
         self.sampler: Sampler | None = None
-        self.slab: Slab | None = None
-        self.swap_key: int | None = None
+        self.pin: Pin | None = None
+        """holds what was swapped out"""
+        self.n_saves = 0
+        """of its KV that are still under way"""
+        self.lift: Lift | None = None
+        """what slow tiers are being asked for, or have brought"""
+        self.looked = False
+        """whether the store was asked"""
+        self.stored_tokens = 0
+        """what the store had in RAM when it was asked"""
+        self.save_at: int | None = None
+        """length at which its state is to be kept for others (models whose states cannot be cut)"""
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.cached_tokens = 0
@@ -72,7 +87,7 @@ class Task:
 
     @property
     def swapped(self) -> bool:
-        return self.swap_key is not None or self.slab is not None
+        return self.pin is not None
 
     @property
     def paused(self) -> bool:

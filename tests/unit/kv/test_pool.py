@@ -153,21 +153,42 @@ def test_the_only_idle_sequence_gives_its_tail_and_goes_on_from_the_common_prefi
     pool.check()
 
 
-def test_a_swapped_sequence_comes_back_by_joining_what_is_live_and_restoring_the_rest() -> None:
+def test_a_saved_sequence_comes_back_by_joining_what_is_live_and_restoring_the_rest() -> None:
     pool = make()
-    keeper, swapped = run(pool, PROMPT), run(pool, PROMPT[:80] + token_array([700] * 20))
+    keeper, saved = run(pool, PROMPT), run(pool, PROMPT[:80] + token_array([700] * 20))
     pool.operations()
-    tokens = swapped.tokens()
-    key = pool.swap_out(swapped)
-    assert pool.operations() == (Save(swapped.id, 0, 100, key), Remove(swapped.id, 0, None))
-    slab = FakeSlab(0, ())
-    slab.p1 = 100
-    slab.cut = lambda p0, p1: slab  # type: ignore[method-assign]
-    back = pool.swap_in(A, tokens, slab, RequestId("again"))
+    tokens = saved.tokens()
+    key = pool.save(saved, 64)
+    pool.drop(saved)
+    assert pool.operations() == (Save(saved.id, 64, 100, key), Remove(saved.id, 0, None))
+    back = pool.join(A, tokens, RequestId("again"))
     assert back is not None
+    assert pool.restore(back, tokens[80:], (slab := FakeSlab(80, ()),))
     assert pool.operations() == (Copy(keeper.id, back.id, 0, 80), Restore(back.id, (slab,)))
     assert list(back.tokens()) == list(tokens)
+    assert pool.hit_tokens["stored"] == 20
     pool.check()
+
+
+def test_what_does_not_fit_is_not_restored() -> None:
+    pool = make(n_cells=150)
+    run(pool, PROMPT)
+    other = pool.join(A, token_array([5]), RequestId("other"))
+    assert other is not None
+    pool.operations()
+    assert not pool.restore(other, token_array(range(60)), (FakeSlab(0, ()),))
+    assert pool.operations() == ()
+    pool.check()
+
+
+def test_whoever_is_evicted_is_asked_for_first() -> None:
+    pool = make(n_cells=128)
+    asked: list[tuple[int, int]] = []
+    pool.before_eviction = lambda sequence: asked.append((sequence.id, sequence.length))
+    first = run(pool, PROMPT)
+    pool.finish(first)
+    assert pool.make_room(90)
+    assert asked == [(first.id, 100)]
 
 
 def test_streams_copy_and_count_every_holder() -> None:

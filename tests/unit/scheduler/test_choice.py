@@ -8,9 +8,11 @@ from pasture.core.values import Layout, PoolShape, Request, RequestId, SamplingP
 from pasture.engine.fake import FakeEngine
 from pasture.kv.pool import Pool
 from pasture.scheduler.admission import Admission
+from pasture.scheduler.resting import Resting
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
+from tests.store_support import store_for
 
 
 def task(name: str, n_tokens: int, submitted_at: float = 0.0) -> Task:
@@ -27,7 +29,10 @@ def task(name: str, n_tokens: int, submitted_at: float = 0.0) -> Task:
 def test_the_shortest_prompt_goes_first_until_a_longer_one_has_waited(now: float, first: str) -> None:
     clock = [now]
     settings = SchedulerSettings(age_bound_seconds=120.0)
-    admission = Admission(Pool(PoolShape(4096, 8), clock=lambda: clock[0]), settings, lambda: clock[0])
+    engine = FakeEngine(PoolShape(4096, 8))
+    pool = Pool(engine.shape, clock=lambda: clock[0])
+    resting = Resting(pool, store_for(engine), lambda: clock[0], None, lambda: None)
+    admission = Admission(pool, resting, settings, lambda: clock[0])
     long, short = task("long", 400, submitted_at=0.0), task("short", 100, submitted_at=now)
     chosen = admission.choose([long, short])
     assert chosen is not None
@@ -37,7 +42,7 @@ def test_the_shortest_prompt_goes_first_until_a_longer_one_has_waited(now: float
 @pytest.mark.parametrize(("layout", "prompts"), [(Layout.STREAMS, 1), (Layout.UNIFIED, 2)])
 def test_in_streams_a_step_takes_one_prompt_only(layout: Layout, prompts: int) -> None:
     engine = FakeEngine(PoolShape(4096, 4, layout, tile_tokens=64))
-    scheduler = Scheduler(engine, SchedulerSettings(itl_target_seconds=10.0), lambda: 0.0)
+    scheduler = Scheduler(engine, SchedulerSettings(itl_target_seconds=10.0), store_for(engine), lambda: 0.0)
     scheduler.submit(task("a", 40))
     scheduler.submit(task("bbb", 40))
     assert len(scheduler.schedule().works) == prompts
@@ -45,7 +50,7 @@ def test_in_streams_a_step_takes_one_prompt_only(layout: Layout, prompts: int) -
 
 def test_in_streams_no_rest_shorter_than_a_tile_is_left() -> None:
     engine = FakeEngine(PoolShape(4096, 4, Layout.STREAMS, tile_tokens=64))
-    scheduler = Scheduler(engine, SchedulerSettings(itl_target_seconds=0.01), lambda: 0.0)
+    scheduler = Scheduler(engine, SchedulerSettings(itl_target_seconds=0.01), store_for(engine), lambda: 0.0)
     scheduler.submit(task("a", 100))
     (work,) = scheduler.schedule().works
     assert len(work.tokens) == 100

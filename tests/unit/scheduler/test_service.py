@@ -24,6 +24,7 @@ from pasture.core.values import (
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+from tests.store_support import store_for
 
 GREEDY = SamplingParams(temperature=0.0)
 SYSTEM = tuple(i % 250 for i in range(700))
@@ -59,7 +60,8 @@ async def collect(service: LocalService, asked: Request) -> tuple[list[int], Fin
 
 @contextlib.contextmanager
 def served(engine: FakeEngine, **options: object) -> Iterator[LocalService]:
-    service = LocalService(engine, SchedulerSettings(check_invariants=True, **options))  # type: ignore[arg-type]
+    scheduling = SchedulerSettings(check_invariants=True, **options)  # type: ignore[arg-type]
+    service = LocalService(engine, store_for(engine), scheduling)
     try:
         yield service
     finally:
@@ -237,7 +239,7 @@ async def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
 
 async def test_close_cancels_what_runs_and_frees_the_engine() -> None:
     engine = FakeEngine(SHAPE)
-    service = LocalService(engine)
+    service = LocalService(engine, store_for(engine))
     stream = service.generate(request("running", SYSTEM, 5000))
     await anext(stream)
     service.close()

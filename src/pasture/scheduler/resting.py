@@ -1,0 +1,182 @@
+"""The way between the live cache and the store: what is saved when, and what a request gets back.
+
+    idle sequence evicted      what the store lacks of it is saved first, so eviction loses nothing that pays to keep
+    idle sequence resting      demoted after a while: idle cells cost every step of everyone else
+    request swapped out        saved and pinned; it comes back through the same door as a new request
+    request starting           live cells first, then what the store has in RAM, the rest is computed
+    request waiting            slow tiers are asked for what follows, and lift it into RAM
+
+The store's null form is one with a budget of nothing: it still holds what was swapped out. With sharing off, a request can only
+find what it saved itself. Engine thread; owns no KV.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pasture.core.ports import Clock
+from pasture.core.storage import BLOCK_TOKENS, Store
+from pasture.core.values import Namespace, Request, SeqId, Slab
+from pasture.kv.pool import Pool
+from pasture.kv.sequence import Sequence
+from pasture.scheduler.task import Task
+
+MIN_RESTORE_TOKENS = 16
+"""fewer are computed along with the rest of the prompt"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """What a Save that is under way will hold."""
+
+    namespace: Namespace
+    tokens: array[int]
+    task: Task | None
+    """who was swapped out with it"""
+
+
+class Resting:
+    def __init__(
+        self, pool: Pool, store: Store, clock: Clock, idle_live_seconds: float | None, wake: Callable[[], None]
+    ) -> None:
+        """`wake` is called from other threads when a lift is done."""
+        self.store = store
+        self._pool = pool
+        self._clock = clock
+        self._idle_live_seconds = idle_live_seconds
+        self._wake = wake
+        self._saving: dict[int, _Saving] = {}
+        self._copied: dict[SeqId, int] = {}
+        """length at which an idle sequence was copied out last"""
+        pool.before_eviction = self.save
+
+    # Out of the live cache
+
+    def save(self, sequence: Sequence) -> bool:
+        """Have the next operations save what the store lacks of a sequence; False when it lacks nothing worth keeping."""
+        if not self._pool.shares or not sequence.length:
+            return False
+        tokens = sequence.tokens()
+        p0 = self.store.gap(sequence.namespace, tokens, 0)
+        if p0 >= len(tokens):
+            return False
+        self._saving[self._pool.save(sequence, p0)] = _Saving(sequence.namespace, tokens, None)
+        return True
+
+    def park(self, task: Task) -> None:
+        """Save and pin a running request's KV, and take its sequence from it."""
+        sequence = task.sequence
+        assert sequence is not None
+        namespace, tokens = self._namespace(task.request), task.tokens[: sequence.length]
+        task.pin = self.store.pin(namespace, tokens)
+        p0 = self.store.gap(namespace, tokens, 0)
+        if p0 < len(tokens):
+            self._saving[self._pool.save(sequence, p0)] = _Saving(namespace, tokens, task)
+            task.n_saves += 1
+        self._pool.drop(sequence)
+        task.sequence = None
+
+    def saved(self, slabs: Mapping[int, Slab]) -> None:
+        """What the engine has saved goes into the store."""
+        for key, slab in slabs.items():
+            saving = self._saving.pop(key, None)
+            if saving is None:
+                continue
+            task = saving.task
+            if task is None or task.pin is None:  # nobody's, or its request has ended meanwhile
+                self.store.put(saving.namespace, saving.tokens, slab)
+                continue
+            before, task.pin = task.pin, self.store.hold(saving.namespace, saving.tokens, slab)
+            before.release()
+            task.n_saves -= 1
+
+    def demote(self) -> bool:
+        """Let the longest idle sequence leave the live cache, if it has rested long enough; False when none has."""
+        if self._idle_live_seconds is None or not self._pool.shares:
+            return False
+        idle = [sequence for sequence in self._pool.sequences.values() if sequence.idle]
+        oldest = min(idle, key=lambda sequence: sequence.tail.last_used, default=None)
+        if oldest is None or self._clock() - oldest.tail.last_used < self._idle_live_seconds:
+            return False
+        self._pool.drop(oldest, "idle")
+        return True
+
+    def keep_everything(self) -> None:
+        """Save whatever is live, before the end: for a store that outlives the process."""
+        for sequence in self._pool.sequences.values():
+            self.save(sequence)
+
+    def copy_idle(self) -> bool:
+        """Save one idle sequence that the store does not have, without letting it go; False when all are stored."""
+        for sequence in self._pool.sequences.values():
+            if sequence.idle and self._copied.get(sequence.id) != sequence.length:
+                self._copied[sequence.id] = sequence.length  # once, even where the store cannot keep it
+                if self.save(sequence):
+                    return True
+        return False
+
+    # Back into it
+
+    def look(self, task: Task) -> bool:
+        """Find out what the store has for a waiting request; False while slow tiers are still being asked."""
+        if not self._may_find(task):
+            return True
+        namespace, tokens = self._namespace(task.request), task.tokens[:-1]
+        if not task.looked:
+            task.looked = True
+            task.stored_tokens = self.store.reach(namespace, tokens)
+            have = max(task.stored_tokens, self._pool.lookup(task.request.namespace, task.tokens))
+            if len(tokens) - have >= MIN_RESTORE_TOKENS:
+                task.lift = self.store.lift(namespace, tokens, have, self._wake)
+        if task.lift is None:
+            return True
+        if not task.lift.done:
+            return False
+        task.stored_tokens = max(task.stored_tokens, self.store.reach(namespace, tokens))
+        return True
+
+    def enter(self, task: Task) -> Sequence | None:
+        """Give a request a sequence with all that is live or in RAM of its tokens; None when every sequence id runs."""
+        request, pool = task.request, self._pool
+        namespace, tokens = self._namespace(request), task.tokens[:-1]
+        reach = self.store.reach(namespace, tokens) if self._may_find(task) else 0
+        live = pool.lookup(request.namespace, task.tokens)
+        restores = reach - live >= MIN_RESTORE_TOKENS
+        if restores and not pool.cuttable:
+            sequence = pool.begin(request.namespace, request.request_id)
+        else:
+            sequence = pool.join(request.namespace, task.tokens, request.request_id)
+        if sequence is None:
+            return None
+        if restores:
+            slabs = self.store.take(namespace, tokens, sequence.length, reach)
+            if slabs:
+                pool.restore(sequence, tokens[sequence.length : reach], slabs)
+        self.forget(task)
+        return sequence
+
+    @staticmethod
+    def forget(task: Task) -> None:
+        """Let go of what the store holds for a request that has its sequence, or has ended."""
+        if task.pin is not None:
+            task.pin.release()
+        if task.lift is not None:
+            task.lift.release()
+        task.pin, task.lift, task.n_saves = None, None, 0
+
+    def branch_point(self, task: Task) -> int | None:
+        """Where a state that cannot be cut should be kept, because two prompts part behind it; None: nowhere ahead."""
+        if self._pool.cuttable or not self._pool.shares:
+            return None
+        common = self._pool.tree.match(task.request.namespace, task.tokens[:-1]).length
+        position = common // BLOCK_TOKENS * BLOCK_TOKENS
+        return position if position > task.computed else None
+
+    def _may_find(self, task: Task) -> bool:
+        return self._pool.shares or task.n_swaps > 0
+
+    def _namespace(self, request: Request) -> Namespace:
+        """Where its blocks are filed: with sharing off, in a namespace of its own."""
+        return request.namespace if self._pool.shares else Namespace(f"{request.namespace}\0{request.request_id}")

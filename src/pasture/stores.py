@@ -1,0 +1,63 @@
+"""Builds the store that the settings ask for: RAM, behind it the disk, encrypted where there is a key.
+
+Part of the composition: knows settings and tiers, and gets from the engine only its codec and what the model needs. Everything
+that can be wrong with a directory or a key file is a ConfigError here, before the server listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pasture.config import Settings
+from pasture.core.storage import SlabCodec, Store
+from pasture.core.values import Form, ModelInfo
+from pasture.tiers.compression import Compression
+from pasture.tiers.disk import DiskTier
+from pasture.tiers.ports import SlowTier
+from pasture.tiers.sealed import SealedWire, read_secret
+from pasture.tiers.store import open_store
+
+DEFAULT_RAM_BYTES = 4 << 30
+FREE_SHARE = 0.25
+"""of the free memory, at most so much unless somebody said how much"""
+
+DIVERGENCE = {Form.RAW: 0.0, Form.LOSSLESS: 0.0, Form.Q8_0: 0.001, Form.Q4_0: 0.1}
+"""KL divergence to the exact answers, rounded up, of the model the benchmark measured (`pasture bench quality`)"""
+
+
+def store_for(settings: Settings, codec: SlabCodec, model: ModelInfo, available: Callable[[], int]) -> Store:
+    """The store, its threads running. `available`: bytes of memory that the process can still take."""
+    return open_store(
+        codec,
+        ram_bytes(settings, available()),
+        divisible=model.shareable,
+        cell_bytes=model.cell_bytes,
+        slow=slow_tiers(settings),
+        compression=Compression(settings.kv_compress),
+        allowed=allowed_forms(settings),
+        available=available,
+    )
+
+
+def slow_tiers(settings: Settings) -> tuple[SlowTier, ...]:
+    """The tiers behind RAM, fastest first. Raises ConfigError for a directory or a key that cannot be trusted."""
+    if settings.kv_cache is None:
+        return ()
+    secret = read_secret(Path(settings.kv_key_file)) if settings.kv_key_file is not None else None
+    wire = SealedWire(secret) if secret is not None else None
+    return (DiskTier(Path(settings.kv_cache).expanduser(), settings.kv_disk, wire=wire),)
+
+
+def ram_bytes(settings: Settings, available: int) -> int:
+    """The RAM tier's budget."""
+    if settings.kv_ram is not None:
+        return settings.kv_ram
+    return min(DEFAULT_RAM_BYTES, int(available * FREE_SHARE))
+
+
+def allowed_forms(settings: Settings) -> frozenset[Form]:
+    """What `auto` may use within the quality bound; a form asked for by name is used whatever it costs."""
+    if settings.kv_compress not in ("auto", "off"):
+        return frozenset(Form)
+    return frozenset(form for form, divergence in DIVERGENCE.items() if divergence <= settings.kv_quality)
