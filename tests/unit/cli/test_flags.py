@@ -71,11 +71,16 @@ def test_normalise_leaves_everything_else_alone() -> None:
 
 def test_every_spelling_of_every_setting_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"SIZE": "1GiB", "TIME": "1s", "LAYOUT": "auto", "TYPE": "f16", "LEVEL": "info", "P": "0.5", "on|off|auto": "on"}
+    values["FORM"] = "q8_0"
+    partners = {
+        "ssl_key_file": ["--ssl-cert-file", "c"],
+        "ssl_cert_file": ["--ssl-key-file", "k"],
+        "kv_key_file": ["--kv-cache", "d"],
+    }
     for spec in setting_specs().values():
         for name in filter(None, (*spec.flag.names, spec.flag.off)):
             argument = [] if spec.is_switch else [values.get(spec.flag.metavar, "100")]
-            partner = {"ssl_key_file": ["--ssl-cert-file", "c"], "ssl_cert_file": ["--ssl-key-file", "k"]}.get(spec.name, [])
-            assert spec.name in settings_of(capsys, name, *argument, *partner), name
+            assert spec.name in settings_of(capsys, name, *argument, *partners.get(spec.name, [])), name
 
 
 def test_the_table_says_where_values_come_from(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def test_every_setting_can_be_set_in_the_environment_and_in_the_file(monkeypatch
         "top_p": "0.5",
         "itl_target": "50ms",
         "kv_layout": "streams",
+        "kv_compress": "q8_0",
         "log_level": "debug",
         "timeout": "5s",
     }
