@@ -200,8 +200,9 @@ class DiskIndex:
                 except (sqlite3.Error, OverflowError) as error:
                     if not _is_damage(error):
                         raise
+                    replaced = _identity(self._file) != self._identity
                     self._close()
-                    self._connection = self._made_or_in_memory()
+                    self._connection = self._open() if replaced else self._made_or_in_memory()
                     return work(self._connection)
             except (sqlite3.Error, OverflowError) as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF in _REOPEN_CODES:

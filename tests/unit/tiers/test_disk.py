@@ -6,11 +6,13 @@ import errno
 import os
 import sqlite3
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from pasture.core.errors import ConfigError
 from pasture.core.storage import BlockKey
@@ -19,6 +21,7 @@ from pasture.tiers import disk_index
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.disk_files import TEMPORARY, BlockFiles
 from pasture.tiers.keys import child_key
+from pasture.tiers.wire import CHECKED_BYTES, HEADER_BYTES
 from tests.blocks import block_at, blocks, conversation, path, root, same
 
 BLOCK_BYTES = 1000 + 112 + 256
@@ -485,3 +488,58 @@ def test_two_that_make_an_index_at_once_end_up_with_one(
     assert kept(faster[0], 1) == kept(faster[0], 2) == 4
     fill(faster[0], 3)
     assert kept(tier, 3) == 4
+
+
+def test_a_path_stays_together_in_an_index_made_from_files(open_tier: Open, tmp_path: Path, clock: Time) -> None:
+    tier = open_tier()
+    fill(tier, 1, n_tokens=192)
+    tier.close()
+    for index in (tmp_path / "cache").rglob("index*"):
+        index.unlink()
+    place = {file.stem: file for file in files(tmp_path)}
+    for age, address in zip((900, 100, 500), path(conversation(1, 192)), strict=True):  # written again after damage
+        os.utime(place[address.key.hex()], (clock() - age, clock() - age))
+    tier = open_tier(2 * BLOCK_BYTES)
+    assert kept(tier, 1, 192) == 1, "its end went, although its beginning is the oldest file"
+
+
+def test_a_busy_index_costs_a_write_and_nothing_else(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Time
+) -> None:
+    monkeypatch.setattr(disk_index, "BUSY_SECONDS", 0.0)
+    tier = open_tier()
+    fill(tier, 1)
+    [index] = (tmp_path / "cache").rglob("index*.sqlite")
+    with closing(sqlite3.connect(index, isolation_level=None)) as hog:
+        hog.execute("BEGIN IMMEDIATE")
+        fill(tier, 2)
+        assert len(files(tmp_path)) == 4, "no file that the index does not count"
+        assert kept(tier, 1) == 4
+        clock.pass_(10)
+        assert kept(tier, 1) == 4, "though its use cannot be noted"
+    clock.pass_(100)
+    fill(tier, 2)
+    assert kept(tier, 2) == 4
+    assert [index] == list((tmp_path / "cache").rglob("index*.sqlite")), "busy is no damage"
+    assert len(caplog.records) == 1
+
+
+def test_a_block_that_claims_another_position_is_not_served(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    address = path(conversation(1, 200))[1]
+    [file] = (file for file in files(tmp_path) if file.stem == address.key.hex())
+    content = bytearray(file.read_bytes())
+    content[12:20] = struct.pack("<II", 128, 192)
+    content[CHECKED_BYTES:HEADER_BYTES] = xxhash.xxh3_128_digest(content[:CHECKED_BYTES] + content[HEADER_BYTES:])
+    file.write_bytes(content)
+    assert tier.get(address) is None
+    assert tier.statistics().damaged_blocks == 1
+
+
+def test_a_longer_file_is_damaged_too(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    for file in files(tmp_path):
+        file.write_bytes(file.read_bytes() + b"x")
+    assert [tier.get(address) for address in path(conversation(1, 200))] == [None] * 4
