@@ -398,22 +398,28 @@ def test_files_survive_what_the_index_does_not(open_tier: Open, tmp_path: Path) 
     assert len(list((tmp_path / "cache").rglob("index*.sqlite"))) == 1
 
 
-@pytest.mark.parametrize(
-    "damage", ["deleted", "replaced", "scribbled over", "a directory", "a link", "no table", "foreign rows"]
-)
+FOREIGN_ROWS = {
+    "no table": "DROP TABLE blocks",
+    "foreign rows": "UPDATE blocks SET p0 = 'x', p1 = 1e300, form = x'00', n_bytes = 'many', tokens = 1, last_used = 'y'",
+    "no text": "UPDATE blocks SET form = CAST(x'ff' AS TEXT)",
+    "no totals": "UPDATE totals SET n_bytes = 1 << 62, form = CAST(x'ff' AS TEXT)",
+}
+OTHER_DAMAGE = ("deleted", "replaced", "truncated", "scribbled over", "a directory", "a link")
+
+
+@pytest.mark.parametrize("damage", [*FOREIGN_ROWS, *OTHER_DAMAGE])
 def test_an_index_that_is_damaged_while_it_is_open_is_made_anew(open_tier: Open, tmp_path: Path, damage: str) -> None:
     tier, other = open_tier(), open_tier()
     fill(tier, 1)
     [index] = (tmp_path / "cache").rglob("index*.sqlite")
-    if damage in ("no table", "foreign rows"):
+    if damage in FOREIGN_ROWS:
         with closing(sqlite3.connect(index)) as connection:
-            if damage == "no table":
-                connection.execute("DROP TABLE blocks")
-            else:
-                connection.execute(
-                    "UPDATE blocks SET p0 = 'x', p1 = 1e300, form = x'00', n_bytes = 'many', tokens = 1, last_used = 'y'"
-                )
+            connection.execute(FOREIGN_ROWS[damage])
             connection.commit()
+    elif damage == "truncated":
+        with closing(sqlite3.connect(index)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        os.truncate(index, 8192)
     elif damage == "scribbled over":
         close(tier, other)
         content = bytearray(index.read_bytes())
@@ -430,6 +436,7 @@ def test_an_index_that_is_damaged_while_it_is_open_is_made_anew(open_tier: Open,
     for _ in range(2):
         for one in (tier, other):
             one.statistics()
+            one.following(path(conversation(1, 200))[2].key)
             fill(one, 1, 2)
     assert kept(tier, 1) == kept(other, 1) == kept(tier, 2) == kept(other, 2) == 4
     close(tier, other)
