@@ -67,6 +67,7 @@ def test_a_conversation_larger_than_the_budget_keeps_its_head() -> None:
     assert insert(memory, conversation(1, 640)) == 3
     assert memory.reach(trail(conversation(1, 640))) == 192
     assert insert(memory, conversation(2, 64), n_bytes=3 * SIZE) == 0
+    assert memory.reach(trail(conversation(1, 640))) == 192  # nothing made way for what cannot fit
     memory.check()
 
 
