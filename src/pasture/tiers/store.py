@@ -79,6 +79,8 @@ class TieredStore:
         self._upkeep = Upkeep(memory, self._squeezer, guard=guard, readers=self._readers, clock=clock)
         self._upkeep.start()
         self._closed = False
+        self._block_seconds = 0.0
+        """to find and unpack one block, lately"""
 
     @property
     def persistent(self) -> bool:
@@ -98,6 +100,7 @@ class TieredStore:
     def take(self, namespace: Namespace, tokens: array[int], p0: int, p1: int) -> tuple[Slab, ...]:
         if p0 >= p1:
             return ()
+        started = self._clock()
         blocks = self._memory.fetch(self._trails.of(namespace, tokens), p0, p1)
         stored: Counter[Form] = Counter()
         for block in blocks:
@@ -113,6 +116,7 @@ class TieredStore:
             slabs.append(slab.cut(max(p0, slab.p0), min(p1, slab.p1)))
         if slabs:
             self._memory.count(hit_tokens=p1 - p0, read_bytes=stored.total())
+            self._block_seconds += ((self._clock() - started) / len(slabs) - self._block_seconds) / 8
         else:
             self._memory.count(missed_tokens=p1 - p0)
         return tuple(slabs)
@@ -160,7 +164,10 @@ class TieredStore:
             errors += self._writer.errors + self._readers.errors
             slow = self._writer.tier_statistics
         ram = self._memory.statistics(
-            in_flight_bytes=in_flight, errors=errors, bytes_per_second=figures.restore_bytes_per_second
+            in_flight_bytes=in_flight,
+            errors=errors,
+            latency_seconds=self._block_seconds,
+            bytes_per_second=figures.restore_bytes_per_second,
         )
         return StoreStatistics(
             tiers=(ram, *slow),

@@ -23,7 +23,8 @@ LIFTING_SECONDS = 0.05
 SQUEEZE_SECONDS = 0.05
 """squeezing at a stretch"""
 GIVE_BACK_BYTES = 64 << 20
-"""freed since the last time from which on the system gets it back"""
+GIVE_BACK_SHARE = 0.125
+"""the system gets memory back when use has fallen by so many bytes and so much of the budget; less is filled again soon"""
 
 
 class Upkeep:
@@ -81,7 +82,7 @@ class Upkeep:
         self._memory.trim()
         used = self._memory.used_bytes
         self._highest_bytes = max(self._highest_bytes, used)
-        if self._highest_bytes - used > GIVE_BACK_BYTES:
+        if self._highest_bytes - used > max(GIVE_BACK_BYTES, GIVE_BACK_SHARE * self._memory.budget_bytes):
             self._highest_bytes = used
             self._give_back()
 

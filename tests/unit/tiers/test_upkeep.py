@@ -91,14 +91,12 @@ def test_a_round_shrinks_the_tier_and_gives_the_memory_back() -> None:
 
 
 def test_much_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, given_back = MemoryTier(1 << 40), list[int]()
+    memory, given_back = MemoryTier(10 * GIVE_BACK_BYTES), list[int]()
     care = upkeep(memory, None, given_back)
-    monkeypatch.setattr(memory, "_bytes", GIVE_BACK_BYTES + 1)
-    care.round()
-    assert not given_back
-    monkeypatch.setattr(memory, "_bytes", 0)
-    care.round()
-    assert given_back == [1]
+    for blocks, times in ((9.0, 0), (8.0, 0), (7.0, 1), (6.0, 1)):  # an eighth of the budget is 1.25
+        monkeypatch.setattr(memory, "_bytes", int(blocks * GIVE_BACK_BYTES))
+        care.round()
+        assert len(given_back) == times
 
 
 def test_giving_back_does_no_harm() -> None:
