@@ -17,14 +17,14 @@ from pasture.api.server import bind
 from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Engine, Service
-from pasture.core.values import Layout, ModelInfo, PoolShape, SamplingParams
+from pasture.core.values import Form, Layout, ModelInfo, PoolShape, SamplingParams
 from pasture.engine import EngineSettings, open_engine, probe_model
 from pasture.engine.fake import FakeEngine
 from pasture.engine.gguf_header import read_header
 from pasture.engine.memory import MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
-from pasture.stores import store_for
+from pasture.stores import allowed_forms, store_for
 
 MAX_SEQUENCES = 256
 """of llama.cpp; pasture asks for two a running request, so that idle conversations stay, and not for all: each costs logits"""
@@ -149,6 +149,7 @@ def scheduler_settings(settings: Settings) -> SchedulerSettings:
         max_running=settings.max_running,
         default_deadline_seconds=settings.timeout,
         drain_seconds=settings.drain_timeout,
+        shift_to=Form.Q8_0 if settings.kv_compress == "auto" and Form.Q8_0 in allowed_forms(settings) else None,
         idle_live_seconds=None if settings.kv_ram == 0 and settings.kv_cache is None else settings.idle_live,
     )
 

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pasture.core.values import (
     FinishReason,
+    Form,
     Layout,
     Namespace,
     Outcome,
@@ -51,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, n_cells: int, n_seqs: int, n_batch: int, ram_bytes: int) -> None:
         self.now = 0.0
+        self.n_cells = n_cells
         self.engine = FakeEngine(PoolShape(n_cells, n_seqs, self.layout, n_batch), recurrent=self.recurrent)
         self.store = still_store_for(self.engine, ram_bytes)
         scheduling = SchedulerSettings(share_prefix=self.share, check_invariants=True, idle_live_seconds=2.0)
@@ -154,6 +156,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def copy_idle(self) -> None:
         self.scheduler.resting.copy_idle()
+
+    @precondition(lambda self: not self.recurrent and self.layout is Layout.UNIFIED)
+    @rule(form=st.sampled_from([Form.RAW, Form.Q8_0]))
+    def rewrite(self, form: Form) -> None:
+        pool, raw = self.scheduler.pool, self.n_cells
+        if pool.shape.layout is Layout.STREAMS or (form is Form.RAW and not pool.make_room(pool.shape.n_cells - raw)):
+            return
+        longest = max((len(t.request.prompt) + t.request.max_tokens for t in self.live.values()), default=0)
+        if form is Form.RAW and longest >= raw:
+            return
+        plan = StepPlan(pool.operations(), ())
+        self._deliver(self.scheduler.commit(plan, self.engine.execute(plan)))
+        pool.rebuilt(self.engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs, form))
 
     @rule(n=st.integers(1, 12))
     def step(self, n: int) -> None:

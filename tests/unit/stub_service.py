@@ -7,15 +7,17 @@ they ended.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics, SequenceState, SequenceStatistics, ServiceStatistics
-from pasture.core.storage import StoreStatistics
+from pasture.core.storage import StoreStatistics, TierStatistics
 from pasture.core.values import (
     DEFAULT_NAMESPACE,
     Finish,
     FinishReason,
+    Form,
     ModelInfo,
     PoolShape,
     Request,
@@ -151,7 +153,26 @@ _POOL = PoolStatistics(
     ),
 )
 
-_STORE = StoreStatistics((), 300.0, 2e9, 2e9, {})
+_RAM = TierStatistics(
+    name="ram",
+    blocks=3,
+    bytes=3000,
+    budget_bytes=10_000,
+    pinned_bytes=1000,
+    in_flight_bytes=500,
+    bytes_by_form={Form.RAW: 2000, Form.Q8_0: 1000},
+    hit_tokens=128,
+    missed_tokens=64,
+    written_bytes=4000,
+    read_bytes=2000,
+    evicted_blocks=1,
+    damaged_blocks=0,
+    errors=0,
+    latency_seconds=1e-6,
+    bytes_per_second=5e9,
+)
+_DISK = dataclasses.replace(_RAM, name="disk", blocks=7, damaged_blocks=2, errors=1, latency_seconds=2e-4)
+_STORE = StoreStatistics((_RAM, _DISK), 300.0, 2e9, 3e9, {"fetch": 4})
 _SCHEDULER = SchedulerStatistics(
     waiting=1,
     prefilling=2,
@@ -172,5 +193,6 @@ _SCHEDULER = SchedulerStatistics(
     prefill_budget_tokens=192,
     prefill_tokens_per_second=330.0,
     layout_moves_total=0,
+    shifts_total=0,
     invariant_failures_total=0,
 )

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pasture.core.storage import StoreStatistics
-from pasture.core.values import ModelInfo, Namespace, PoolShape, RequestId, SeqId
+from pasture.core.values import Form, ModelInfo, Namespace, PoolShape, RequestId, SeqId
+
+_SHARE_OF_F16 = {Form.RAW: 1.0, Form.LOSSLESS: 1.0, Form.Q8_0: 34 / 64, Form.Q4_0: 18 / 64}
 
 
 class SequenceState(StrEnum):
@@ -88,6 +90,8 @@ class SchedulerStatistics:
     prefill_budget_tokens: int
     prefill_tokens_per_second: float
     layout_moves_total: int
+    shifts_total: int
+    """rewritings of the live cells in another form"""
     invariant_failures_total: int
 
 
@@ -99,3 +103,9 @@ class ServiceStatistics:
     store: StoreStatistics
     uptime_seconds: float
     draining: bool
+
+    @property
+    def live_bytes(self) -> int:
+        """Of the live cache's buffers; a cache shifted down counts as f16 in its present form."""
+        shape = self.pool.shape
+        return round(shape.n_cells * self.model.cell_bytes * _SHARE_OF_F16[shape.form])

@@ -23,6 +23,8 @@ class Accounts:
     decode_seconds: float = 0.0
     sample_seconds: float = 0.0
     layout_moves: int = 0
+    shifts: int = 0
+    """of the live cells to another form"""
     invariant_failures: int = 0
 
     def record_step(self, seconds: float, result: StepResult) -> None:

@@ -1,6 +1,7 @@
-"""Keeps the live cache in the layout that suits the traffic, and compact: the scheduler's hand on `Engine.rebuild`.
+"""Keeps the live cache in the layout and the form that suit the traffic, and compact: the scheduler's hand on `Engine.rebuild`.
 
-Watches who runs and waits, asks the advisor, and moves the pool by save and restore. Engine thread, between two steps.
+Watches who runs and waits, asks the advisor (layout) and the shifter (form of the cells), and rebuilds the pool by save and
+restore. Engine thread, between two steps.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from itertools import islice
 
 from pasture.core.errors import DoesNotFit
 from pasture.core.ports import Clock, Engine
-from pasture.core.values import Layout, StepPlan, StepResult
+from pasture.core.values import Form, Layout, StepPlan, StepResult
 from pasture.kv.radix import RadixTree
 from pasture.scheduler.layout import LayoutAdvisor, Target, Traffic
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.settings import LayoutChoice
+from pasture.scheduler.shift import Demand, Shifter
 from pasture.scheduler.task import Task
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ class LayoutKeeper:
         self._advisor = LayoutAdvisor(engine.shape)
         settings = scheduler.settings
         self._moves = settings.layout is LayoutChoice.AUTO and scheduler.pool.joins and engine.shape.layout is Layout.UNIFIED
+        self._until_shift = LOOK_STEPS
+        self._raw_cells = engine.shape.n_cells
+        self._shifter = Shifter(settings.shift_to, engine.shape.n_cells)
         self._traffic: Traffic | None = None
         self._looked_at = -1
         self._steps_since = 0
@@ -50,6 +55,8 @@ class LayoutKeeper:
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step that has just run."""
         self._steps_since += 1
+        if plan.works:
+            self._shifter.observe(self._clock(), result.decode_seconds, plan.n_tokens)
         if self._moves and self._traffic is not None and plan.works and result.decode_seconds > 0:
             self._advisor.observe(self._scheduler.pool.shape.layout, self._traffic, plan.n_tokens, result.decode_seconds)
 
@@ -74,6 +81,44 @@ class LayoutKeeper:
         self._scheduler.accounts.layout_moves += 1
         self._advisor.moved()
         log.info("layout: %s with %d sequences -> %s with %d", before.layout, before.n_seqs, target.layout, target.n_seqs)
+
+    def shift(self) -> Form | None:
+        """The form that the cells should be rewritten in before the next step; None to stay."""
+        scheduler = self._scheduler
+        self._until_shift -= 1
+        if scheduler.settings.shift_to is None or self._until_shift > 0:
+            return None
+        self._until_shift = LOOK_STEPS
+        demand = Demand(scheduler.short_of_cells, self._needed_cells())
+        scheduler.short_of_cells = False
+        return self._shifter.advise(scheduler.pool.shape.form, demand, self._clock())
+
+    def rewrite(self, form: Form) -> None:
+        """Rebuild the pool with cells in this form, as many as the same bytes hold; the journal must be empty."""
+        pool, before = self._scheduler.pool, self._scheduler.pool.shape
+        try:
+            pool.rebuilt(self._engine.rebuild(pool.segments(), before.layout, before.n_seqs, form))
+        except DoesNotFit as error:
+            log.warning("the cells stay %s: %s", before.form, error)
+            self._shifter.refuse(self._clock())
+            return
+        self._shifter.shifted(form, self._clock())
+        self._scheduler.accounts.shifts += 1
+        log.info("cells: %d %s -> %d %s", before.n_cells, before.form, pool.shape.n_cells, form)
+
+    def make_fit(self, form: Form) -> bool:
+        """Drop idle sequences until the pool fits into cells of this form; False when what runs is too much."""
+        pool = self._scheduler.pool
+        n_cells = self._raw_cells if form is Form.RAW else pool.shape.n_cells
+        if pool.shape.layout is Layout.STREAMS:
+            return pool.make_movable(Layout.STREAMS, pool.shape.n_seqs, n_cells // pool.shape.n_seqs // 256 * 256)
+        return pool.make_room(pool.shape.n_cells - n_cells)
+
+    def _needed_cells(self) -> int:
+        """Of everything that runs, waits or is swapped out, common prefixes counted once; at most MAX_LOOKED_AT of them."""
+        scheduler = self._scheduler
+        tasks = islice((*scheduler.running.values(), *scheduler.swapped.values(), *scheduler.waiting), MAX_LOOKED_AT)
+        return _distinct(tasks)
 
     def make_movable(self, target: Target) -> bool:
         """Drop old idle sequences that cannot come along; False when something running could not."""

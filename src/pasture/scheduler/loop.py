@@ -152,11 +152,15 @@ class EngineLoop:
         return True
 
     def _follow_traffic(self) -> None:
-        """Move the pool to the layout that suits who runs and waits, when the keeper says so."""
+        """Give the pool the layout and the form that suit who runs and waits, when the keeper says so."""
         target = self._keeper.target()
         if target is not None and self._keeper.make_movable(target):
             self._flush()
             self._keeper.move(target)
+        form = self._keeper.shift()
+        if form is not None and self._keeper.make_fit(form):
+            self._flush()
+            self._keeper.rewrite(form)
 
     def _flush(self) -> None:
         """Carry out the operations that are due, so that the engine's cells are what the books say."""

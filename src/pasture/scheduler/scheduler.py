@@ -78,6 +78,8 @@ class Scheduler:
         self._events: list[Delivery] = []
         self._n_streams = 0
         """of the tasks planned"""
+        self.short_of_cells = False
+        """a request had to wait, or to go, for lack of cells since this was last set to False"""
         self._budget_tokens = 0
 
     # Requests come and go
@@ -182,6 +184,7 @@ class Scheduler:
             return
         self.resting.park(task)
         task.n_swaps += 1
+        self.short_of_cells = True
         self.swapped[task.request.request_id] = task
         self.accounts.swaps += 1
 
@@ -264,6 +267,7 @@ class Scheduler:
         if len(task.tokens) >= pool.shape.cells_per_sequence:
             return False  # a long one among streams: the layout has to change first
         needed = self.admission.cells_needed(task)
+        self.short_of_cells |= needed > pool.unlocked_cells
         if self.running and needed + taken + HEADROOM_CELLS * len(self.running) > pool.unlocked_cells:
             return False
         charge = self.admission.cost(task)
@@ -444,5 +448,6 @@ class Scheduler:
             prefill_budget_tokens=self._budget_tokens,
             prefill_tokens_per_second=self.shaper.costs.tokens_per_second(self.pool.shape),
             layout_moves_total=accounts.layout_moves,
+            shifts_total=accounts.shifts,
             invariant_failures_total=accounts.invariant_failures,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pasture.core.values import Form
+
 
 class LayoutChoice(StrEnum):
     UNIFIED = "unified"
@@ -29,6 +31,8 @@ class SchedulerSettings:
     """a reader this far behind pauses its request"""
     idle_live_seconds: float | None = None
     """how long an idle conversation stays in the live cache before it rests in the store alone; None: until room is needed"""
+    shift_to: Form | None = None
+    """what live cells are rewritten in when the pool stays short of them; None: never"""
     compact: bool = True
     check_invariants: bool = False
     """after every step (tests); otherwise when idle"""
