@@ -18,6 +18,7 @@ from pasture.api.gateway import Gateway
 from pasture.api.offload import off_loop
 from pasture.api.schemas import DetokenizeBody, TemplateBody, TokenizeBody
 from pasture.core.statistics import SequenceState, SequenceStatistics
+from pasture.core.storage import StoreStatistics
 from pasture.core.values import SamplingParams
 
 
@@ -126,7 +127,8 @@ def _model(gateway: Gateway, created: int) -> Json:
 
 def _props(gateway: Gateway) -> Json:
     service = gateway.service
-    shape = service.statistics().pool.shape
+    statistics = service.statistics()
+    shape = statistics.pool.shape
     template = gateway.prompts.template
     return {
         "model_alias": gateway.model_name,
@@ -137,12 +139,34 @@ def _props(gateway: Gateway) -> Json:
             "n_ctx": service.max_conversation_tokens,
             "params": _sampling(gateway.settings.sampling),
         },
-        "kv": {"cells": shape.n_cells, "layout": shape.layout.value, "cell_bytes": service.model.cell_bytes},
+        "kv": {
+            "cells": shape.n_cells,
+            "layout": shape.layout.value,
+            "cell_bytes": service.model.cell_bytes,
+            "form": shape.form.value,
+            "bytes": statistics.live_bytes,
+        },
+        "store": _store(statistics.store),
         "modalities": {"vision": False, "audio": False},
         "chat_template": template.source,
         "bos_token": template.bos,
         "eos_token": template.eos,
         "build_info": FINGERPRINT,
+    }
+
+
+def _store(store: StoreStatistics) -> Json:
+    return {
+        "tiers": [
+            asdict(tier) | {"bytes_by_form": {form.value: size for form, size in tier.bytes_by_form.items()}}
+            for tier in store.tiers
+        ],
+        "gate": {
+            "prefill_tokens_per_second": store.prefill_tokens_per_second,
+            "save_bytes_per_second": store.save_bytes_per_second,
+            "restore_bytes_per_second": store.restore_bytes_per_second,
+            "refusals": dict(store.gate_refusals),
+        },
     }
 
 

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pasture.api.store_metrics import store_metrics
 from pasture.core.ports import Clock
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics, ServiceStatistics
 from pasture.core.values import TokenEvent
@@ -65,8 +66,10 @@ class _StatisticsCollector(Collector):
         statistics = self._statistics()
         yield _gauge("pasture_uptime_seconds", "Since the service started", statistics.uptime_seconds)
         yield _gauge("pasture_draining", "1 while the server takes nothing new", float(statistics.draining))
+        yield _gauge("pasture_kv_bytes", "Of the live cache's buffers", statistics.live_bytes)
         yield from _pool(statistics.pool)
         yield from _scheduler(statistics.scheduler)
+        yield from store_metrics(statistics.store)
 
 
 def _pool(pool: PoolStatistics) -> Iterator[Metric]:
@@ -111,6 +114,8 @@ def _scheduler(scheduler: SchedulerStatistics) -> Iterator[Metric]:
     yield _gauge("pasture_prefill_budget_tokens", "Prompt tokens a step may compute", scheduler.prefill_budget_tokens)
     yield _gauge("pasture_prefill_tokens_per_second", "Measured", scheduler.prefill_tokens_per_second)
     yield _counter("pasture_layout_moves", "Moves to the other layout", scheduler.layout_moves_total)
+    yield _counter("pasture_cell_shifts", "Rewritings of the live cells in another form", scheduler.shifts_total)
+    yield _counter("pasture_shifts", "Times the live cache was rewritten in another form", scheduler.shifts_total)
     yield _counter("pasture_invariant_failures", "Accounting errors found", scheduler.invariant_failures_total)
 
 

@@ -8,8 +8,9 @@ from rich.markup import escape
 
 from pasture.cli.flags import with_settings
 from pasture.cli.output import err, remarks, set_up_logging
-from pasture.config import Configuration, Settings, format_bytes
+from pasture.config import Configuration, Settings, format_bytes, format_seconds
 from pasture.core.ports import Service
+from pasture.core.storage import StoreStatistics, TierStatistics
 
 TYPICAL_TOKENS = 4096
 """the conversation length at which the banner counts users"""
@@ -47,6 +48,7 @@ def banner(url: str, service: Service, settings: Settings, remarks: Sequence[str
         "users": _users(shape.n_cells, settings),
         "layout": layout,
         "sharing": "on" if settings.share_prefix and model.shareable else _why_not(settings),
+        "resting": escape(resting(service.statistics().store, settings)),
     }
     lines = [f"[bold]pasture[/] serves at [bold cyan]{url}/v1[/]"]
     lines += [f"  [dim]{name:<8}[/] {text}" for name, text in rows.items()]
@@ -62,6 +64,24 @@ def _users(n_cells: int, settings: Settings) -> str:
     if alone < 2:
         return f"one conversation of up to {n_cells:,} tokens, or several short ones; -c or --kv-memory for more"
     return f"{alone} conversations of {TYPICAL_TOKENS:,} tokens, or {sharing} with half of each in common"
+
+
+def resting(store: StoreStatistics, settings: Settings) -> str:
+    """Where conversations are that nobody continues at present, and in which form."""
+    places = [_place(tier, settings) for tier in store.tiers if tier.budget_bytes]
+    if not places:
+        return "nowhere: what leaves the live cache is computed again"
+    forms = {"auto": "smaller forms when RAM is short", "off": "as computed"}
+    form = forms.get(settings.kv_compress, f"all as {settings.kv_compress}")
+    return f"after {format_seconds(settings.idle_live)} in {', then '.join(places)}; {form}"
+
+
+def _place(tier: TierStatistics, settings: Settings) -> str:
+    size = format_bytes(tier.budget_bytes)
+    if tier.name == "ram":
+        return f"{size} of RAM"
+    encrypted = ", encrypted" if settings.kv_key_file is not None else ""
+    return f"{size} of {tier.name} ({settings.kv_cache}{encrypted})"
 
 
 def _why_not(settings: Settings) -> str:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pasture.api import ApiSettings
+from pasture.core.storage import TierStatistics
 from tests.unit.api.conftest import Connect
 from tests.unit.api.wire import CHAT, chat_body, error_of
 from tests.unit.stub_service import EOS, SPECIAL, StubService
@@ -89,6 +92,40 @@ async def test_metrics_show_statistics_and_what_clients_felt(client: httpx.Async
     assert samples["pasture_time_to_first_token_seconds_count",] == 1
     assert samples["pasture_inter_token_seconds_count",] == 10
     assert samples["pasture_request_seconds_count",] == 1
+
+
+async def test_props_show_every_tier_and_what_the_gate_goes_by(client: httpx.AsyncClient) -> None:
+    props = (await client.get("/props")).json()
+    assert (props["kv"]["bytes"], props["kv"]["form"]) == (4096 * 16, "raw")
+    ram, disk = props["store"]["tiers"]
+    assert {field.name for field in fields(TierStatistics)} == set(ram) == set(disk), "all there is"
+    assert (ram["name"], ram["bytes_by_form"], disk["damaged_blocks"]) == ("ram", {"raw": 2000, "q8_0": 1000}, 2)
+    assert props["store"]["gate"] == {
+        "prefill_tokens_per_second": 300.0,
+        "save_bytes_per_second": 2e9,
+        "restore_bytes_per_second": 3e9,
+        "refusals": {"fetch": 4},
+    }
+
+
+async def test_metrics_show_every_tier_and_what_the_gate_goes_by(client: httpx.AsyncClient) -> None:
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families((await client.get("/metrics")).text)
+        for sample in family.samples
+    }
+    assert samples["pasture_kv_bytes",] == 4096 * 16
+    assert samples["pasture_store_bytes", "ram"] == 3000
+    assert samples["pasture_store_blocks", "disk"] == 7
+    assert samples["pasture_store_form_bytes", "q8_0", "ram"] == 1000
+    assert samples["pasture_store_form_bytes", "q4_0", "ram"] == 0, "every form has its line from the start"
+    assert samples["pasture_store_hit_tokens_total", "disk"] == 128
+    assert samples["pasture_store_damaged_blocks_total", "disk"] == 2
+    assert samples["pasture_store_latency_seconds", "disk"] == 2e-4
+    assert samples["pasture_gate_restore_bytes_per_second",] == 3e9
+    assert samples["pasture_gate_refusals_total", "fetch"] == 4
+    of_tiers = {name for name, *labels in samples if labels and name.startswith("pasture_store")}
+    assert len(of_tiers) == len(fields(TierStatistics)) - 1, "a line for each figure but the name"
 
 
 async def test_two_apps_in_one_process_keep_their_metrics_apart(connect: Connect) -> None:

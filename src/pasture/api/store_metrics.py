@@ -1,0 +1,70 @@
+"""What rests outside the live cache, in Prometheus' words: one set of names for every tier, labelled by the tier's name.
+
+Owns the names. Labels are the tiers' names, the forms of stored KV and the kinds of transfer, all of them few and fixed: no
+user, conversation or file is ever a label. Reads a frozen value; any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from pasture.core.storage import StoreStatistics, TierStatistics
+from pasture.core.values import Form
+
+_Value = Callable[[TierStatistics], float]
+
+_GAUGES: tuple[tuple[str, str, _Value], ...] = (
+    ("pasture_store_blocks", "Blocks of KV in a tier", lambda tier: tier.blocks),
+    ("pasture_store_bytes", "Bytes in a tier", lambda tier: tier.bytes),
+    ("pasture_store_budget_bytes", "What a tier may take", lambda tier: tier.budget_bytes),
+    ("pasture_store_pinned_bytes", "Of them, what must stay for a request", lambda tier: tier.pinned_bytes),
+    ("pasture_store_in_flight_bytes", "Being written or read in the background", lambda tier: tier.in_flight_bytes),
+    ("pasture_store_latency_seconds", "Of a small read, measured", lambda tier: tier.latency_seconds),
+    ("pasture_store_read_bytes_per_second", "Of a large read, measured", lambda tier: tier.bytes_per_second),
+)
+
+_COUNTERS: tuple[tuple[str, str, _Value], ...] = (
+    ("pasture_store_hit_tokens", "Prompt tokens that a tier had", lambda tier: tier.hit_tokens),
+    ("pasture_store_missed_tokens", "Prompt tokens that a tier was asked for and had not", lambda tier: tier.missed_tokens),
+    ("pasture_store_written_bytes", "Written to a tier", lambda tier: tier.written_bytes),
+    ("pasture_store_read_bytes", "Read from a tier", lambda tier: tier.read_bytes),
+    ("pasture_store_evicted_blocks", "Removed to make room", lambda tier: tier.evicted_blocks),
+    ("pasture_store_damaged_blocks", "Not what they claimed to be, and dropped", lambda tier: tier.damaged_blocks),
+    ("pasture_store_errors", "Failures of a tier; each was a miss", lambda tier: tier.errors),
+)
+
+
+def store_metrics(store: StoreStatistics) -> Iterator[Metric]:
+    """Every tier, then what the cost gate goes by."""
+    for name, text, value in _GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=["tier"])
+        for tier in store.tiers:
+            gauge.add_metric([tier.name], value(tier))
+        yield gauge
+    yield _forms(store)
+    for name, text, value in _COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=["tier"])
+        for tier in store.tiers:
+            counter.add_metric([tier.name], value(tier))
+        yield counter
+    yield GaugeMetricFamily(
+        "pasture_gate_prefill_tokens_per_second", "What recomputing is taken to cost", store.prefill_tokens_per_second
+    )
+    yield GaugeMetricFamily("pasture_gate_save_bytes_per_second", "Live cache to RAM, measured", store.save_bytes_per_second)
+    yield GaugeMetricFamily(
+        "pasture_gate_restore_bytes_per_second", "RAM to live cache, measured", store.restore_bytes_per_second
+    )
+    refusals = CounterMetricFamily("pasture_gate_refusals", "Transfers not made: recomputing is cheaper", labels=["kind"])
+    for kind, count in store.gate_refusals.items():
+        refusals.add_metric([kind], count)
+    yield refusals
+
+
+def _forms(store: StoreStatistics) -> Metric:
+    family = GaugeMetricFamily("pasture_store_form_bytes", "Bytes in a tier by form of KV", labels=["tier", "form"])
+    for tier in store.tiers:
+        for form in Form:
+            family.add_metric([tier.name, form.value], tier.bytes_by_form.get(form, 0))
+    return family
