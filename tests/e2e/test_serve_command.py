@@ -127,3 +127,22 @@ def test_what_cannot_work_is_one_clear_line(tmp_path: Path, arguments: list[str]
     assert last.startswith("pasture: ")
     assert message in last
     assert "Traceback" not in ended.stderr
+
+
+def test_what_was_warmed_is_found_and_outlives_the_server(tmp_path: Path) -> None:
+    (tmp_path / "handbook.txt").write_text("Everything about sheep, and about the common they graze on. " * 8)
+    flags = ("--kv-cache", str(tmp_path / "cache"), "--warm", "handbook.txt")
+    computed = []
+    for _ in range(2):
+        server = Server(tmp_path, *flags)
+        try:
+            warm = command("warm", "handbook.txt", "--url", server.url, "--json")
+            told = subprocess.run(warm, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True)
+            (row,) = json.loads(told.stdout)["prefixes"]
+            assert row["computed"] == 1, "all but the last token was there"
+            code, rest = server.end()
+        finally:
+            server.close()
+        assert code == 0
+        computed.append(int(re.search(r"warm\s+1 prefixes: (\d+) tokens computed", rest)[1]))  # type: ignore[index]
+    assert computed == [row["tokens"], 1]

@@ -20,6 +20,7 @@ from pasture.cli.configuration import config
 from pasture.cli.flags import normalise
 from pasture.cli.output import report
 from pasture.cli.serve import serve
+from pasture.cli.warm import warm
 from pasture.core.errors import PastureError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
     epilog="Start here: pasture serve -m model.gguf, then open the URL it prints, or point any OpenAI client at it.",
 )
 app.command(rich_help_panel="Serve")(serve)
+app.command(rich_help_panel="Serve")(warm)
 app.command(rich_help_panel="Measure")(demo)
 app.command(rich_help_panel="Measure")(bench)
 app.command(rich_help_panel="Find out")(check)

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.markup import escape
 
 from pasture.cli.flags import with_settings
 from pasture.cli.output import err, remarks, set_up_logging
+from pasture.cli.warm import Prefix, read_prefixes, warm_all
 from pasture.config import Configuration, Settings, format_bytes, format_seconds
+from pasture.core.errors import PastureError
 from pasture.core.ports import Service
 from pasture.core.storage import StoreStatistics, TierStatistics
 
+log = logging.getLogger(__name__)
+
+WARM_SECONDS = 3600.0
+"""for one prefix of --warm"""
 TYPICAL_TOKENS = 4096
 """the conversation length at which the banner counts users"""
 
 
 @with_settings()
-def serve(configuration: Configuration) -> None:
+def serve(
+    configuration: Configuration,
+    warm: Annotated[
+        list[Path] | None,
+        typer.Option("--warm", metavar="FILE", help="Compute this first, as `pasture warm` does.", rich_help_panel="Server"),
+    ] = None,
+) -> None:
     """Serve a model to everybody, behind an OpenAI-compatible API.
 
         pasture serve -m model.gguf
@@ -28,16 +46,37 @@ def serve(configuration: Configuration) -> None:
     from pasture.server import serve as serve_forever  # loads libllama and the web framework: not before they are needed
 
     settings = configuration.settings
+    prefixes = [prefix for file in warm or () for prefix in read_prefixes(file)]
     set_up_logging(settings.log_level)
     err().print(f"Loading {settings.model or 'the model'} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
     with remarks() as found:
-        serve_forever(settings, lambda url, service: err().print(banner(url, service, settings, found), highlight=False))
+
+        def on_started(url: str, service: Service) -> None:
+            err().print(banner(url, service, settings, found), highlight=False)
+            if prefixes:
+                threading.Thread(target=_warm, args=(url, settings, prefixes), name="pasture-warm", daemon=True).start()
+
+        serve_forever(settings, on_started)
+
+
+def _warm(url: str, settings: Settings, prefixes: Sequence[Prefix]) -> None:
+    """A client of this server like any other, in a thread of its own; what goes wrong is said and nothing more."""
+    from pasture.bench.client import Endpoint
+
+    key = settings.api_key[0] if settings.api_key else None
+    try:
+        warmed = asyncio.run(warm_all(Endpoint.parse(_local(url), key), prefixes, WARM_SECONDS, lambda _: None))
+    except PastureError as error:
+        log.warning("--warm: %s", error)
+        return
+    computed, reused = sum(row.computed for row in warmed), sum(row.reused for row in warmed)
+    err().print(f"  [dim]warm    [/] {len(warmed)} prefixes: {computed:,} tokens computed, {reused:,} found", highlight=False)
 
 
 def banner(url: str, service: Service, settings: Settings, remarks: Sequence[str] = ()) -> str:
     """What a person who just started the server wants to know, as rich markup."""
     model, shape = service.model, service.statistics().pool.shape
-    url = url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    url = _local(url)
     size = f", {format_bytes(shape.n_cells * model.cell_bytes)}" if model.cell_bytes else ""
     layout = f"{shape.layout.value} now, follows the traffic" if settings.kv_layout == "auto" else shape.layout.value
     rows = {
@@ -56,6 +95,10 @@ def banner(url: str, service: Service, settings: Settings, remarks: Sequence[str
     if not (settings.api_key or settings.api_key_file) and settings.host not in ("127.0.0.1", "localhost", "::1"):
         lines.append("  [yellow]open to everybody who can reach this machine: set --api-key[/]")
     return "\n".join(lines)
+
+
+def _local(url: str) -> str:
+    return url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
 
 
 def _users(n_cells: int, settings: Settings) -> str:
