@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from array import array
@@ -14,6 +15,7 @@ from pasture.tiers.disk import DiskTier
 from tests.blocks import block_at, blocks, conversation, same
 
 N_CONVERSATIONS = 6
+PIECE_BYTES = 512
 
 
 def told(rng: random.Random) -> array[int]:
@@ -49,11 +51,14 @@ def use(tier: DiskTier, rng: random.Random) -> Counter[str]:
 
 
 def write_until_killed(directory: Path, budget_bytes: int, seed: int, ready: Connection) -> None:
+    """Ends by itself only where something is wrong. Writes in pieces, so that files are half written at many moments."""
+    write = os.write
+    os.write = lambda descriptor, data: write(descriptor, memoryview(data)[:PIECE_BYTES])
     tier = DiskTier(directory, budget_bytes)
     rng = random.Random(seed)
     ready.send(None)
-    while True:
-        use(tier, rng)
+    while not (seen := use(tier, rng))["wrong"] and not seen["broken"]:
+        pass
 
 
 def share(directory: Path, budget_bytes: int, seed: int, seconds: float, answer: Connection) -> None:

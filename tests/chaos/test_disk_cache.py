@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -55,6 +56,7 @@ def test_two_hundred_kills_leave_nothing_wrong(tmp_path: Path) -> None:
         writer.kill()
         writer.join()
         here.close()
+        assert writer.exitcode == -signal.SIGKILL, "it found something wrong itself"
         tier = DiskTier(tmp_path / "cache", KILL_BUDGET_BYTES)
         for _ in range(3):
             seen += use(tier, rng)

@@ -48,7 +48,6 @@ NAMES_IN_ONE_QUESTION = 500
 
 _REBUILD_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH}
 """what SQLite says of a file that is none of its own, or not the one we wrote"""
-_REOPEN_CODES = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 _LATER_CODES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 """no reason to make a new index"""
 _NO_LIMIT = -1
@@ -205,8 +204,6 @@ class DiskIndex:
                     self._connection = self._open() if replaced else self._made_or_in_memory()
                     return work(self._connection)
             except (sqlite3.Error, OverflowError) as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _REOPEN_CODES:
-                    self._close()
                 raise IndexUnavailable(str(error)) from None
 
     def _current(self) -> sqlite3.Connection:
