@@ -22,12 +22,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tiers": {"core"},
     "scheduler": {"core", "kv"},
     "text": {"core"},
-    "api": {"core", "text", "scheduler"},
+    "sessions": {"core"},
+    "api": {"core", "text", "scheduler", "sessions"},
     "bench": {"core"},
     "stores": {"core", "config", "tiers"},
-    "server": {"core", "config", "engine", "stores", "scheduler", "text", "api"},
+    "server": {"core", "config", "engine", "stores", "scheduler", "text", "sessions", "api"},
     "herd": {"core", "config", "engine", "scheduler", "text", "api", "server"},
-    "cli": {"core", "config", "engine", "tiers", "server", "bench"},
+    "cli": {"core", "config", "engine", "tiers", "sessions", "server", "bench"},
     "__init__": {"core", "config", "herd"},
     "__main__": {"cli"},
 }
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT_LLAMA = {"engine/bindings.py", "bench/isolated.py"}
 """The engine, and the baseline it is measured against."""
 
-HEAVY_AT_IMPORT = {"llama_cpp", "fastapi", "uvicorn", "openai", "plotly", "httpx"}
+HEAVY_AT_IMPORT = {"llama_cpp", "fastapi", "uvicorn", "openai", "plotly", "httpx", "sqlalchemy"}
 """What `import pasture` and `pasture --help` must not wait for."""
 
 

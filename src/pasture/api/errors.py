@@ -19,11 +19,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pasture.core.errors import (
+    Conflict,
     DeadlineExceeded,
     EngineError,
+    Forbidden,
+    NotFound,
     PastureError,
     PromptTooLong,
     QueueFull,
+    RateLimited,
     RequestError,
     ShuttingDown,
 )
@@ -44,6 +48,10 @@ ANSWERS: Mapping[type[PastureError], Answer] = {
     RequestError: Answer(400, "invalid_request_error"),
     PromptTooLong: Answer(400, "invalid_request_error", "context_length_exceeded"),
     QueueFull: Answer(429, "rate_limit_error", "queue_full"),
+    RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
+    NotFound: Answer(404, "invalid_request_error", "not_found"),
+    Conflict: Answer(409, "conflict_error", "conflict"),
+    Forbidden: Answer(403, "permission_error", "forbidden"),
     DeadlineExceeded: Answer(504, "timeout_error", "deadline_exceeded"),
     ShuttingDown: Answer(503, "unavailable_error", "shutting_down"),
     EngineError: Answer(500, "server_error", "engine_error"),

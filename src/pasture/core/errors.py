@@ -7,6 +7,10 @@
     ├── RequestError            the client's request cannot be served as it stands
     │   ├── PromptTooLong       more tokens than one conversation can hold
     │   ├── QueueFull           the waiting line is full; try again later
+    │   ├── RateLimited         the tenant's own limit is reached; try again later
+    │   ├── NotFound            there is no such thing, or it is somebody else's: nobody can tell which
+    │   ├── Conflict            the thing is in use, or is not what the request takes it for
+    │   ├── Forbidden           the key does not open this
     │   ├── DeadlineExceeded    the request's own time limit passed
     │   └── ShuttingDown        the server is draining
     ├── EngineError             the engine failed; the request is lost, the server goes on
@@ -52,6 +56,22 @@ class QueueFull(RequestError):
     def __init__(self, message: str, *, retry_after_seconds: float) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class RateLimited(QueueFull):
+    """A limit of the tenant's own is reached."""
+
+
+class NotFound(RequestError):
+    """There is no such thing, or it belongs to somebody else."""
+
+
+class Conflict(RequestError):
+    """The thing is in use, or is not what the request takes it for."""
+
+
+class Forbidden(RequestError):
+    """The key is valid and does not open this."""
 
 
 class DeadlineExceeded(RequestError):

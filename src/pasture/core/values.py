@@ -98,6 +98,10 @@ class Request:
     """alternatives reported a token; None: no log probabilities at all"""
     deadline_seconds: float | None = None
     """from submission; None: no limit"""
+    weight: float = 1.0
+    """of its tenant's turn among the tenants in line, against a usual 1"""
+    priority: int = 0
+    """among its own tenant's requests in line, the higher go first"""
 
 
 @dataclass(frozen=True, slots=True)

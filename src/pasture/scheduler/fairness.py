@@ -4,7 +4,7 @@ Deficit round robin (Shreedhar and Varghese, 1995) on two levels. Every flow has
 its flow's deficit covers its cost, and is charged for it. When nobody's deficit suffices, every flow with someone in line gets
 the same number of quanta, the fewest that let somebody start. The line does not say who of those goes first: the scheduler
 chooses among them (shortest first), which is what makes short turns quick without letting anyone starve. An empty flow is
-forgotten.
+forgotten. A tenant's weight multiplies its quanta; priorities order a tenant's own requests and give nobody more than that.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class FairQueue:
 
     def push(self, task: Task) -> None:
         tenant = self._tenants.setdefault(task.request.tenant, _Tenant())
+        tenant.weight = task.request.weight
         tenant.users.setdefault(task.request.user, _User()).line[task] = None
         self._size += 1
 
@@ -95,13 +96,16 @@ class FairQueue:
     @staticmethod
     def _offers(tenant: _Tenant, ready: Ready, cost: Cost, most: int) -> list[tuple[_Tenant, Task, int]]:
         """The tasks that fairness inside the tenant lets go next, at least one where anybody is ready."""
-        heads: list[tuple[_User, Task, int]] = []
+        able: list[tuple[_User, Task]] = []
         for user in islice(tenant.users.values(), max(0, most)):
-            task = next((task for task in islice(user.line, SCAN_PER_USER) if ready(task)), None)
+            line = sorted(islice(user.line, SCAN_PER_USER), key=lambda task: -task.request.priority)
+            task = next((task for task in line if ready(task)), None)
             if task is not None:
-                heads.append((user, task, cost(task)))
-        if not heads:
+                able.append((user, task))
+        if not able:
             return []
+        urgent = max(task.request.priority for _, task in able)
+        heads = [(user, task, cost(task)) for user, task in able if task.request.priority == urgent]
         rounds = min(_rounds(user.deficit, tokens, 1.0) for user, _, tokens in heads)
         for user, _, _ in heads:
             user.deficit += rounds * QUANTUM_TOKENS

@@ -15,8 +15,17 @@ from pasture.scheduler.task import Task
 HOME = PoolShape(32768, 255)
 
 
-def task(name: str, tenant: str = "t", user: str = "u", n_tokens: int = 100) -> Task:
-    request = Request(RequestId(name), tuple(range(n_tokens)), 10, SamplingParams(), tenant=tenant, user=user)
+def task(name: str, tenant: str = "t", user: str = "u", n_tokens: int = 100, weight: float = 1.0, priority: int = 0) -> Task:
+    request = Request(
+        RequestId(name),
+        tuple(range(n_tokens)),
+        10,
+        SamplingParams(),
+        tenant=tenant,
+        user=user,
+        weight=weight,
+        priority=priority,
+    )
     return Task(request, 0.0, lambda: False)
 
 
@@ -47,6 +56,28 @@ def test_a_tenant_with_many_users_gets_no_more_than_one_with_a_single_user() -> 
         queue.push(task(f"b{i}", tenant="small", user="only"))
     tenants = Counter(t.request.tenant for t in serve(queue, 20))
     assert 7 <= tenants["small"] <= 13
+
+
+def test_a_tenant_of_three_times_the_weight_gets_three_times_the_turns() -> None:
+    queue = FairQueue()
+    for i in range(60):
+        queue.push(task(f"a{i}", tenant="large", weight=3.0, n_tokens=300))
+        queue.push(task(f"b{i}", tenant="small", n_tokens=300))
+    tenants = Counter(t.request.tenant for t in serve(queue, 40))
+    assert 26 <= tenants["large"] <= 34
+
+
+def test_priority_orders_a_tenants_own_requests_and_takes_nothing_from_others() -> None:
+    queue = FairQueue()
+    for i in range(20):
+        queue.push(task(f"later{i}", tenant="one", user="v", priority=-1))
+        queue.push(task(f"other{i}", tenant="two"))
+        queue.push(task(f"usual{i}", tenant="one"))
+        queue.push(task(f"urgent{i}", tenant="one", priority=1))
+    started = serve(queue, 20)
+    names = [t.request.request_id for t in started if t.request.tenant == "one"]
+    assert all(name.startswith("urgent") for name in names)
+    assert 7 <= len(names) <= 13
 
 
 def test_long_prompts_pay_for_their_length() -> None:

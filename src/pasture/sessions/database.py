@@ -1,0 +1,116 @@
+"""The database of tenants and transcripts: SQLite unless a URL says otherwise, reached through SQLAlchemy's Core.
+
+Opening brings the schema up to date: `MIGRATIONS` is only ever appended to, and its statements are SQL that SQLite and
+PostgreSQL both understand. Writers of one process take turns; a writer of another (a command beside a running server) is waited
+for. No call here is made on an event loop. Any thread may call.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
+
+from pasture.core.errors import ConfigError
+from pasture.sessions.migrations import MIGRATIONS
+
+BUSY_SECONDS = 10.0
+"""how long another process' writing is waited for"""
+
+
+class Database:
+    """Connections to one database, its schema current."""
+
+    def __init__(self, location: str | None = None) -> None:
+        """`location`: a file, a database URL, or None for memory. Raises ConfigError for one that cannot be used."""
+        url = _url(location)
+        self._engine = _engine(url)
+        self._lock = threading.RLock()
+        self._in_memory = url.database == ":memory:"
+        self.location = url.render_as_string(hide_password=True)
+        try:
+            self._migrate()
+        except SQLAlchemyError as error:
+            self._engine.dispose()
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise ConfigError(f"the state in {self.location} cannot be used: {reason}") from None
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that changes nothing."""
+        if self._in_memory:  # one connection for everybody
+            with self._lock, self._engine.begin() as connection:
+                yield connection
+            return
+        with self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction of its own, committed unless the block raises."""
+        with self._lock, self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _migrate(self) -> None:
+        with self.write() as connection:
+            connection.execute(text("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY)"))
+            done = connection.execute(text("SELECT max(version) FROM migrations")).scalar() or 0
+            if done > len(MIGRATIONS):
+                raise ConfigError(f"the state in {self.location} was written by a newer pasture")
+            for version, statements in enumerate(MIGRATIONS[done:], start=done + 1):
+                for statement in statements:
+                    connection.execute(text(statement))
+                connection.execute(text("INSERT INTO migrations VALUES (:version)"), {"version": version})
+
+
+def _url(location: str | None) -> URL:
+    if location is None:
+        return make_url("sqlite://").set(database=":memory:")
+    if "://" in location:
+        try:
+            return make_url(location)
+        except ArgumentError:
+            raise ConfigError("state: this is not a database URL") from None
+    path = Path(location).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # transcripts are private to whoever runs the server
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise ConfigError(f"state: {path} cannot be written: {error.strerror or error}") from None
+    return make_url("sqlite://").set(database=str(path))
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        try:
+            return create_engine(url, pool_pre_ping=True)
+        except (ImportError, SQLAlchemyError) as error:
+            raise ConfigError(f"state: no driver for {url.drivername}: {error}") from None
+    pool = {"poolclass": StaticPool} if url.database == ":memory:" else {}
+    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool)
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None  # transactions are begun below, not by the driver's guess
+        connection.execute("PRAGMA journal_mode=WAL").close()
+        connection.execute("PRAGMA synchronous=NORMAL").close()
+        connection.execute("PRAGMA secure_delete=ON").close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # a writer says so at once: one that turns from reading to writing midway may find that it cannot
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+
+    return engine

@@ -1,0 +1,121 @@
+"""Turns: conversations as a tree in which every common past exists once.
+
+    system, user -- assistant, user -- assistant          a turn holds the messages that one request added
+                 `- assistant, user                       a fork is one more pointer to a turn
+
+A turn counts who points at it (later turns, sessions, responses) and goes when nobody does, and with it go the ancestors that
+only it kept. All functions work inside a transaction of their caller and see one tenant's turns only.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+from pasture.core.errors import InvariantBroken, RateLimited
+from pasture.sessions.values import Message, Tenant
+
+FULL_RETRY_SECONDS = 3600.0
+
+
+def add_turn(connection: Connection, tenant: Tenant, parent: str | None, messages: Sequence[Message]) -> str:
+    """A turn behind `parent`, which nobody points at yet. Raises RateLimited when the tenant's transcripts are full."""
+    body = json.dumps(list(messages), ensure_ascii=False, separators=(",", ":"))
+    n_bytes = len(body.encode())
+    count_bytes(connection, tenant.name, n_bytes, tenant.limits.max_transcript_bytes)
+    before = 0 if parent is None else length(connection, tenant, parent)
+    turn_id = "turn_" + secrets.token_hex(12)
+    row = {
+        "turn": turn_id,
+        "tenant": tenant.name,
+        "parent": parent,
+        "n": before + len(messages),
+        "messages": body,
+        "bytes": n_bytes,
+    }
+    connection.execute(text("INSERT INTO turns VALUES (:turn, :tenant, :parent, :n, :messages, :bytes, 0)"), row)
+    if parent is not None:
+        keep(connection, parent)
+    return turn_id
+
+
+def keep(connection: Connection, turn_id: str, by: int = 1) -> None:
+    """So many more point at a turn."""
+    connection.execute(text("UPDATE turns SET refs = refs + :by WHERE turn_id = :turn"), {"turn": turn_id, "by": by})
+
+
+def let_go(connection: Connection, turn_id: str | None) -> None:
+    """One fewer points at a turn; what nobody points at any more goes, up the tree."""
+    while turn_id is not None:
+        row = connection.execute(
+            text("UPDATE turns SET refs = refs - 1 WHERE turn_id = :turn RETURNING refs, parent, tenant, n_bytes"),
+            {"turn": turn_id},
+        ).first()
+        if row is None or row.refs > 0:
+            return
+        connection.execute(text("DELETE FROM turns WHERE turn_id = :turn"), {"turn": turn_id})
+        count_bytes(connection, row.tenant, -row.n_bytes)
+        turn_id = row.parent
+
+
+def count_bytes(connection: Connection, tenant: str, n_bytes: int, most: int | None = None) -> None:
+    """The tenant stores so many bytes more. Raises RateLimited when that is more than `most` in all."""
+    used = connection.execute(
+        text(
+            "INSERT INTO stored VALUES (:tenant, :n) ON CONFLICT (tenant) DO UPDATE SET n_bytes = stored.n_bytes + :n "
+            "RETURNING n_bytes"
+        ),
+        {"tenant": tenant, "n": n_bytes},
+    ).scalar_one()
+    if most is not None and used > most:
+        raise RateLimited(
+            f"what a tenant stores may be {most} bytes; delete sessions or responses", retry_after_seconds=FULL_RETRY_SECONDS
+        )
+
+
+def length(connection: Connection, tenant: Tenant, turn_id: str) -> int:
+    """Messages from the beginning to the end of a turn."""
+    row = connection.execute(
+        text("SELECT n_messages FROM turns WHERE turn_id = :turn AND tenant = :tenant"),
+        {"turn": turn_id, "tenant": tenant.name},
+    ).first()
+    if row is None:
+        raise InvariantBroken(f"the turn {turn_id} is pointed at and does not exist")
+    return int(row.n_messages)
+
+
+def path(connection: Connection, tenant: Tenant, turn_id: str | None) -> list[tuple[str, list[Message]]]:
+    """(turn, its messages), from the beginning to the end of a turn."""
+    if turn_id is None:
+        return []
+    rows = connection.execute(
+        text(
+            "WITH RECURSIVE line(turn_id, parent, n_messages, messages) AS ("
+            "SELECT turn_id, parent, n_messages, messages FROM turns WHERE turn_id = :turn AND tenant = :tenant "
+            "UNION ALL SELECT t.turn_id, t.parent, t.n_messages, t.messages FROM turns t JOIN line ON t.turn_id = line.parent) "
+            "SELECT turn_id, messages FROM line ORDER BY n_messages"
+        ),
+        {"turn": turn_id, "tenant": tenant.name},
+    ).all()
+    return [(row.turn_id, json.loads(row.messages)) for row in rows]
+
+
+def messages_of(connection: Connection, tenant: Tenant, turn_id: str | None) -> list[Message]:
+    """All that was said up to the end of a turn."""
+    return [message for _, messages in path(connection, tenant, turn_id) for message in messages]
+
+
+def branch(connection: Connection, tenant: Tenant, turn_id: str | None, messages: Sequence[Message]) -> str | None:
+    """A turn at which exactly `messages` have been said, sharing as many turns as they have in common with `turn_id`'s line.
+
+    None for no messages. A turn that is made here is pointed at by nobody yet.
+    """
+    at, last = 0, None
+    for turn, said in path(connection, tenant, turn_id):
+        if list(messages[at : at + len(said)]) != said:
+            break
+        at, last = at + len(said), turn
+    return last if at == len(messages) else add_turn(connection, tenant, last, messages[at:])
