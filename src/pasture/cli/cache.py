@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from pasture.cli.output import err, out, print_json
-from pasture.config import format_bytes, format_seconds, parse_bytes, parse_seconds
+from pasture.config import format_bytes, format_seconds, load_configuration, parse_bytes, parse_seconds
 from pasture.core.errors import ConfigError, PastureError
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ SECONDS_A_DAY = 86_400
 NAME_DIGITS = 12
 """of a block's name, enough to tell them apart"""
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="What the server was given as --kv-cache.", show_default=False)]
+Directory = Annotated[
+    Path | None,
+    typer.Argument(metavar="[DIR]", help="The server's --kv-cache; where settings name one, that one.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 cache = typer.Typer(no_args_is_help=True, help="Look after a disk cache; a server may be using it meanwhile.")
@@ -39,7 +42,7 @@ cache = typer.Typer(no_args_is_help=True, help="Look after a disk cache; a serve
 
 @cache.command("ls")
 def ls(
-    directory: Directory,
+    directory: Directory = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Conversations to show.")] = SHOWN_CONVERSATIONS,
     as_json: AsJson = False,
 ) -> None:
@@ -65,11 +68,12 @@ _LS_CAPTION = "Sizes include what conversations have in common, which is stored 
 
 
 @cache.command("stats")
-def stats(directory: Directory, as_json: AsJson = False) -> None:
+def stats(directory: Directory = None, as_json: AsJson = False) -> None:
     """Count blocks and bytes in a cache, by form."""
     with _opened(directory) as opened:
         rows = opened.index.rows()
         conversations = len(opened.index.rows(leaves=True))
+        free_bytes = shutil.disk_usage(opened.files.root).free
     now = time.time()
     n_blocks, n_bytes = Counter(row.form.value for row in rows), Counter[str]()
     for row in rows:
@@ -83,7 +87,7 @@ def stats(directory: Directory, as_json: AsJson = False) -> None:
         "encrypted_blocks": sum(row.sealed for row in rows),
         "hits": sum(row.hits for row in rows),
         "oldest_use_seconds": round(now - min((row.last_used for row in rows), default=now), 1),
-        "free_bytes": shutil.disk_usage(directory).free,
+        "free_bytes": free_bytes,
     }
     if as_json:
         print_json(facts)
@@ -96,13 +100,13 @@ def stats(directory: Directory, as_json: AsJson = False) -> None:
     table.add_row("encrypted", f"{facts['encrypted_blocks']:,}")
     table.add_row("hits", f"{facts['hits']:,}")
     table.add_row("longest unused", _ago(now - min((row.last_used for row in rows), default=now)))
-    table.add_row("free on the disk", format_bytes(shutil.disk_usage(directory).free))
+    table.add_row("free on the disk", format_bytes(free_bytes))
     out().print(table, highlight=False)
 
 
 @cache.command("verify")
 def verify(
-    directory: Directory,
+    directory: Directory = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the index anew from the files.")] = False,
     key_file: Annotated[
         Path | None, typer.Option("--kv-key-file", metavar="FILE", help="Also open what is encrypted under this key.")
@@ -112,7 +116,8 @@ def verify(
     """Read every file of a cache, and take away those that are damaged."""
     from pasture.tiers.sealed import SealedWire, read_secret
 
-    wire = SealedWire(read_secret(key_file)) if key_file is not None else None
+    secret_file = key_file or _configured_path(load_configuration().settings.kv_key_file)
+    wire = SealedWire(read_secret(secret_file)) if secret_file is not None else None
     with _opened(directory) as opened:
         n_files = n_bytes = n_closed = 0
         damaged = {}
@@ -136,7 +141,7 @@ def verify(
 
 @cache.command("prune")
 def prune(
-    directory: Directory,
+    directory: Directory = None,
     to: Annotated[str | None, typer.Option("--to", metavar="SIZE", help="Keep at most so much, last used first.")] = None,
     older_than: Annotated[
         str | None, typer.Option("--older-than", metavar="TIME", help="Remove what was not used for so long, as 168h.")
@@ -157,22 +162,25 @@ def prune(
 
 
 @cache.command("clear")
-def clear(directory: Directory, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+def clear(directory: Directory = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Remove every block of a cache."""
     with _opened(directory) as opened:
         if not yes:
-            typer.confirm(f"Remove everything that is cached in {directory}?", abort=True)
+            typer.confirm(f"Remove everything that is cached in {opened.files.root}?", abort=True)
         n_bytes = sum(fact.n_bytes for fact in opened.files.scan())
         n_blocks = opened.clear()
     _tell_removed(n_blocks, n_bytes)
 
 
 @contextmanager
-def _opened(directory: Path) -> Iterator[DiskCache]:
+def _opened(given: Path | None) -> Iterator[DiskCache]:
     from pasture.tiers.disk_cache import DiskCache
     from pasture.tiers.disk_files import LAYOUT, private_directory
     from pasture.tiers.disk_index import IndexUnavailable
 
+    directory = given or _configured_path(load_configuration().settings.kv_cache)
+    if directory is None:
+        raise ConfigError("which cache? Name its directory, or set PASTURE_KV_CACHE, or kv_cache in pasture.toml")
     if not (directory / LAYOUT).is_dir():
         raise ConfigError(f"there is no cache in {directory}")
     opened = DiskCache(private_directory(directory))
@@ -182,6 +190,10 @@ def _opened(directory: Path) -> Iterator[DiskCache]:
         raise PastureError(f"the cache in {directory} cannot be used now: {error}") from None
     finally:
         opened.close()
+
+
+def _configured_path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
 
 
 def _parsed(flag: str, parse: Callable[[str], float], text: str | None) -> float | None:

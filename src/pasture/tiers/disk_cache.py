@@ -42,7 +42,7 @@ class DiskCache:
         self.index = DiskIndex(self.files.root, self._contents)
 
     def settle(self, now: float) -> None:
-        """Put right what killed processes left: temporary files, files without rows, rows without files."""
+        """Put right what killed processes left: temporary files, files without rows or not worth one, rows without files."""
         self.files.sweep(now)
         facts = {fact.name: fact for fact in self.files.scan()}
         self.index.reconcile({name: fact.n_bytes for name, fact in facts.items()}, lambda name: self._row(facts[name]))
@@ -120,9 +120,13 @@ class DiskCache:
             return
 
     def _row(self, fact: FileFacts) -> Row | None:
+        """None for a file that cannot be read, or is no block; the latter is taken away, since no index would count it."""
         try:
             header, section = self.files.head(fact.name)
-        except (BadBlock, OSError):
+        except BadBlock:
+            self.files.remove(fact.name)
+            return None
+        except OSError:
             return None
         return _row(header, section, fact.written)
 

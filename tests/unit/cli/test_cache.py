@@ -133,8 +133,21 @@ def test_clear_asks(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert stored(cache, 1) == 0
 
 
+def test_settings_may_name_the_cache(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cache, 1, secret=SECRET)
+    (tmp_path / "key").write_bytes(SECRET)
+    (tmp_path / "key").chmod(0o600)
+    monkeypatch.setenv("PASTURE_KV_CACHE", str(cache))
+    assert answer(capsys, "stats")["blocks"] == 12
+    monkeypatch.setenv("PASTURE_KV_KEY_FILE", str(tmp_path / "key"))
+    assert answer(capsys, "verify")["not_opened"] == 0
+
+
 def test_mistakes_are_one_line(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
+        (("ls",), "pasture: which cache? Name its directory, or set PASTURE_KV_CACHE, or kv_cache in pasture.toml\n"),
         (("ls", str(tmp_path)), f"pasture: there is no cache in {tmp_path}\n"),
         (("prune", str(cache)), "pasture: say what may stay: --to SIZE, --older-than TIME, or both\n"),
         (("prune", str(cache), "--to", "5G"), "pasture: --to: '5G' is not a size: write 5GiB or 5GB\n"),

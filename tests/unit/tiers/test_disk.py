@@ -550,3 +550,15 @@ def test_a_longer_file_is_damaged_too(open_tier: Open, tmp_path: Path) -> None:
     for file in files(tmp_path):
         file.write_bytes(file.read_bytes() + b"x")
     assert [tier.get(address) for address in path(conversation(1, 200))] == [None] * 4
+
+
+def test_damaged_files_that_no_index_counts_are_removed_at_start(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    tier.close()
+    for index in (tmp_path / "cache").rglob("index*"):
+        index.unlink()
+    victim, *others = files(tmp_path)
+    victim.write_bytes(b"GGUF" + victim.read_bytes()[4:])
+    open_tier()
+    assert files(tmp_path) == others
