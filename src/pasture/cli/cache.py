@@ -59,7 +59,7 @@ def ls(
         table.add_column(heading, justify="left" if heading in ("ends in", "form") else "right", no_wrap=True)
     for row, size in zip(rows, sizes, strict=True):
         form = f"{row.form.value}{', encrypted' if row.sealed else ''}"
-        ages = (_ago(now - row.written), _ago(now - row.last_used))
+        ages = (_ago(now - row.written), _ago(now - row.used))
         table.add_row(row.name.hex()[:NAME_DIGITS], f"{row.p1:,}", format_bytes(size), form, *ages, f"{row.hits:,}")
     out().print(table)
 
@@ -86,7 +86,7 @@ def stats(directory: Directory = None, as_json: AsJson = False) -> None:
         "bytes_by_form": dict(n_bytes),
         "encrypted_blocks": sum(row.sealed for row in rows),
         "hits": sum(row.hits for row in rows),
-        "oldest_use_seconds": round(now - min((row.last_used for row in rows), default=now), 1),
+        "oldest_use_seconds": round(now - min((row.used for row in rows), default=now), 1),
         "free_bytes": free_bytes,
     }
     if as_json:
@@ -99,7 +99,7 @@ def stats(directory: Directory = None, as_json: AsJson = False) -> None:
         table.add_row(f"  {form}", f"{n_of_form:,}, {format_bytes(n_bytes[form])}")
     table.add_row("encrypted", f"{facts['encrypted_blocks']:,}")
     table.add_row("hits", f"{facts['hits']:,}")
-    table.add_row("longest unused", _ago(now - min((row.last_used for row in rows), default=now)))
+    table.add_row("longest unused", _ago(now - min((row.used for row in rows), default=now)))
     table.add_row("free on the disk", format_bytes(free_bytes))
     out().print(table, highlight=False)
 
@@ -222,6 +222,6 @@ def _as_json(row: Row, path_bytes: int, now: float) -> dict[str, object]:
         "whole": row.whole,
         "encrypted": row.sealed,
         "written_seconds_ago": round(now - row.written, 1),
-        "used_seconds_ago": round(now - row.last_used, 1),
+        "used_seconds_ago": round(now - row.used, 1),
         "hits": row.hits,
     }

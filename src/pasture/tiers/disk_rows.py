@@ -74,6 +74,11 @@ class Row:
     hits: int
 
     @property
+    def used(self) -> float:
+        """When it was last used, as far as that is known; seconds since the epoch."""
+        return max(self.written, self.last_used)
+
+    @property
     def is_tail(self) -> bool:
         """Whether a search behind its parent should find it."""
         return self.whole or self.p1 - self.p0 < BLOCK_TOKENS
