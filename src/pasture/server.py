@@ -17,6 +17,7 @@ from pasture.api.server import bind
 from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Engine, Service
+from pasture.core.storage import Store
 from pasture.core.values import Form, Layout, ModelInfo, PoolShape, SamplingParams
 from pasture.engine import EngineSettings, open_engine, probe_model
 from pasture.engine.fake import FakeEngine
@@ -40,11 +41,23 @@ MIN_STREAM_CELLS = 2048
 """the shortest conversation that the streams layout should still hold at start"""
 
 
+Prepare = Callable[[Engine, Store], None]
+
+
 def start_service(settings: Settings) -> Service:
     """Load the model and start its scheduler; ready when it returns. The caller closes it."""
-    engine = _start_engine(settings)
+    return service_over(start_engine(settings), settings)
+
+
+def service_over(engine: Engine, settings: Settings, prepare: Prepare = lambda engine, store: None) -> Service:
+    """A service with this engine, which is its own from here on. `prepare` may use engine and store before it starts."""
     try:
         store = store_for(settings, engine.codec, engine.model, available_bytes)
+        try:
+            prepare(engine, store)
+        except BaseException:
+            store.close()
+            raise
     except BaseException:
         engine.close()
         raise
@@ -75,7 +88,7 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
 def measuring_engine(settings: Settings, n_cells: int, n_seqs: int) -> Iterator[Engine]:
     """An engine alone, for the thread in the block, with a pool just large enough to measure on."""
     small = settings.model_copy(update={"kv_cells": n_cells, "kv_memory": None, "kv_layout": "unified", "max_running": n_seqs})
-    engine = _start_engine(small)
+    engine = start_engine(small)
     try:
         yield engine
     finally:
@@ -180,7 +193,8 @@ def chat_template_of(settings: Settings) -> str | None:
     return settings.chat_template
 
 
-def _start_engine(settings: Settings) -> Engine:
+def start_engine(settings: Settings) -> Engine:
+    """The engine that the settings ask for; the calling thread's until it is given away."""
     if not settings.fake_engine:
         return open_engine(engine_settings(settings))
     n_cells = settings.kv_cells or DEFAULT_CELLS

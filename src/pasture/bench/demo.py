@@ -24,9 +24,9 @@ from pasture.bench.client import Endpoint, run_loop
 from pasture.bench.options import BenchOptions, WorkloadName
 from pasture.bench.report import mebibytes, print_errors, seconds
 from pasture.bench.results import Run
-from pasture.bench.run import CELL_MARGIN, measure
+from pasture.bench.run import measure
 from pasture.bench.systems import PASTURE, Running, Size, repack_survives, running, variants
-from pasture.bench.workloads import Workload, build
+from pasture.bench.workloads import CELL_MARGIN, Workload, build, rounded_cells
 from pasture.core.errors import PastureError
 
 TURNS = 2
@@ -62,13 +62,13 @@ class _Demo:
             "long and the same for everybody.",
             highlight=False,
         )
-        each = _rounded(workload.longest_tokens)
+        each = rounded_cells(workload.longest_tokens)
         repack = await repack_survives(self._options, self._folder)
         alone = Size(workload.users, workload.longest_tokens, workload.users * each)
         baseline = variants("isolated", alone, self._options, repack=repack)[0]
         async with running(baseline, self._folder / "isolated.log") as up:
             isolated = await self._play(up, f"a context each, {alone.cells:,} cells")
-        together = Size(workload.users, workload.longest_tokens, _rounded(workload.pool_tokens + CELL_MARGIN))
+        together = Size(workload.users, workload.longest_tokens, rounded_cells(workload.pool_tokens + CELL_MARGIN))
         ours = variants(PASTURE, together, self._options)[0]
         async with running(ours, self._folder / "pasture.log") as up:
             shared = await self._play(up, f"one pasture, {together.cells:,} cells")
@@ -198,7 +198,3 @@ def promptly_served(run: Run) -> int:
 def change(ours: float | None, theirs: float | None) -> str:
     """`-62 %`, or nothing where there is nothing to compare."""
     return f"{(ours / theirs - 1) * 100:+.0f} %" if ours is not None and theirs else ""
-
-
-def _rounded(cells: int) -> int:
-    return -(-cells // CELL_MARGIN) * CELL_MARGIN

@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pasture.core.errors import ConfigError
+from pasture.core.values import Form
 
 LEVEL_NAMES = (
     "ttft_mean",
@@ -35,6 +36,14 @@ class WorkloadName(StrEnum):
     DOCS = "docs"
     PRIVATE = "private"
     AGENTS = "agents"
+    CROWDED = "crowded"
+
+
+class Rest(StrEnum):
+    """Where idle conversations are, for `idle`."""
+
+    RAM = "ram"
+    DISK = "disk"
 
 
 class Arrivals(StrEnum):
@@ -60,7 +69,7 @@ class BenchOptions:
     """Everything `pasture bench` can be told; a field is a flag of the same name unless its comment says otherwise."""
 
     workload: WorkloadName = WorkloadName.TEAM
-    """positional: team, docs, private or agents"""
+    """positional: team, docs, private, agents or crowded"""
     users: int | None = None
     """--users: people at once; for agents the branches a step. None: the workload's own (16; agents 8)"""
     turns: int | None = None
@@ -103,11 +112,21 @@ class BenchOptions:
     """--request-timeout: seconds after which a request counts as an error"""
     seconds: float = 5.0
     """--seconds: how long `bench overhead` streams from the fake engine"""
+    texts: int = 4
+    """--texts: what `quality` measures on, of 512 tokens of context and 256 held tokens each"""
+    conversations: int = 2000
+    """--conversations that `idle` lets rest"""
+    rest: Rest = Rest.RAM
+    """--rest: ram or disk, for `idle`"""
+    form: Form = Form.Q8_0
+    """--form in which they rest: raw, lossless, q8_0 or q4_0, for `idle`"""
+    as_json: bool = False
+    """--json instead of a table, for the benchmarks without report.html"""
     wait: bool = True
     """--wait/--no-wait: whether `demo` keeps its server up at the end"""
 
     def __post_init__(self) -> None:
-        for name in ("repeat", "max_tokens", "cells", "slo_max_users"):
+        for name in ("repeat", "max_tokens", "cells", "slo_max_users", "texts", "conversations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
         for name, value in (("users", self.users), ("turns", self.turns), ("threads", self.threads)):

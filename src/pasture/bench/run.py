@@ -26,7 +26,7 @@ from pasture.bench.distinct import PromptTokens, distinct_prompt_tokens
 from pasture.bench.drive import Progress as OnExchange
 from pasture.bench.drive import Target, play
 from pasture.bench.measure import Figures, Outside, figures
-from pasture.bench.options import BenchOptions
+from pasture.bench.options import BenchOptions, WorkloadName
 from pasture.bench.report import print_report
 from pasture.bench.results import Report, Run, best_variants, summarise, traces
 from pasture.bench.slo import largest, within
@@ -42,11 +42,8 @@ from pasture.bench.systems import (
     running,
     variants,
 )
-from pasture.bench.workloads import Workload, build
+from pasture.bench.workloads import CELL_MARGIN, Workload, build, crowded_cells, rounded_cells
 from pasture.core.errors import PastureError
-
-CELL_MARGIN = 256
-"""llama.cpp rounds a context up to a multiple of this"""
 
 _NOT_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 _WARM_UP = Chat("warm-up", ({"role": "system", "content": "~"}, {"role": "user", "content": "0123456789"}), 8)
@@ -95,9 +92,11 @@ class Bench:
     """One benchmark from options to report."""
 
     def __init__(self, options: BenchOptions, console: Console) -> None:
+        self._workload = build(options)
+        if options.workload is WorkloadName.CROWDED:
+            options = replace(options, cells=crowded_cells(self._workload))
         self._options = options
         self._console = console
-        self._workload = build(options)
         self._folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
         self._repack = False
 
@@ -108,7 +107,8 @@ class Bench:
         runs = await self._alternate()
         best = best_variants(summarise(runs))
         report = Report(
-            title=f"pasture bench {self._workload.name}: {self._workload.users} users, {self._workload.n_requests} requests",
+            title=f"pasture bench {self._workload.name}: {self._workload.users} users, {self._workload.n_requests} requests, "
+            f"{self._options.cells:,} cells",
             settings=describe(self._options),
             machine=machine(),
             summaries=summarise(runs),
@@ -126,7 +126,7 @@ class Bench:
 
     async def _alternate(self) -> list[Run]:
         runs = []
-        with _progress(self._console) as progress:
+        with progress_bar(self._console) as progress:
             for repeat in range(self._options.repeat):
                 for system in self._systems(self._workload, self._options.cells):
                     label = f"{system.label}, run {repeat + 1} of {self._options.repeat}"
@@ -150,7 +150,7 @@ class Bench:
         return next(system for system in systems if system.label == label)
 
     async def _users_within_slo(self, peer: str, label: str) -> int:
-        with _progress(self._console) as progress:
+        with progress_bar(self._console) as progress:
 
             async def holds(users: int) -> bool:
                 workload = build(self._options, users=users)
@@ -162,7 +162,7 @@ class Bench:
 
     async def _tight(self, peer: str, label: str, seen: Figures) -> Figures:
         cells = cells_needed(peer, seen, self._workload)
-        with _progress(self._console) as progress:
+        with progress_bar(self._console) as progress:
             system = self._variant(peer, label, self._workload, cells)
             run = await self._once(system, self._workload, f"{label}, {cells} cells", progress)
         return run.figures
@@ -186,8 +186,8 @@ def cells_needed(peer: str, seen: Figures, workload: Workload) -> int:
     if peer == PASTURE:
         known = [cells for cells in (seen.peak_cells, seen.workload_cells) if cells is not None]
         if known:
-            return _rounded(min(known) + CELL_MARGIN)
-    return workload.users * _rounded(seen.longest_tokens or workload.longest_tokens)
+            return rounded_cells(min(known) + CELL_MARGIN)
+    return workload.users * rounded_cells(seen.longest_tokens or workload.longest_tokens)
 
 
 def describe(options: BenchOptions) -> dict[str, str]:
@@ -209,13 +209,10 @@ def machine() -> dict[str, str]:
     }
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """One line a task: what, how far, since when."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, refresh_per_second=2)
-
-
-def _rounded(cells: int) -> int:
-    return -(-cells // CELL_MARGIN) * CELL_MARGIN
 
 
 def _started(peer: str) -> bool:

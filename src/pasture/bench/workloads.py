@@ -1,9 +1,10 @@
-"""Four kinds of traffic, made of real text, the same for every system given the same seed.
+"""Five kinds of traffic, made of real text, the same for every system given the same seed.
 
     team     one system prompt of about 1,000 tokens; every user has a conversation of their own under it
     docs     users ask 1 to `turns` questions about one of a few documents of about 2,000 tokens, drawn by a Zipf law
     private  every user has a context of about 1,000 tokens of their own: nothing to share, not even the first words
     agents   one context of about 1,500 tokens, forked k ways at every step; the chosen branch becomes the context
+    crowded  300 tokens in common, then about 700 of everybody's own, in a pool for a quarter of them
 
 Owns what is asked, in which order and after which pause. Knows nothing of systems and clocks: a workload is a frozen value,
 and `drive` plays it. Loops are closed: a user's next question waits for the answer to the last. Any thread.
@@ -11,7 +12,7 @@ and `drive` plays it. Loops are closed: a user's next question waits for the ans
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
@@ -28,7 +29,17 @@ QUOTED_WORDS = 18
 MEAN_STAGGER_SECONDS = 1.0
 MEAN_BRANCH_STAGGER_SECONDS = 0.2
 
-DEFAULT_USERS = {WorkloadName.TEAM: 16, WorkloadName.DOCS: 16, WorkloadName.PRIVATE: 16, WorkloadName.AGENTS: 8}
+DEFAULT_USERS = {
+    WorkloadName.TEAM: 16,
+    WorkloadName.DOCS: 16,
+    WorkloadName.PRIVATE: 16,
+    WorkloadName.AGENTS: 8,
+    WorkloadName.CROWDED: 16,
+}
+CROWDING = 4
+"""times as many tokens as the pool of `crowded` has cells, sharing counted"""
+CELL_MARGIN = 256
+"""llama.cpp rounds a context up to a multiple of this"""
 DEFAULT_TURNS = 3
 
 # fmt: off
@@ -148,6 +159,23 @@ def build(options: BenchOptions, *, users: int | None = None) -> Workload:
     return Workload(name, n_users, options.max_tokens, actors)
 
 
+def crowded_cells(workload: Workload) -> int:
+    """Cells for about a quarter of a workload; a whole conversation at least."""
+    shared = _tokens(_common_beginning([actor.opening for actor in workload.actors]))
+    needed = workload.pool_tokens - (len(workload.actors) - 1) * shared
+    return rounded_cells(max(needed // CROWDING, workload.longest_tokens))
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    return first[: next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def rounded_cells(cells: int) -> int:
+    """As many as llama.cpp makes of them."""
+    return -(-cells // CELL_MARGIN) * CELL_MARGIN
+
+
 def _user(index: int) -> str:
     name = _NAMES[index % len(_NAMES)]
     return name if index < len(_NAMES) else f"{name} {index // len(_NAMES) + 1}"
@@ -168,6 +196,10 @@ def _openings(name: WorkloadName, rng: Random, n_users: int) -> Callable[[int], 
         weights = [1 / (rank + 1) for rank in range(N_DOCUMENTS)]
         chosen = rng.choices(range(N_DOCUMENTS), weights=weights, k=n_users)
         return lambda index: documents[chosen[index]]
+    if name is WorkloadName.CROWDED:
+        house_rules = f"You help people with their notes, and follow the rules of the house.\n\n{passage(rng, 280)}"
+        notes = [f"{house_rules}\n\nThe notes of {_user(index)}:\n\n{passage(rng, 700)}" for index in range(n_users)]
+        return lambda index: notes[index]
     private = [f"{_user(index)}'s own notes, for nobody else.\n\n{passage(rng, 1040)}" for index in range(n_users)]
     return lambda index: private[index]
 

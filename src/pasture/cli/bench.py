@@ -1,17 +1,25 @@
-"""`pasture bench WORKLOAD` and `pasture demo`: thin wrappers around `pasture.bench`, which does the measuring."""
+"""`pasture bench WORKLOAD` and `pasture demo`: thin wrappers around `pasture.bench`, which does the measuring.
+
+What needs more than a server's public side to be measured (stored forms, thousands of idle conversations, an engine that is
+too fast) is put together in `pasture.cli` and measured through the ports of `pasture.core`. A flag is declared once, under the
+name of its field in BenchOptions, whose default is the flag's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from pasture.bench.options import Arrivals, BenchOptions, WorkloadName, parse_against, parse_slo
+from pasture.bench.options import Arrivals, BenchOptions, Rest, WorkloadName, parse_against, parse_slo
 from pasture.core.errors import ConfigError
+from pasture.core.values import Form
 
 LOAD, SYSTEMS, OUTPUT = "The load", "The systems", "The answer"
 _EXTRA = {"plotly"}
@@ -19,13 +27,28 @@ _EXTRA = {"plotly"}
 
 
 class Benchmark(StrEnum):
-    """What `pasture bench` can run: the workloads, and what pasture itself costs."""
+    """What `pasture bench` can run: the workloads, what pasture itself costs, and what its tiers bring."""
 
     TEAM = "team"
     DOCS = "docs"
     PRIVATE = "private"
     AGENTS = "agents"
+    CROWDED = "crowded"
     OVERHEAD = "overhead"
+    QUALITY = "quality"
+    RESTART = "restart"
+    IDLE = "idle"
+    TIERS = "tiers"
+
+
+_MODULES = {
+    Benchmark.OVERHEAD: "pasture.bench.overhead",
+    Benchmark.QUALITY: "pasture.cli.quality",
+    Benchmark.RESTART: "pasture.bench.restart",
+    Benchmark.IDLE: "pasture.cli.idle",
+    Benchmark.TIERS: "pasture.cli.tiers",
+}
+"""who measures; the workloads have one in common"""
 
 
 Users = Annotated[int | None, typer.Option("--users", help="People at once (agents: branches a step).", rich_help_panel=LOAD)]
@@ -69,66 +92,85 @@ RequestTimeout = Annotated[
     float, typer.Option("--request-timeout", help="Seconds until a request counts as an error.", rich_help_panel=OUTPUT)
 ]
 Seconds = Annotated[float, typer.Option("--seconds", help="How long `overhead` streams.", rich_help_panel=OUTPUT)]
+Texts = Annotated[int, typer.Option("--texts", help="Texts that `quality` measures on.", rich_help_panel=LOAD)]
+Conversations = Annotated[
+    int, typer.Option("--conversations", help="Idle ones, of 1,000 tokens each, for `idle`.", rich_help_panel=LOAD)
+]
+RestForm = Annotated[Form, typer.Option("--form", help="In which form they rest, for `idle`.", rich_help_panel=LOAD)]
+RestIn = Annotated[Rest, typer.Option("--rest", help="Where they rest, for `idle`.", rich_help_panel=LOAD)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (quality, restart, idle, tiers).", rich_help_panel=OUTPUT)]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Keep the server up until Ctrl-C.", rich_help_panel=OUTPUT)]
 
 
+FLAGS: Mapping[str, object] = {
+    "users": Users,
+    "turns": Turns,
+    "seed": Seed,
+    "arrivals": Arrive,
+    "max_tokens": MaxTokens,
+    "think_time": ThinkTime,
+    "texts": Texts,
+    "conversations": Conversations,
+    "rest": RestIn,
+    "form": RestForm,
+    "model": Model,
+    "cells": Cells,
+    "threads": Threads,
+    "against": Against,
+    "llama_server": LlamaServer,
+    "api_key": ApiKey,
+    "repeat": Repeat,
+    "slo": Slo,
+    "slo_max_users": SloMax,
+    "equal_memory": Memory,
+    "out": Out,
+    "request_timeout": RequestTimeout,
+    "seconds": Seconds,
+    "as_json": AsJson,
+}
+"""field of BenchOptions -> its flag"""
+
+_DEFAULTS: Mapping[str, object] = {entry.name: entry.default for entry in fields(BenchOptions)} | {"against": None, "slo": ""}
+
+
+def _flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each of FLAGS in place of its `**values`."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    flags = [inspect.Parameter(name, kind, default=_DEFAULTS[name], annotation=flag) for name, flag in FLAGS.items()]
+    command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]  # what typer reads
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *flags)}
+    return command
+
+
+@_flags
 def bench(
     benchmark: Annotated[
-        Benchmark, typer.Argument(metavar="WORKLOAD", help="team, docs, private, agents or overhead.", show_default=False)
+        Benchmark,
+        typer.Argument(metavar="WORKLOAD", help=", ".join(benchmark.value for benchmark in Benchmark), show_default=False),
     ],
     serve_flags: ServeFlags = None,
-    users: Users = None,
-    turns: Turns = None,
-    seed: Seed = 1,
-    arrivals: Arrive = Arrivals.SIMULTANEOUS,
-    max_tokens: MaxTokens = 32,
-    think_time: ThinkTime = 0.0,
-    model: Model = None,
-    kv_cells: Cells = 32768,
-    threads: Threads = None,
-    against: Against = None,
-    llama_server: LlamaServer = None,
-    api_key: ApiKey = None,
-    repeat: Repeat = 1,
-    slo: Slo = "",
-    slo_max_users: SloMax = 64,
-    memory: Memory = False,
-    out: Out = None,
-    request_timeout: RequestTimeout = 600.0,
-    seconds: Seconds = 5.0,
+    **values: object,
 ) -> None:
     """Measure pasture on real text, alone or against others on the same machine.
 
     `team`: one long system prompt, everybody their own chat. `docs`: many readers of a few long documents. `private`: nothing
-    to share. `agents`: one context, forked at every step. `overhead`: what pasture costs beside the model.
+    to share. `agents`: one context, forked at every step. `crowded`: four times more conversations than the pool has room for.
+
+    `overhead`: what pasture costs beside the model. `quality`: what each stored form does to the answers. `restart`: the first
+    answer after one. `idle`: thousands of resting conversations. `tiers`: every workload with tiers and without.
 
         pasture bench team --users 16 --turns 3 --against isolated,llama-server
         pasture bench docs --against http://other-server:8080 --out results
     """
-    options = BenchOptions(
-        workload=WorkloadName.TEAM if benchmark is Benchmark.OVERHEAD else WorkloadName(benchmark.value),
-        users=users,
-        turns=turns,
-        seed=seed,
-        against=parse_against(against or ()),
-        repeat=repeat,
-        arrivals=arrivals,
-        max_tokens=max_tokens,
-        cells=kv_cells,
-        model=model,
-        threads=threads,
-        think_time=think_time,
-        slo=parse_slo(slo),
-        slo_max_users=slo_max_users,
-        equal_memory=memory,
-        out=out,
-        serve_flags=tuple(serve_flags or ()),
-        llama_server=llama_server,
-        api_key=api_key,
-        request_timeout=request_timeout,
-        seconds=seconds,
-    )
-    raise typer.Exit(_runner("overhead" if benchmark is Benchmark.OVERHEAD else "run")(options))
+    given = values | {
+        "workload": WorkloadName(benchmark.value) if benchmark.value in list(WorkloadName) else WorkloadName.TEAM,
+        "against": parse_against(cast("list[str] | None", values["against"]) or ()),
+        "slo": parse_slo(str(values["slo"])),
+        "serve_flags": tuple(serve_flags or ()),
+    }
+    options = BenchOptions(**given)  # type: ignore[arg-type]  # FLAGS has each field's type
+    raise typer.Exit(_runner(_MODULES.get(benchmark, "pasture.bench.run"))(options))
 
 
 def demo(
@@ -148,13 +190,13 @@ def demo(
     options = BenchOptions(
         users=users, turns=turns, seed=seed, max_tokens=max_tokens, model=model, threads=threads, out=out, wait=wait
     )
-    raise typer.Exit(_runner("demo")(options))
+    raise typer.Exit(_runner("pasture.bench.demo")(options))
 
 
 def _runner(module: str) -> Callable[[BenchOptions], int]:
-    """`main` of a module of `pasture.bench`. Raises ConfigError where the `bench` extra is not installed."""
+    """`main` of a module. Raises ConfigError where the `bench` extra is not installed."""
     try:
-        main: Callable[[BenchOptions], int] = import_module(f"pasture.bench.{module}").main
+        main: Callable[[BenchOptions], int] = import_module(module).main
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _EXTRA:
             raise
