@@ -130,7 +130,7 @@ class ShelfTier:
     def following(self, parent: BlockKey) -> list[tuple[Address, array[int]]]:
         self._enter("following", parent)
         found = [block for block in self.blocks.values() if block.address.parent == parent]
-        return [(b.address, b.tokens) for b in reversed(found) if b.whole or len(b.tokens) < 64]
+        return [(b.address, b.tokens) for b in reversed(found)]
 
     def get(self, address: Address) -> Block | None:
         self._enter("get", address.key)

@@ -82,6 +82,18 @@ async def test_a_restarted_server_goes_on_where_the_first_one_ended(tmp_path: Pa
     assert reply == await cold(path, turn)
 
 
+async def test_a_prompt_that_ends_inside_a_block_on_disk_recomputes_one_token(tmp_path: Path) -> None:
+    path, cache = write_llama(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    service = serve(path, cache)
+    await ask(service, SYSTEM, max_tokens=60)  # goes on beyond the block in which SYSTEM ends
+    service.close()
+    again = serve(path, cache)
+    reply, usage = await ask(again, SYSTEM)
+    again.close()
+    assert usage.cached_tokens == len(SYSTEM) - 1
+    assert reply == await cold(path, SYSTEM)
+
+
 @pytest.mark.parametrize("write", [write_mamba, write_falcon_h1])
 async def test_a_running_state_is_kept_where_two_prompts_part(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path / "tiny.gguf")

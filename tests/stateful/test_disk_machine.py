@@ -71,7 +71,7 @@ class DiskMachine(RuleBasedStateMachine):
         for address, tokens in self.tiers[tier].following(block.address.parent):
             assert address.parent == block.address.parent
             assert address.key in self.put_ever
-            assert len(tokens) == address.p1 - address.p0 < 64
+            assert len(tokens) == address.p1 - address.p0 <= 64
 
     @rule(tier=tiers, seed=seeds, length=lengths, namespace=namespaces)
     def remove(self, tier: int, seed: int, length: int, namespace: str) -> None:

@@ -36,8 +36,8 @@ LOW_WATERMARK = 0.95
 NOTED_NAMES = 256
 NOTED_SECONDS = 2.0
 """uses are entered into the index together, when there are so many or so old ones"""
-TAILS = 8
-"""short blocks behind one parent that are offered"""
+CHILDREN = 8
+"""blocks behind one parent that are offered"""
 
 _FAILURES = (OSError, IndexUnavailable, MemoryError)
 
@@ -90,7 +90,7 @@ class DiskTier:
             return ()
         found = []
         try:
-            for row in self._cache.index.tails(self._wire.name(parent), TAILS):
+            for row in self._cache.index.children(self._wire.name(parent), CHILDREN):
                 section = row.tokens or b""
                 header = _header(row, section)
                 try:

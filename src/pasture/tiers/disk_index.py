@@ -85,8 +85,8 @@ class DiskIndex:
                     return start + index
         return len(names)
 
-    def tails(self, parent: bytes, limit: int) -> list[Row]:
-        """Short blocks and checkpoints right behind `parent`, newest first."""
+    def children(self, parent: bytes, limit: int) -> list[Row]:
+        """Blocks right behind `parent`, last used first."""
         where = "WHERE parent = ? AND tokens IS NOT NULL ORDER BY last_used DESC, written DESC"
         question = f"SELECT {COLUMNS} FROM blocks {where} LIMIT ?"
         return rows_of(self._ask(question, parent, limit))

@@ -66,7 +66,7 @@ class Row:
     n_bytes: int
     """of its file"""
     tokens: bytes | None
-    """its tokens section, kept for what `following` finds: short blocks and checkpoints"""
+    """its tokens section, for `following`: a prompt may part from a block anywhere in it"""
     written: float
     """seconds since the epoch"""
     last_used: float
@@ -77,11 +77,6 @@ class Row:
     def used(self) -> float:
         """When it was last used, as far as that is known; seconds since the epoch."""
         return max(self.written, self.last_used)
-
-    @property
-    def is_tail(self) -> bool:
-        """Whether a search behind its parent should find it."""
-        return self.whole or self.p1 - self.p0 < BLOCK_TOKENS
 
 
 def insert_row(db: sqlite3.Connection, row: Row) -> None:
@@ -96,7 +91,7 @@ def insert_row(db: sqlite3.Connection, row: Row) -> None:
             row.whole,
             row.sealed,
             row.n_bytes,
-            row.tokens if row.is_tail else None,
+            row.tokens,
             row.written,
             row.last_used,
             row.hits,

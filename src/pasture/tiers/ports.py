@@ -22,7 +22,7 @@ class SlowTier(Protocol):
         ...
 
     def following(self, parent: BlockKey) -> Sequence[tuple[Address, array[int]]]:
-        """Short blocks (and checkpoints) stored behind `parent`, with their tokens; a few at most, newest first."""
+        """Blocks and checkpoints stored right behind `parent`, with their tokens; a few at most, last used first."""
         ...
 
     def get(self, address: Address) -> Block | None:
