@@ -19,6 +19,7 @@ from pasture.core.values import (
     FinishReason,
     Form,
     ModelInfo,
+    Namespace,
     PoolShape,
     Request,
     RequestId,
@@ -26,6 +27,7 @@ from pasture.core.values import (
     TokenEvent,
     TokenLogprobs,
     Usage,
+    Whereabouts,
 )
 
 BOS, EOS = 256, 257
@@ -69,6 +71,15 @@ class ByteVocabulary:
 
 
 @dataclass
+class StubPin:
+    of: tuple[str, tuple[int, ...]]
+    released: bool = False
+
+    def release(self) -> None:
+        self.released = True
+
+
+@dataclass
 class StubService:
     """Answers every request with `reply`, a byte a token, or with what `script` makes of it."""
 
@@ -85,6 +96,8 @@ class StubService:
     requests: list[Request] = field(default_factory=list)
     open: int = 0
     """generators that have begun and not ended"""
+    pins: list[StubPin] = field(default_factory=list)
+    restored: list[tuple[str, tuple[int, ...], bytes]] = field(default_factory=list)
     drained: bool = False
     closed: bool = False
 
@@ -115,6 +128,20 @@ class StubService:
         if request.n_logprobs is None:
             return None
         return TokenLogprobs(-0.5, tuple((token - i, -0.5 - i) for i in range(request.n_logprobs)))
+
+    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
+        return Whereabouts(len(tokens), 2, 5)
+
+    async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> StubPin:
+        self.pins.append(StubPin((namespace, tuple(tokens))))
+        return self.pins[-1]
+
+    async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
+        return b"kv of %d" % len(tokens)
+
+    async def restore(self, namespace: Namespace, tokens: Sequence[int], exported: bytes) -> int:
+        self.restored.append((namespace, tuple(tokens), exported))
+        return len(tokens)
 
     def statistics(self) -> ServiceStatistics:
         return ServiceStatistics(MODEL, _POOL, _SCHEDULER, _STORE, 12.5, draining=self.drained)

@@ -10,36 +10,56 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from pasture.api import errors
+from pasture.api.admin import admin_routes
 from pasture.api.disconnect import ClientGone
 from pasture.api.gateway import Gateway
 from pasture.api.generation import generation_routes
 from pasture.api.inspection import health_routes, inspection_routes, text_routes
 from pasture.api.middleware import ApiKeys, LastResort, RequestIds
+from pasture.api.response_routes import response_routes
+from pasture.api.session_routes import session_routes
 from pasture.api.settings import ApiSettings
 from pasture.core.errors import ConfigError, RequestError
 from pasture.core.ports import Clock, Service
+from pasture.sessions.state import State
 from pasture.text.templates import ChatTemplate
 
 _CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(service: Service, settings: ApiSettings | None = None, *, clock: Clock = monotonic) -> FastAPI:
-    """An app that serves `service`. Raises ConfigError for a chat template in the settings that does not compile."""
+def create_app(
+    service: Service, settings: ApiSettings | None = None, *, state: State | None = None, clock: Clock = monotonic
+) -> FastAPI:
+    """An app that serves `service`. Raises ConfigError for a chat template in the settings that does not compile.
+
+    `state`: tenants and sessions, the caller's to close; without one, they are in memory and gone with the app.
+    """
     settings = settings or ApiSettings()
+    state = state or State(keys=settings.api_keys)
     _check_template(settings)
     app = FastAPI(title="pasture", version=version("pasture"), docs_url=None, redoc_url=None)
-    gateway = Gateway(service, settings, clock)
+    gateway = Gateway(service, state, settings, clock)
     app.state.service = service
-    for router in (generation_routes(gateway), inspection_routes(gateway), text_routes(gateway), health_routes(gateway)):
-        app.include_router(router)
+    for routes in (
+        generation_routes,
+        response_routes,
+        session_routes,
+        admin_routes,
+        inspection_routes,
+        text_routes,
+        health_routes,
+    ):
+        app.include_router(routes(gateway))
     errors.install(app)
     app.add_exception_handler(ClientGone, _nobody_listens)
     # added last is outermost: ids on every answer, CORS before keys since browsers ask first without one
-    if settings.api_keys:
-        app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(ApiKeys, keyring=state.keyring, admin_key=settings.admin_key)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
         )
     app.add_middleware(LastResort)
     app.add_middleware(RequestIds)

@@ -19,9 +19,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Body:
     """The body as `schema`. Raises HTTPException 413, RequestError or pydantic's ValidationError, each a clear answer."""
-    data = await _read(request, max_bytes)
+    data = await read_bytes(request, max_bytes)
     try:
-        value = orjson.loads(data)
+        value = orjson.loads(data or b"{}")
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -30,7 +30,8 @@ async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Bod
     return schema.model_validate(value)
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """The body as it is. Raises HTTPException 413, or ClientGone."""
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from functools import cached_property
 
 from pasture.api.jobs import Jobs
+from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
 from pasture.api.settings import ApiSettings
 from pasture.core.ports import Clock, Service
+from pasture.sessions.state import State
 from pasture.text.prompts import Prompts
 
 
 class Gateway:
-    """The service, the settings, and what is made from both."""
+    """The service, the state, the settings, and what is made from them."""
 
-    def __init__(self, service: Service, settings: ApiSettings, clock: Clock) -> None:
+    def __init__(self, service: Service, state: State, settings: ApiSettings, clock: Clock) -> None:
         self.service = service
+        self.state = state
         self.settings = settings
         self.clock = clock
         self.metrics = Metrics(service.statistics)
+        self.members = Membership(state.sessions)
 
     @cached_property
     def prompts(self) -> Prompts:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pasture.api.bodies import read_body
+from pasture.api.callers import caller_of
 from pasture.api.disconnect import cancelled_on_disconnect
 from pasture.api.formats import ChatShape, CompletionShape, Shape, Writer
 from pasture.api.gateway import Gateway
-from pasture.api.jobs import Choice, Job
+from pasture.api.runs import Run
 from pasture.api.schemas import ChatBody, CompletionBody
-from pasture.api.streams import EventStream, chunks, collect
-from pasture.text.replies import Fragment, read_reply
+from pasture.api.streams import EventStream
 
 
 def generation_routes(gateway: Gateway) -> APIRouter:
@@ -24,34 +22,25 @@ def generation_routes(gateway: Gateway) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, gateway.settings.max_body_bytes)
-        return await _answer(gateway, await gateway.jobs.chat(body, caller(request)), ChatShape(), request)
+        caller = caller_of(request, gateway.state)
+        body, joined = await gateway.members.join(body, caller, request.headers.get("x-session-id"))
+        job = await gateway.jobs.chat(body, caller)
+        return await _answer(gateway, Run(gateway, caller, job, joined), ChatShape(), request)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, gateway.settings.max_body_bytes)
-        return await _answer(gateway, await gateway.jobs.completion(body, caller(request)), CompletionShape(), request)
+        caller = caller_of(request, gateway.state)
+        job = await gateway.jobs.completion(body, caller)
+        return await _answer(gateway, Run(gateway, caller, job), CompletionShape(), request)
 
     return router
 
 
-def caller(request: Request) -> str:
-    """Whose turn a request takes when it names no user: the key's digest, else the client's address."""
-    key = request.scope.get("pasture.key")
-    if isinstance(key, str):
-        return f"key:{key}"
-    return "anonymous" if request.client is None else request.client.host
-
-
-async def _answer(gateway: Gateway, job: Job, shape: Shape, request: Request) -> Response:
-    service = gateway.service
-    writer = Writer(job, shape, service.vocabulary)
-
-    def read(choice: Choice) -> AsyncGenerator[Fragment, None]:
-        events = gateway.metrics.observed(service.generate(choice.request), gateway.clock)
-        return read_reply(events, service.vocabulary, job.stops, len(choice.request.prompt), clock=gateway.clock)
-
-    if job.stream:
-        return EventStream(chunks(job, read, writer))
+async def _answer(gateway: Gateway, run: Run, shape: Shape, request: Request) -> Response:
+    writer = Writer(run.job, shape, gateway.service.vocabulary)
+    if run.job.stream:
+        return EventStream(run.chunks(writer))
     async with cancelled_on_disconnect(request.receive):
-        replies = await collect(job, read)
+        replies = await run.collect()
     return Response(writer.complete(replies), media_type="application/json")

@@ -16,6 +16,7 @@ from functools import partial
 
 from pydantic import JsonValue
 
+from pasture.api.callers import TIERS, Caller
 from pasture.api.offload import off_loop
 from pasture.api.schemas import ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
 from pasture.api.settings import ApiSettings
@@ -67,23 +68,47 @@ class Jobs:
         self._settings = settings
         self._model = settings.model_alias or service.model.name
 
-    async def chat(self, body: ChatBody, user: str) -> Job:
+    async def chat(self, body: ChatBody, caller: Caller) -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
         _check_chat(body)
         text = self.render(body)
         prompt = await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
         limit = body.max_completion_tokens or body.max_tokens
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job("chatcmpl-", body, user, [(prompt, "")], limit, n_logprobs)
+        return self._job("chatcmpl-", body, caller, [(prompt, "")], limit, n_logprobs)
 
-    async def completion(self, body: CompletionBody, user: str) -> Job:
+    async def completion(self, body: CompletionBody, caller: Caller) -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
         _check_completion(body)
         prompts = []
         for prompt in body.prompt:
             tokens = await off_loop(len(prompt), partial(self._tokens, prompt))
             prompts.append((tokens, self._echo(prompt) if body.echo else ""))
-        return self._job("cmpl-", body, user, prompts, body.max_tokens, body.logprobs)
+        return self._job("cmpl-", body, caller, prompts, body.max_tokens, body.logprobs)
+
+    async def tokens(self, messages: Sequence[Mapping[str, JsonValue]], context: Mapping[str, object]) -> tuple[int, ...]:
+        """What a conversation is to the model before anybody asks for a reply; none for no messages. Raises RequestError."""
+        if not messages:
+            return ()
+        fields = {**context, "messages": messages, "add_generation_prompt": False}
+        text = self.render(TemplateBody.model_validate(fields))
+        return await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
+
+    def prefill(self, tokens: tuple[int, ...], caller: Caller) -> Request:
+        """A request that only brings tokens into the cache."""
+        longest = self._service.max_conversation_tokens
+        if len(tokens) > longest:
+            raise PromptTooLong(f"the conversation has {len(tokens)} tokens; one here holds {longest}", param="session_id")
+        return Request(
+            RequestId("prefetch-" + secrets.token_hex(12)),
+            tokens,
+            0,
+            namespace=caller.namespace,
+            tenant=caller.tenant.name,
+            user=caller.user,
+            weight=caller.tenant.limits.weight,
+            priority=min(caller.priority, 0),
+        )
 
     def render(self, body: TemplateBody) -> str:
         """The conversation as the model will read it."""
@@ -104,7 +129,7 @@ class Jobs:
         self,
         prefix: str,
         body: GenerationBody,
-        user: str,
+        caller: Caller,
         prompts: Sequence[tuple[tuple[int, ...], str]],
         limit: int | None,
         n_logprobs: int | None,
@@ -124,7 +149,11 @@ class Jobs:
                 prompt=tokens,
                 max_tokens=self._room(tokens, limit),
                 sampling=sampling,
-                user=body.user or user,
+                namespace=caller.namespace,
+                tenant=caller.tenant.name,
+                user=body.user or caller.user,
+                weight=caller.tenant.limits.weight,
+                priority=caller.priority if body.service_tier is None else TIERS[body.service_tier],
                 stop_tokens=frozenset() if body.ignore_eos else vocabulary.end_tokens,
                 n_logprobs=n_logprobs,
                 deadline_seconds=body.deadline_seconds or self._settings.deadline_seconds,

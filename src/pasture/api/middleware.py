@@ -3,19 +3,26 @@ nothing beyond the call."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pasture.api.callers import KEY, TENANT
 from pasture.api.errors import problem
+from pasture.sessions.tenants import Keyring
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """what a load balancer asks without a key"""
+
+ADMIN_PATHS = frozenset({"/metrics", "/slots", "/v1/diagnosis"})
+"""what tells of everybody's doing: the admin key's, where there is one"""
+ADMIN_PREFIX = "/v1/admin/"
+"""the admin key's alone; without one, these routes do not exist"""
 
 _USABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -64,25 +71,50 @@ class LastResort:
 
 
 class ApiKeys:
-    """Lets through who presents one of the keys, and notes which one as `scope["pasture.key"]` (a digest)."""
+    """Lets through who presents a valid key, and notes in the scope whose it is. A server without keys lets everybody through.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    With an admin key, the routes that look at everybody's doing open to that key alone.
+    """
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, admin_key: str | None = None) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keyring = keyring
+        self._admin_key = None if admin_key is None else admin_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, send)
-            return
-        presented = _presented(Headers(scope=scope))
-        # every key is compared, so that the time says nothing about which one was close
-        if sum(secrets.compare_digest(presented, key) for key in self._keys):
-            scope["pasture.key"] = hashlib.sha256(presented).hexdigest()[:16]
-            await self._app(scope, receive, send)
-            return
-        reason = "the API key is not valid" if presented else "an API key is needed: Authorization: Bearer KEY"
-        refusal = HTTPException(401, reason, headers={"www-authenticate": "Bearer"})
-        await problem(refusal).response()(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            presented = _presented(Headers(scope=scope))
+            refusal = self._refused(presented) if self._is_admins(scope["path"]) else await self._unknown(scope, presented)
+            if refusal is not None:
+                await problem(refusal).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _is_admins(self, path: str) -> bool:
+        return path.startswith(ADMIN_PREFIX) or (self._admin_key is not None and path in ADMIN_PATHS)
+
+    def _refused(self, presented: bytes) -> Exception | None:
+        if self._admin_key is None:
+            return HTTPException(404, "Not Found")
+        return None if secrets.compare_digest(presented, self._admin_key) else _needs_key(presented, "the admin key")
+
+    async def _unknown(self, scope: Scope, presented: bytes) -> Exception | None:
+        """Why the request is not let in; None where it is, and then the scope says whose it is."""
+        if not self._keyring.closed():
+            return None
+        tenant = None
+        if presented:
+            tenant = self._keyring.remembered(presented) or await asyncio.to_thread(self._keyring.find, presented)
+        if tenant is None:
+            return _needs_key(presented, "an API key")
+        scope[TENANT] = tenant
+        scope[KEY] = hashlib.sha256(presented).hexdigest()[:16]
+        return None
+
+
+def _needs_key(presented: bytes, what: str) -> HTTPException:
+    reason = "the API key is not valid" if presented else f"{what} is needed: Authorization: Bearer KEY"
+    return HTTPException(401, reason, headers={"www-authenticate": "Bearer"})
 
 
 def _presented(headers: Headers) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator
 
@@ -18,6 +18,7 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_CHARACTERS = 1024
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_MESSAGES = 10_000
 
 UNSUPPORTED: Mapping[str, str] = {
     "functions": "functions are not supported; send them as tools",
@@ -108,6 +109,11 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, frozen=True)
 
 
+SessionId = Annotated[str, Field(min_length=1, max_length=256)]
+SessionMode = Literal["auto", "append", "replace"]
+"""whether messages sent in a session are the new ones, the whole conversation, or whichever they look like"""
+
+
 class StreamOptions(_Body):
     include_usage: bool = False
 
@@ -124,6 +130,8 @@ class GenerationBody(_Body):
     user: str | None = None
     ignore_eos: bool | None = None
     deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
+    prompt_cache_key: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     pasture: bool | None = None
     """asks for the `pasture` object in the answer: where the request's time went"""
 
@@ -150,7 +158,7 @@ class GenerationBody(_Body):
 class TemplateBody(_Body):
     """What the chat template is given; alone, the body of /apply-template."""
 
-    messages: list[dict[str, JsonValue]]
+    messages: Annotated[list[dict[str, JsonValue]], Field(max_length=MAX_MESSAGES)]
     tools: list[dict[str, JsonValue]] | None = None
     tool_choice: JsonValue = None
     add_generation_prompt: bool = True
@@ -158,6 +166,8 @@ class TemplateBody(_Body):
 
 
 class ChatBody(GenerationBody, TemplateBody):
+    session_id: SessionId | None = None
+    session_mode: SessionMode | None = None
     max_completion_tokens: MaxTokens = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -14,7 +14,9 @@ class ApiSettings:
     model_alias: str | None = None
     """the name clients see; None: the model's own"""
     api_keys: tuple[str, ...] = ()
-    """any one of them opens the server; none: open to all"""
+    """each opens the server to a tenant of its own, beside the keys in the state; none at all: open to everybody"""
+    admin_key: str | None = None
+    """opens what looks at everybody's doing; None: any key opens `/metrics` and `/slots`, and nothing the admin routes"""
     cors_origins: tuple[str, ...] = ()
     """origins whose pages may call the server; none: no CORS headers at all"""
     max_body_bytes: int = 32 * MIB

@@ -9,7 +9,7 @@ stream ends.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -29,6 +29,9 @@ COMMENT_SECONDS = 15.0
 Read = Callable[[Choice], AsyncGenerator[Fragment, None]]
 """starts a choice's request and yields the fragments of its reply"""
 
+OnComplete = Callable[[Sequence[Reply]], Awaitable[None]]
+"""what must be done before a client is told that its answer is complete"""
+
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -45,12 +48,15 @@ async def collect(job: Job, read: Read) -> list[Reply]:
     return replies
 
 
-async def chunks(job: Job, read: Read, writer: Writer) -> AsyncGenerator[bytes, None]:
-    """The events of a stream, as bytes."""
+async def chunks(job: Job, read: Read, writer: Writer, on_complete: OnComplete | None = None) -> AsyncGenerator[bytes, None]:
+    """The events of a stream, as bytes. `on_complete` gets the replies, before the stream ends."""
+    replies = [Reply(choice) for choice in job.choices]
     opened: set[int] = set()
     finishes: dict[int, Finish] = {}
     async with aclosing(interleave([read(choice) for choice in job.choices])) as fragments:
         async for index, fragment in fragments:
+            if on_complete is not None:
+                replies[index].add(fragment)
             data = writer.next(index, fragment)
             if index not in opened:
                 opened.add(index)
@@ -58,6 +64,8 @@ async def chunks(job: Job, read: Read, writer: Writer) -> AsyncGenerator[bytes, 
             if fragment.finish is not None:
                 finishes[index] = fragment.finish
             yield data
+    if on_complete is not None:
+        await on_complete(replies)
     yield writer.last(finishes)
 
 

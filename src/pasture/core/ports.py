@@ -6,11 +6,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from pasture.core.statistics import ServiceStatistics
-from pasture.core.storage import SlabCodec
+from pasture.core.storage import Pin, SlabCodec
 from pasture.core.values import (
     Form,
     Layout,
     ModelInfo,
+    Namespace,
     PoolShape,
     Request,
     Sampler,
@@ -19,6 +20,7 @@ from pasture.core.values import (
     StepPlan,
     StepResult,
     TokenEvent,
+    Whereabouts,
 )
 
 Clock = Callable[[], float]
@@ -113,6 +115,25 @@ class Service(Protocol):
 
         Raises RequestError (QueueFull, PromptTooLong, ShuttingDown) from the first `__anext__`, before any event. Closing the
         generator, or cancelling the task in it, frees everything the request holds within one engine step.
+        """
+        ...
+
+    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
+        """Where the KV of these tokens is now. Raises ShuttingDown."""
+        ...
+
+    async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
+        """Keep in RAM what there is of these tokens, live or in RAM. The pin may be released on any thread."""
+        ...
+
+    async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
+        """The KV of these tokens, as far as it is at hand, for `restore` of a service with the same model; may be empty."""
+        ...
+
+    async def restore(self, namespace: Namespace, tokens: Sequence[int], exported: bytes) -> int:
+        """Store what `export` gave for the same tokens; returns how many tokens it was.
+
+        The bytes may come from anybody: raises Conflict for another model's, RequestError for bytes that are no export.
         """
         ...
 

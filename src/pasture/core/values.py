@@ -147,6 +147,18 @@ class TokenEvent:
     """with a request's first token: its cost until then, for a reader who ends the request himself at a stop string"""
 
 
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where the KV of a prefix is, in tokens from its beginning."""
+
+    live_tokens: int
+    """in the live cache"""
+    shared_tokens: int
+    """of those, in cells that more than one sequence holds"""
+    ram_tokens: int
+    """in the store's RAM"""
+
+
 # What the engine is
 
 

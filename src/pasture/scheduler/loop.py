@@ -2,8 +2,9 @@
 
     inbox (submissions, cancellations)  ->  schedule -> execute -> commit  ->  publish (events, one call a step)
 
-Other threads talk to it through `submit`, `cancel` and `stop`, and read `snapshot`, which is replaced whole. When nothing runs
-it carries out the operations that are left, checks the conservation law, compacts a fragmented cache, and sleeps.
+Other threads talk to it through `submit`, `cancel`, `ask` and `stop`, and read `snapshot`, which is replaced whole. When
+nothing runs it carries out the operations that are left, checks the conservation law, compacts a fragmented cache, and
+sleeps.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
 
-from pasture.core.errors import EngineError, InvariantBroken, PastureError, ShuttingDown
+from pasture.core.errors import EngineError, InvariantBroken, PastureError, RequestError, ShuttingDown
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics
 from pasture.core.storage import Store
@@ -34,12 +38,20 @@ KEEP_SECONDS = 30.0
 Publish = Callable[[list[Delivery]], None]
 Snapshot = tuple[PoolStatistics, SchedulerStatistics]
 
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    reply: Callable[[Scheduler], None]
+    cancel: Callable[[], object]
+
 
 class EngineLoop:
     def __init__(
         self, engine: Engine, settings: SchedulerSettings, store: Store, publish: Publish, clock: Clock = time.monotonic
     ) -> None:
-        self._inbox: deque[Task | RequestId] = deque()
+        self._inbox: deque[Task | RequestId | _Question] = deque()
         self._wake = threading.Condition()
         self._engine = engine
         self._publish = publish
@@ -70,6 +82,27 @@ class EngineLoop:
     def cancel(self, request_id: RequestId) -> None:
         self._post(request_id)
 
+    def ask(self, question: Callable[[Scheduler], Answer]) -> Future[Answer]:
+        """Have the engine thread call `question` between two steps, and carry out the operations that it leaves behind.
+
+        Raises ShuttingDown when the thread has ended; the future is cancelled when it ends before it comes to that.
+        """
+        future: Future[Answer] = Future()
+
+        def reply(scheduler: Scheduler) -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    answer = question(scheduler)
+                    self._flush()
+                except BaseException as error:
+                    future.set_exception(error)
+                    raise
+                future.set_result(answer)
+
+        if not self._post(_Question(reply, future.cancel)):
+            raise ShuttingDown("the server is shutting down")
+        return future
+
     def nudge(self) -> None:
         """Something outside has changed (a reader caught up): look again."""
         with self._wake:
@@ -83,7 +116,7 @@ class EngineLoop:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _post(self, item: Task | RequestId) -> bool:
+    def _post(self, item: Task | RequestId | _Question) -> bool:
         with self._wake:
             if self._stopping:
                 return False
@@ -106,7 +139,7 @@ class EngineLoop:
         finally:
             with self._wake:
                 self._stopping = True  # from here on nothing is posted any more
-            self._read_inbox()
+            self._read_inbox(ending=True)
             self._deliver(self._scheduler.end_all(FinishReason.CANCELLED))
             self._store.close()
             self._engine.close()
@@ -121,13 +154,26 @@ class EngineLoop:
                     "not everything could be written within %g s; the rest is computed again when asked for", KEEP_SECONDS
                 )
 
-    def _read_inbox(self) -> None:
+    def _read_inbox(self, *, ending: bool = False) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, Task):
+            if isinstance(item, _Question):
+                if ending:
+                    item.cancel()
+                else:
+                    self._answer(item)
+            elif isinstance(item, Task):
                 self._scheduler.submit(item)
             else:
                 self._scheduler.cancel(item)
+
+    def _answer(self, question: _Question) -> None:
+        try:
+            question.reply(self._scheduler)
+        except RequestError:
+            pass  # whoever asked has it
+        except PastureError as error:
+            self._start_over(error)
 
     def step(self) -> bool:
         """One schedule, execute, commit. False when there was nothing to do."""

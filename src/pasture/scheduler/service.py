@@ -12,15 +12,17 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.ports import Engine, Vocabulary
 from pasture.core.statistics import ServiceStatistics
-from pasture.core.storage import Store
-from pasture.core.values import Finish, FinishReason, ModelInfo, Request, TokenEvent
-from pasture.scheduler.loop import EngineLoop
-from pasture.scheduler.scheduler import Delivery
+from pasture.core.storage import Pin, Store
+from pasture.core.values import Finish, FinishReason, ModelInfo, Namespace, Request, TokenEvent, Whereabouts
+from pasture.kv.radix import token_array
+from pasture.scheduler import keeping
+from pasture.scheduler.loop import Answer, EngineLoop
+from pasture.scheduler.scheduler import Delivery, Scheduler
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
 from pasture.scheduler.task import Task
 
@@ -61,6 +63,7 @@ class LocalService:
         self._store = store
         self._model = engine.model
         self._vocabulary = engine.vocabulary
+        self._codec = engine.codec
         self._limit = engine.shape.n_cells if self._settings.layout is LayoutChoice.AUTO else engine.shape.cells_per_sequence
         self._channels: dict[Task, _Channel] = {}
         self._draining = False
@@ -113,6 +116,31 @@ class LocalService:
             if self._empty is not None and not self._channels:
                 self._empty.set()
 
+    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
+        """See `pasture.core.ports.Service.locate`."""
+        path = token_array(tokens)
+        return await self._ask(lambda scheduler: keeping.locate(scheduler, namespace, path))
+
+    async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
+        """See `pasture.core.ports.Service.pin`."""
+        path = token_array(tokens)
+        await self._ask(lambda scheduler: keeping.save(scheduler, namespace, path))
+        pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path))
+        return keeping.SafePin(pin, self._tell)
+
+    async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
+        """See `pasture.core.ports.Service.export`."""
+        path = token_array(tokens)
+        await self._ask(lambda scheduler: keeping.save(scheduler, namespace, path))
+        slabs = await self._ask(lambda scheduler: keeping.take(scheduler, namespace, path))
+        return await asyncio.to_thread(keeping.pack, slabs, self._codec) if slabs else b""
+
+    async def restore(self, namespace: Namespace, tokens: Sequence[int], exported: bytes) -> int:
+        """See `pasture.core.ports.Service.restore`."""
+        path, codec = token_array(tokens), self._codec
+        packed = await asyncio.to_thread(keeping.unpack, exported, len(path), codec.fingerprint)
+        return await self._ask(lambda scheduler: keeping.put(scheduler, namespace, path, packed, codec))
+
     def statistics(self) -> ServiceStatistics:
         pool, scheduler = self._loop.snapshot
         store = self._store.statistics()
@@ -148,6 +176,18 @@ class LocalService:
         if sum(task.started_at is None for task in self._channels) >= self._settings.max_waiting:
             self._n_rejected += 1
             raise QueueFull("too many requests are waiting; try again later", retry_after_seconds=self._retry_after())
+
+    async def _ask(self, question: Callable[[Scheduler], Answer]) -> Answer:
+        try:
+            return await asyncio.wrap_future(self._loop.ask(question))
+        except asyncio.CancelledError:
+            if self._loop.alive:
+                raise
+            raise ShuttingDown("the server is shutting down") from None
+
+    def _tell(self, question: Callable[[Scheduler], None]) -> None:
+        with contextlib.suppress(ShuttingDown):  # then the store is closed as well
+            self._loop.ask(question)
 
     def _retry_after(self) -> float:
         """How long the line needs for a tenth of itself, as the engine goes now: 1 to 60 s."""

@@ -43,7 +43,7 @@ class Expiry:
             names = connection.execute(text("SELECT tenant FROM sessions UNION SELECT tenant FROM responses")).scalars().all()
         n_sessions = n_responses = 0
         for name in names:
-            limits = known.get(name, Limits())
+            limits = known.get(name, self._tenants.usual)
             n_sessions += self._sweep(name, limits, "sessions")
             n_responses += self._sweep(name, limits, "responses")
         return Swept(n_sessions, n_responses)

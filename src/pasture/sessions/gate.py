@@ -70,14 +70,6 @@ class Gate:
             self._leave(turnstile)
             self._forget(tenant.name, turnstile)
 
-    def sweep(self) -> None:
-        """Forget the tenants whose bucket has filled up again."""
-        now = self._clock()
-        for name, turnstile in list(self._turnstiles.items()):
-            if now - turnstile.filled_at > SECONDS_A_MINUTE * 60:
-                turnstile.spent = 0.0
-            self._forget(name, turnstile)
-
     def _check_tokens(self, turnstile: _Turnstile, limits: Limits) -> None:
         rate = limits.tokens_per_minute
         now = self._clock()

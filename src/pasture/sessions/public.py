@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from pasture.core.errors import ConfigError, Conflict, NotFound
+from pasture.core.errors import Conflict, NotFound, RequestError
 from pasture.core.ports import Clock
 from pasture.sessions.database import Database
 
@@ -39,11 +39,11 @@ class PublicPrefixes:
         self._clock = clock
 
     def add(self, name: str, content: str) -> PublicPrefix:
-        """Raises Conflict for a name in use, ConfigError for a name or a text that cannot be."""
+        """Raises Conflict for a name in use, RequestError for a name or a text that cannot be."""
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"a public prefix's name is letters, digits, dots, dashes: not {name[:80]!r}")
+            raise RequestError(f"a public prefix's name is letters, digits, dots, dashes: not {name[:80]!r}")
         if not content or len(content.encode()) > MAX_BYTES:
-            raise ConfigError(f"a public prefix has 1 to {MAX_BYTES} bytes")
+            raise RequestError(f"a public prefix has 1 to {MAX_BYTES} bytes")
         row = {"name": name, "content": content, "now": self._clock()}
         try:
             with self._database.write() as connection:

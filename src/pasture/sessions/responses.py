@@ -50,9 +50,9 @@ class Responses:
     ) -> None:
         """Keep an answer behind what was said up to `previous`. `messages`: only what came since, its own reply last.
 
-        Raises NotFound when `previous` was deleted meanwhile, RateLimited when the tenant's store is full.
+        Makes room among older responses where the tenant has too many. Raises NotFound when `previous` was deleted meanwhile,
+        RateLimited when even that is not enough.
         """
-        limits = tenant.limits
         encoded = json.dumps(dict(body), ensure_ascii=False, separators=(",", ":"))
         now = self._clock()
         with self._database.write() as connection:
@@ -60,10 +60,10 @@ class Responses:
             head = turns.add_turn(connection, tenant, parent, messages)
             turns.keep(connection, head)
             n_bytes = len(encoded.encode())
-            turns.count_bytes(connection, tenant.name, n_bytes, limits.max_transcript_bytes)
+            turns.count_bytes(connection, tenant.name, n_bytes)
             values = {"id": response_id, "tenant": tenant.name, "head": head, "now": now, "body": encoded, "n": n_bytes}
             connection.execute(text("INSERT INTO responses VALUES (:id, :tenant, :head, :now, :now, :body, :n)"), values)
-            self._make_room(connection, tenant)
+            self._make_room(connection, tenant, keep=response_id)
 
     def delete(self, tenant: Tenant, response_id: str) -> None:
         """Raises NotFound. Responses that go on from this one keep their past."""
@@ -71,13 +71,18 @@ class Responses:
             forget(connection, _row(connection, tenant, response_id))
 
     @staticmethod
-    def _make_room(connection: Connection, tenant: Tenant) -> None:
+    def _make_room(connection: Connection, tenant: Tenant, keep: str) -> None:
+        """Forget the longest unused ones, but for `keep`, as far as limits of number and bytes ask for it."""
         found = connection.execute(text("SELECT count(*) FROM responses WHERE tenant = :tenant"), {"tenant": tenant.name})
-        excess = int(found.scalar_one()) - tenant.limits.max_responses
-        if excess > 0:
-            oldest = text("SELECT * FROM responses WHERE tenant = :tenant ORDER BY last_used, response_id LIMIT :excess")
-            for row in connection.execute(oldest, {"tenant": tenant.name, "excess": excess}).all():
-                forget(connection, row)
+        too_many = int(found.scalar_one()) - tenant.limits.max_responses
+        oldest = text("SELECT * FROM responses WHERE tenant = :tenant AND response_id <> :keep ORDER BY last_used LIMIT 1")
+        while too_many > 0 or turns.excess_bytes(connection, tenant) > 0:
+            row = connection.execute(oldest, {"tenant": tenant.name, "keep": keep}).first()
+            if row is None:
+                break
+            forget(connection, row)
+            too_many -= 1
+        turns.check_room(connection, tenant)
 
 
 def forget(connection: Connection, row: Row[tuple[object]]) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Sequence
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.core.ports import Clock
 from pasture.sessions.database import Database
@@ -13,7 +17,11 @@ from pasture.sessions.public import PublicPrefixes
 from pasture.sessions.responses import Responses
 from pasture.sessions.store import Sessions
 from pasture.sessions.tenants import Keyring, Tenants
-from pasture.sessions.values import Share
+from pasture.sessions.values import DEFAULT_TENANT, Limits, Share, Tenant
+
+log = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 60.0
 
 
 class State:
@@ -25,19 +33,43 @@ class State:
         *,
         keys: Sequence[str] = (),
         share: Share = Share.TENANT,
+        limits: Limits | None = None,
         wall_clock: Clock = time.time,
         clock: Clock = time.monotonic,
     ) -> None:
         """`location`: see `Database`; `keys`: from the settings, beside those in the database. Raises ConfigError."""
         self.database = Database(location)
         self.share = share
-        self.tenants = Tenants(self.database, clock=wall_clock)
+        self.now = wall_clock
+        self.open_tenant = Tenant(DEFAULT_TENANT, limits=limits or Limits())
+        """who everybody is on a server without keys"""
+        self.tenants = Tenants(self.database, limits, clock=wall_clock)
         self.keyring = Keyring(self.tenants, keys, clock=clock)
         self.sessions = Sessions(self.database, clock=wall_clock)
         self.responses = Responses(self.database, clock=wall_clock)
         self.public = PublicPrefixes(self.database, clock=wall_clock)
         self.expiry = Expiry(self.database, self.tenants, clock=wall_clock)
+        self._sweeper: threading.Thread | None = None
+        self._ended = threading.Event()
         self.gate = Gate(clock=clock)
 
+    def keep_sweeping(self, seconds: float = SWEEP_SECONDS) -> None:
+        """Forget what is due every so often, on a thread of its own, until `close`."""
+        self._sweeper = threading.Thread(target=self._sweep, args=(seconds,), name="pasture-expiry", daemon=True)
+        self._sweeper.start()
+
     def close(self) -> None:
+        self._ended.set()
+        if self._sweeper is not None:
+            self._sweeper.join()
         self.database.close()
+
+    def _sweep(self, seconds: float) -> None:
+        while not self._ended.wait(seconds):
+            try:
+                swept = self.expiry.sweep()
+            except SQLAlchemyError:
+                log.exception("nothing could be forgotten this time")
+                continue
+            if swept.sessions or swept.responses:
+                log.info("forgot %d sessions and %d responses that nobody used", swept.sessions, swept.responses)

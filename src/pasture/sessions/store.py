@@ -74,6 +74,7 @@ class Sessions:
                 raise Conflict(f"there is a session named {name!r} already", param="name") from None
             if head is not None:
                 turns.keep(connection, head)
+            turns.check_room(connection, tenant)
         return made
 
     def get(self, tenant: Tenant, session_id: str) -> Session:
@@ -134,6 +135,7 @@ class Sessions:
                 raise Conflict("the session has gone on while this request ran", param="session_id")
             new_head = turns.branch(connection, tenant, row.head, messages)
             self._point(connection, row, new_head, len(messages), n_tokens)
+            turns.check_room(connection, tenant)
             values = {
                 "id": session_id,
                 "requests": used.requests,
@@ -198,9 +200,18 @@ class Sessions:
             return _as_session(_row(connection, tenant, session_id))
 
     def pin(self, tenant: Tenant, session_id: str, pinned: bool) -> Session:
-        """A pinned session does not expire. Raises NotFound."""
+        """A pinned session does not expire. Raises NotFound, RateLimited when the tenant has pinned too many."""
         with self._database.write() as connection:
-            _row(connection, tenant, session_id)
+            row = _row(connection, tenant, session_id)
+            if pinned and not row.pinned:
+                found = connection.execute(
+                    text("SELECT count(*) FROM sessions WHERE tenant = :tenant AND pinned = 1"), {"tenant": tenant.name}
+                )
+                if int(found.scalar_one()) >= tenant.limits.max_pinned:
+                    raise RateLimited(
+                        f"a tenant may pin {tenant.limits.max_pinned} sessions; unpin one",
+                        retry_after_seconds=turns.FULL_RETRY_SECONDS,
+                    )
             connection.execute(
                 text("UPDATE sessions SET pinned = :pinned WHERE session_id = :id"), {"pinned": int(pinned), "id": session_id}
             )

@@ -15,17 +15,17 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from hashlib import blake2b, sha256
 from hmac import compare_digest
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 from sqlalchemy.exc import IntegrityError
 
-from pasture.core.errors import ConfigError, Conflict, NotFound
+from pasture.core.errors import Conflict, NotFound, RequestError
 from pasture.core.ports import Clock
 from pasture.sessions.database import Database
-from pasture.sessions.values import DEFAULT_TENANT, Key, Limits, Tenant
+from pasture.sessions.values import Key, Limits, Tenant
 
 KEY_PREFIX = "pasture-"
 FRESH_SECONDS = 2.0
@@ -39,16 +39,18 @@ _LIMIT_NAMES = {item.name for item in fields(Limits)}
 class Tenants:
     """Tenants and keys in one database; any thread may call."""
 
-    def __init__(self, database: Database, *, clock: Clock = time.time) -> None:
+    def __init__(self, database: Database, limits: Limits | None = None, *, clock: Clock = time.time) -> None:
+        """`limits`: of a tenant that has none of its own."""
         self._database = database
+        self.usual = limits or Limits()
         self._clock = clock
 
     def create(self, name: str, **limits: float | int | None) -> Tenant:
-        """A new tenant with a salt of its own. Raises Conflict for a name that is taken, ConfigError for one that cannot be."""
+        """A new tenant with a salt of its own. Raises Conflict for a name that is taken, RequestError for one that cannot be."""
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"a tenant's name is letters, digits, dots, dashes: not {name[:80]!r}")
-        tenant = Tenant(name, secrets.token_bytes(32), with_limits(Limits(), limits))
-        row = {"name": name, "salt": tenant.salt.hex(), "limits": _limits_json(tenant.limits), "created": self._clock()}
+            raise RequestError(f"a tenant's name is letters, digits, dots, dashes: not {name[:80]!r}")
+        tenant = Tenant(name, secrets.token_bytes(32), with_limits(self.usual, limits))
+        row = {"name": name, "salt": tenant.salt.hex(), "limits": json.dumps(limits), "created": self._clock()}
         try:
             with self._database.write() as connection:
                 connection.execute(text("INSERT INTO tenants VALUES (:name, :salt, :limits, :created)"), row)
@@ -59,20 +61,21 @@ class Tenants:
     def get(self, name: str) -> Tenant:
         """Raises NotFound."""
         with self._database.read() as connection:
-            return _tenant(connection, name)
+            return self._as_tenant(_row(connection, name))
 
     def all(self) -> tuple[Tenant, ...]:
         with self._database.read() as connection:
             rows = connection.execute(text("SELECT name, salt, limits FROM tenants ORDER BY name")).all()
-        return tuple(_as_tenant(row.name, row.salt, row.limits) for row in rows)
+        return tuple(self._as_tenant(row) for row in rows)
 
     def limit(self, name: str, **limits: float | int | None) -> Tenant:
-        """Change some of a tenant's limits. Raises NotFound, or ConfigError for a limit that cannot be."""
+        """Change some of a tenant's limits. Raises NotFound, or RequestError for a limit that cannot be."""
         with self._database.write() as connection:
-            tenant = _tenant(connection, name)
-            tenant = replace(tenant, limits=with_limits(tenant.limits, limits))
-            row = {"name": name, "limits": _limits_json(tenant.limits)}
-            connection.execute(text("UPDATE tenants SET limits = :limits WHERE name = :name"), row)
+            row = _row(connection, name)
+            own = json.loads(row.limits) | limits
+            tenant = Tenant(name, bytes.fromhex(row.salt), with_limits(self.usual, own))
+            values = {"name": name, "limits": json.dumps(own)}
+            connection.execute(text("UPDATE tenants SET limits = :limits WHERE name = :name"), values)
         return tenant
 
     def add_key(self, tenant: str, label: str = "") -> tuple[str, Key]:
@@ -118,12 +121,16 @@ class Tenants:
             ).first()
         if row is None or not compare_digest(row.digest, key_digest):
             return None
-        return _as_tenant(row.name, row.salt, row.limits)
+        return self._as_tenant(row)
 
     def has_keys(self) -> bool:
         """Whether a key was ever made, revoked or not."""
         with self._database.read() as connection:
             return connection.execute(text("SELECT 1 FROM api_keys LIMIT 1")).first() is not None
+
+    def _as_tenant(self, row: Row[tuple[object]]) -> Tenant:
+        own = {key: value for key, value in json.loads(row.limits).items() if key in _LIMIT_NAMES}
+        return Tenant(row.name, bytes.fromhex(row.salt), replace(self.usual, **own))
 
 
 class Keyring:
@@ -131,7 +138,7 @@ class Keyring:
 
     def __init__(self, tenants: Tenants, keys: Sequence[str] = (), *, clock: Clock = time.monotonic) -> None:
         self._tenants = tenants
-        self._written = [(sha256(key.encode()).digest(), _written_tenant(key)) for key in keys]
+        self._written = [(sha256(key.encode()).digest(), _written_tenant(key, tenants.usual)) for key in keys]
         self._clock = clock
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, Tenant]] = {}
@@ -181,39 +188,25 @@ def digest(key: bytes) -> str:
 
 
 def with_limits(limits: Limits, changes: dict[str, float | int | None]) -> Limits:
-    """Limits with some replaced. Raises ConfigError for an unknown one, or one that makes no sense."""
+    """Limits with some replaced. Raises RequestError for an unknown one, or one that makes no sense."""
     for name, value in changes.items():
         if name not in _LIMIT_NAMES:
-            raise ConfigError(f"there is no limit {name}")
+            raise RequestError(f"there is no limit {name}")
         if value is None:
             if name not in ("max_concurrent", "tokens_per_minute"):
-                raise ConfigError(f"{name} cannot be without a limit")
+                raise RequestError(f"{name} cannot be without a limit")
         elif value < 0 or (value == 0 and name in ("weight", "max_concurrent", "tokens_per_minute")):
-            raise ConfigError(f"{name} must be greater than 0")
+            raise RequestError(f"{name} must be greater than 0")
     return replace(limits, **changes)  # type: ignore[arg-type]  # numbers all, checked above
 
 
-def _written_tenant(key: str) -> Tenant:
+def _written_tenant(key: str, limits: Limits) -> Tenant:
     salt = blake2b(key.encode(), digest_size=32, person=b"pasture-salt").digest()
-    return Tenant(f"key-{sha256(salt).hexdigest()[:12]}", salt)
+    return Tenant(f"key-{sha256(salt).hexdigest()[:12]}", salt, limits)
 
 
-def _tenant(connection: Connection, name: str) -> Tenant:
+def _row(connection: Connection, name: str) -> Row[tuple[object]]:
     row = connection.execute(text("SELECT name, salt, limits FROM tenants WHERE name = :name"), {"name": name}).first()
     if row is None:
         raise NotFound(f"there is no tenant {name[:80]!r}")
-    return _as_tenant(row.name, row.salt, row.limits)
-
-
-def _as_tenant(name: str, salt: str, limits: str) -> Tenant:
-    kept = {key: value for key, value in json.loads(limits).items() if key in _LIMIT_NAMES}
-    return Tenant(name, bytes.fromhex(salt), Limits(**kept))
-
-
-def _limits_json(limits: Limits) -> str:
-    usual = asdict(Limits())
-    return json.dumps({name: value for name, value in asdict(limits).items() if value != usual[name]})
-
-
-OPEN = Tenant(DEFAULT_TENANT)
-"""who everybody is on a server without keys"""
+    return row

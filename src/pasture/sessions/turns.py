@@ -22,10 +22,10 @@ FULL_RETRY_SECONDS = 3600.0
 
 
 def add_turn(connection: Connection, tenant: Tenant, parent: str | None, messages: Sequence[Message]) -> str:
-    """A turn behind `parent`, which nobody points at yet. Raises RateLimited when the tenant's transcripts are full."""
+    """A turn behind `parent`, which nobody points at yet."""
     body = json.dumps(list(messages), ensure_ascii=False, separators=(",", ":"))
     n_bytes = len(body.encode())
-    count_bytes(connection, tenant.name, n_bytes, tenant.limits.max_transcript_bytes)
+    count_bytes(connection, tenant.name, n_bytes)
     before = 0 if parent is None else length(connection, tenant, parent)
     turn_id = "turn_" + secrets.token_hex(12)
     row = {
@@ -61,18 +61,26 @@ def let_go(connection: Connection, turn_id: str | None) -> None:
         turn_id = row.parent
 
 
-def count_bytes(connection: Connection, tenant: str, n_bytes: int, most: int | None = None) -> None:
-    """The tenant stores so many bytes more. Raises RateLimited when that is more than `most` in all."""
-    used = connection.execute(
-        text(
-            "INSERT INTO stored VALUES (:tenant, :n) ON CONFLICT (tenant) DO UPDATE SET n_bytes = stored.n_bytes + :n "
-            "RETURNING n_bytes"
-        ),
+def count_bytes(connection: Connection, tenant: str, n_bytes: int) -> None:
+    """The tenant stores so many bytes more."""
+    connection.execute(
+        text("INSERT INTO stored VALUES (:tenant, :n) ON CONFLICT (tenant) DO UPDATE SET n_bytes = stored.n_bytes + :n"),
         {"tenant": tenant, "n": n_bytes},
-    ).scalar_one()
-    if most is not None and used > most:
+    )
+
+
+def excess_bytes(connection: Connection, tenant: Tenant) -> int:
+    """By how much a tenant stores more than it may; negative where there is room."""
+    used = connection.execute(text("SELECT n_bytes FROM stored WHERE tenant = :tenant"), {"tenant": tenant.name}).scalar()
+    return int(used or 0) - tenant.limits.max_transcript_bytes
+
+
+def check_room(connection: Connection, tenant: Tenant) -> None:
+    """Raises RateLimited when the tenant stores more than it may: the transaction that went too far is undone."""
+    if excess_bytes(connection, tenant) > 0:
         raise RateLimited(
-            f"what a tenant stores may be {most} bytes; delete sessions or responses", retry_after_seconds=FULL_RETRY_SECONDS
+            f"what a tenant stores may be {tenant.limits.max_transcript_bytes} bytes; delete sessions or responses",
+            retry_after_seconds=FULL_RETRY_SECONDS,
         )
 
 

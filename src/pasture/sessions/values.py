@@ -44,7 +44,9 @@ class Limits:
     max_sessions: int = 10_000
     max_responses: int = 10_000
     """stored ones; the least recently used goes when another is stored"""
-    max_transcript_bytes: int = 1 << 30
+    max_pinned: int = 16
+    """sessions; what is pinned takes RAM that nothing else can have"""
+    max_transcript_bytes: int = 256 << 20
     idle_seconds: float = 7 * DAY_SECONDS
     """unused for so long, a session or a response that is not pinned is forgotten"""
     lifetime_seconds: float = 30 * DAY_SECONDS

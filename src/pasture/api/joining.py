@@ -1,0 +1,154 @@
+"""A chat request joins a session: what was said before comes from the server, and what is said now is kept there.
+
+    session_id, X-Session-Id (an id)          a session the client made: it may send the new messages only
+    X-Session-Id (a name), prompt_cache_key   a session that is made when first named: clients of this kind send everything
+
+Which of both a list of messages is can be said (`session_mode`); `auto` takes it for the whole conversation where it begins as
+the session does, or holds replies of the assistant as only a whole one does. A conversation goes on only when a reply is
+complete: what was cut off leaves the session as it was. One request at a time may go on from a session's end; the other one is
+told so (409).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pasture.api.callers import Caller
+from pasture.api.schemas import ChatBody
+from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
+from pasture.core.values import Finish, FinishReason
+from pasture.sessions.store import ANY_HEAD, AnyHead, Sessions
+from pasture.sessions.values import Counters, Message, Session, Tenant
+
+_log = logging.getLogger("pasture.api")
+
+SESSION_PREFIX = "sess_"
+CONTEXT_FIELDS = ("tools", "chat_template_kwargs")
+"""fields of a request that its session remembers"""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A request's place in a session."""
+
+    sessions: Sessions
+    tenant: Tenant
+    session_id: str | None
+    """None: the session of that name, made when the reply is complete"""
+    name: str | None
+    messages: Sequence[Message]
+    """the whole conversation, this request's messages included"""
+    context: Mapping[str, object]
+    head: str | AnyHead | None = ANY_HEAD
+
+    async def go_on(self, reply: str, finish: Finish) -> None:
+        """The reply is complete and belongs to the conversation. Raises Conflict, RateLimited."""
+        if finish.reason is FinishReason.CANCELLED:
+            return
+        messages = [*self.messages, {"role": "assistant", "content": reply}]
+        await asyncio.to_thread(self._keep, messages, finish)
+
+    def _keep(self, messages: Sequence[Message], finish: Finish) -> None:
+        usage = finish.usage
+        used = Counters(1, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        n_tokens = usage.prompt_tokens + usage.completion_tokens
+        try:
+            session_id = self.session_id or self._named()
+            self.sessions.advance(
+                self.tenant, session_id, messages, n_tokens=n_tokens, used=used, head=self.head, context=self.context
+            )
+        except (Conflict, NotFound, RateLimited) as error:
+            if self.session_id is not None:
+                raise
+            _log.info("a session that was only named is not kept: %s", error)
+
+    def _named(self) -> str:
+        assert self.name is not None
+        found = self.sessions.named(self.tenant, self.name)
+        return (found or self.sessions.create(self.tenant, name=self.name)).session_id
+
+
+@dataclass(slots=True)
+class Membership:
+    """Which request is in which session."""
+
+    sessions: Sessions
+    _busy: set[str] = field(default_factory=set)
+
+    async def join(self, body: ChatBody, caller: Caller, header: str | None) -> tuple[ChatBody, Joined | None]:
+        """The request with its whole conversation, and its place. Raises NotFound, or RequestError for what cannot be meant."""
+        session_id, name = _wanted(body, header)
+        if session_id is None and name is None:
+            if body.session_mode is not None:
+                raise RequestError("session_mode needs a session_id", param="session_mode")
+            return body, None
+        session: Session | None = None
+        said: list[Message] = []
+        if session_id is not None:
+            session, said = await asyncio.to_thread(self.sessions.open, caller.tenant, session_id)
+            if (body.n or 1) > 1:
+                raise RequestError("a session goes on with one reply: n must be 1", param="n")
+        mode = body.session_mode or ("auto" if session_id is not None else "replace")
+        messages = whole(said, body.messages, mode)
+        context = _context(body, session)
+        body = body.model_copy(update={"messages": messages, **context})
+        head = ANY_HEAD if session is None else session.head
+        return body, Joined(self.sessions, caller.tenant, session_id, name, messages, context, head)
+
+    @contextmanager
+    def alone(self, joined: Joined | None) -> Iterator[None]:
+        """Nobody else goes on from the same session within the block. Raises Conflict when somebody does already."""
+        session_id = None if joined is None else joined.session_id
+        if session_id is None:
+            yield
+            return
+        if session_id in self._busy:
+            raise Conflict("another request is going on from this session; wait for it, or fork", param="session_id")
+        self._busy.add(session_id)
+        try:
+            yield
+        finally:
+            self._busy.discard(session_id)
+
+
+def whole(said: Sequence[Message], sent: Sequence[Message], mode: str) -> list[Message]:
+    """The conversation that a client means who sends `sent` in a session where `said` was said."""
+    if mode == "replace" or (mode == "auto" and _is_whole(said, sent)):
+        return list(sent)
+    return [*said, *sent]
+
+
+def _is_whole(said: Sequence[Message], sent: Sequence[Message]) -> bool:
+    if not said or not sent or list(sent[: len(said)]) == list(said):
+        return True
+    opens = {"system", "developer"}
+    if sent[0].get("role") in opens and said[0].get("role") in opens:
+        return True
+    return _has_reply(said) and _has_reply(sent)
+
+
+def _has_reply(messages: Sequence[Message]) -> bool:
+    return any(message.get("role") == "assistant" for message in messages)
+
+
+def _wanted(body: ChatBody, header: str | None) -> tuple[str | None, str | None]:
+    """(session id, name), one of them at most."""
+    if body.session_id is not None:
+        return body.session_id, None
+    if header is not None and header.startswith(SESSION_PREFIX):
+        return header, None
+    name = header or body.prompt_cache_key
+    if name is not None and len(name) > 256:
+        raise RequestError("x-session-id has at most 256 characters", param="x-session-id")
+    return None, name
+
+
+def _context(body: ChatBody, session: Session | None) -> dict[str, object]:
+    """What the request says, else what its session remembers."""
+    kept = {} if session is None else session.context
+    found = {name: getattr(body, name) or kept.get(name) for name in CONTEXT_FIELDS}
+    return {name: value for name, value in found.items() if value}

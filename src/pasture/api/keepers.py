@@ -1,0 +1,165 @@
+"""What the session routes do beyond the database: tokens, KV, files. One for an app; belongs to its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from hashlib import sha256
+
+from pydantic import ValidationError
+
+from pasture.api.callers import Caller
+from pasture.api.errors import explain
+from pasture.api.gateway import Gateway
+from pasture.api.session_schemas import Json, NewSession, describe, describe_cache
+from pasture.core.errors import Conflict, NotFound, RequestError
+from pasture.core.ports import Service
+from pasture.core.storage import Pin
+from pasture.core.values import ModelInfo
+from pasture.sessions import portable
+from pasture.sessions.values import Message, Session, Tenant
+
+
+class Keepers:
+    """Sessions of one app with what the service has of them."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._sessions = gateway.state.sessions
+        self._pins: dict[str, Pin] = {}
+
+    async def tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
+        """The conversation as the model reads it."""
+        return await self._gateway.jobs.tokens(messages, session.context)  # type: ignore[arg-type]  # JSON, from the database
+
+    async def show(self, caller: Caller, session_id: str) -> tuple[Json, list[Message]]:
+        """A session with where its KV is, and its messages. Raises NotFound."""
+        session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
+        shown = self.describe(caller.tenant, session)
+        try:
+            tokens = await self.tokens(session, messages)
+        except RequestError:  # this model's template refuses what was said to another
+            return shown, messages
+        found = await self._service.locate(caller.namespace, tokens)
+        return shown | {"cache": describe_cache(found, len(tokens), self._service.model.cell_bytes)}, messages
+
+    def describe(self, tenant: Tenant, session: Session) -> Json:
+        limits = tenant.limits
+        return describe(
+            session,
+            self._gateway.state.now(),
+            idle_seconds=limits.idle_seconds,
+            lifetime_seconds=limits.lifetime_seconds,
+        )
+
+    async def prefetch(self, caller: Caller, session_id: str) -> Json:
+        """Bring a session's KV into the live cache: from a tier, or computed. Raises NotFound."""
+        session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
+        tokens = await self.tokens(session, messages)
+        cached = 0
+        if tokens:
+            request = self._gateway.jobs.prefill(tokens, caller)
+            async with (
+                self._gateway.state.gate.enter(caller.tenant) as passage,
+                aclosing(self._service.generate(request)) as events,
+            ):
+                async for event in events:
+                    if event.finish is not None:
+                        cached = event.finish.usage.cached_tokens
+                        passage.tokens = len(tokens) - cached
+        return {"id": session_id, "object": "session.prefetch", "tokens": len(tokens), "cached_tokens": cached}
+
+    async def pin(self, caller: Caller, session_id: str) -> Session:
+        """The session does not expire, and what there is of its KV stays in RAM. Raises NotFound, RateLimited."""
+        session = await asyncio.to_thread(self._sessions.pin, caller.tenant, session_id, True)
+        _, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
+        tokens = await self.tokens(session, messages)
+        pin = await self._service.pin(caller.namespace, tokens) if tokens else None
+        self.let_go(session_id)
+        if pin is not None:
+            self._pins[session_id] = pin
+        return session
+
+    async def unpin(self, caller: Caller, session_id: str) -> Session:
+        """Raises NotFound."""
+        session = await asyncio.to_thread(self._sessions.pin, caller.tenant, session_id, False)
+        self.let_go(session_id)
+        return session
+
+    def let_go(self, session_id: str) -> None:
+        """Nothing keeps the session's KV any more."""
+        pin = self._pins.pop(session_id, None)
+        if pin is not None:
+            pin.release()
+
+    async def truncate(self, caller: Caller, session_id: str, messages: int | None, tokens: int | None) -> Session:
+        """Keep so many messages, or as many as fit into so many tokens. Raises NotFound, RequestError."""
+        if (messages is None) == (tokens is None):
+            raise RequestError("give either messages or tokens", param="messages")
+        if messages is None:
+            assert tokens is not None
+            messages = await self._messages_within(caller, session_id, tokens)
+        return await asyncio.to_thread(self._sessions.truncate, caller.tenant, session_id, messages)
+
+    async def target(self, key: str) -> Tenant:
+        """The tenant that a key belongs to. Raises NotFound."""
+        tenant = await asyncio.to_thread(self._gateway.state.keyring.find, key.encode())
+        if tenant is None:
+            raise NotFound("the target key is not valid", param="target_key")
+        return tenant
+
+    async def export(self, caller: Caller, session_id: str, *, blocks: bool) -> bytes:
+        """The session as one file. Raises NotFound."""
+        session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
+        tokens = await self.tokens(session, messages)
+        exported = b""
+        if blocks and tokens:
+            exported = await self._service.export(caller.namespace, tokens)
+        file = portable.Portable(model_id(self._service.model), messages, tokens, exported, session.context, session.metadata)
+        return await asyncio.to_thread(portable.dump, file)
+
+    async def take_in(self, caller: Caller, data: bytes, *, adopt: bool) -> tuple[Session, int]:
+        """A session out of a file, and how many tokens of KV came with it.
+
+        `adopt`: its transcript alone is welcome when it is another model's. Raises RequestError, Conflict, RateLimited.
+        """
+        file = await asyncio.to_thread(portable.load, data)
+        ours = file.model == model_id(self._service.model)
+        if not ours and not adopt:
+            raise Conflict("the session is of another model or another quantisation; adopt=true takes its transcript alone")
+        try:
+            body = NewSession.model_validate({"messages": file.messages, "metadata": file.metadata, **file.context})
+        except ValidationError as error:
+            raise RequestError(f"the exported session cannot be read: {explain(error)[0]}") from None
+        n_restored = 0
+        if ours and file.blocks:
+            tokens = await self._gateway.jobs.tokens(body.messages, body.context)
+            if tuple(file.tokens) != tokens:
+                raise RequestError("the exported session's tokens are not those of its transcript")
+            n_restored = await self._service.restore(caller.namespace, tokens, file.blocks)
+        session = await asyncio.to_thread(
+            lambda: self._sessions.create(caller.tenant, body.messages, context=body.context, metadata=body.metadata)
+        )
+        return session, n_restored
+
+    async def _messages_within(self, caller: Caller, session_id: str, tokens: int) -> int:
+        """The most messages from the beginning that are at most so many tokens."""
+        session, said = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
+        low, high = 0, len(said)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(await self.tokens(session, said[:middle])) <= tokens:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    @property
+    def _service(self) -> Service:
+        return self._gateway.service
+
+
+def model_id(model: ModelInfo) -> str:
+    """Equal where tokens and KV mean the same: same architecture, same size, same quantisation."""
+    facts = (model.architecture, model.n_params, model.n_bytes, model.n_vocab, model.n_layers, model.cell_bytes)
+    return sha256(repr(facts).encode()).hexdigest()[:32]

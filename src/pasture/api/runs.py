@@ -1,0 +1,87 @@
+"""One job on its way through: past its tenant's turnstile, to the service, and at the end into its session.
+
+Whatever ends the reading (the client's departure, an error, the last token) gives the place at the turnstile and in the session
+back. Tokens are counted as they come, so that a reply that was cut off is paid for as far as it went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from pasture.api.callers import Caller
+from pasture.api.formats import Reply, Writer
+from pasture.api.gateway import Gateway
+from pasture.api.jobs import Choice, Job
+from pasture.api.joining import Joined
+from pasture.api.streams import OnComplete, chunks, collect
+from pasture.core.values import TokenEvent
+from pasture.sessions.gate import Passage
+from pasture.text.replies import Fragment, read_reply
+
+
+class Run:
+    """A job with whose it is, and the session that it is in."""
+
+    def __init__(self, gateway: Gateway, caller: Caller, job: Job, joined: Joined | None = None) -> None:
+        self.job = job
+        self._gateway = gateway
+        self._caller = caller
+        self._joined = joined
+        self._passage = Passage()
+
+    async def collect(self) -> list[Reply]:
+        """Every choice's reply, complete, and kept in the session. Raises what ends any of them early."""
+        with self._gateway.members.alone(self._joined):
+            async with self._gateway.state.gate.enter(self._caller.tenant) as self._passage:
+                replies = await collect(self.job, self._read)
+            await self._keep(replies)
+        return replies
+
+    async def chunks(self, writer: Writer) -> AsyncGenerator[bytes, None]:
+        """The events of a stream, as bytes."""
+        keep: OnComplete | None = self._keep if self._joined is not None else None
+        with self._gateway.members.alone(self._joined):
+            async with (
+                self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
+                aclosing(chunks(self.job, self._read, writer, keep)) as events,
+            ):
+                async for event in events:
+                    yield event
+
+    async def fragments(self) -> AsyncGenerator[Fragment, None]:
+        """The reply of the first choice, piece by piece, for answers in other shapes."""
+        async with (
+            self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
+            aclosing(self._read(self.job.choices[0])) as fragments,
+        ):
+            async for fragment in fragments:
+                yield fragment
+
+    def _read(self, choice: Choice) -> AsyncGenerator[Fragment, None]:
+        gateway = self._gateway
+        events = gateway.service.generate(choice.request)
+        if self._caller.tenant.limits.tokens_per_minute is not None:
+            events = _counted(events, self._passage, len(choice.request.prompt))
+        timed = gateway.metrics.observed(events, gateway.clock)
+        return read_reply(timed, gateway.service.vocabulary, self.job.stops, len(choice.request.prompt), clock=gateway.clock)
+
+    async def _keep(self, replies: Sequence[Reply]) -> None:
+        if self._joined is not None:
+            finish = replies[0].finish
+            assert finish is not None  # a reply without one has raised
+            await self._joined.go_on("".join(replies[0].text), finish)
+
+
+async def _counted(
+    events: AsyncGenerator[TokenEvent, None], passage: Passage, prompt_tokens: int
+) -> AsyncGenerator[TokenEvent, None]:
+    """The same events; the passage pays for the prompt with the first and for every token."""
+    async with aclosing(events):
+        paid = False
+        async for event in events:
+            if not paid:
+                paid = True
+                passage.tokens += prompt_tokens
+            passage.tokens += event.token is not None
+            yield event
