@@ -23,32 +23,47 @@ from pasture.core.errors import EngineError
 from pasture.core.storage import Bytes
 from pasture.core.values import Form, Slab
 from pasture.engine.blob import CacheKind, CacheRows, KvSlab, RowKind, Rows, StateSlab
-from pasture.engine.kernels import Q4_0, Q8_0, can_convert, convert, kernel
+from pasture.engine.kernels import Q4_0, Q8_0, ROTATED_Q4_0, can_convert, convert, kernel
 
 _MAGIC = b"pKV1"
 _HEADER = struct.Struct("<4sBBHIII")
 _KIND = struct.Struct("<iI")
 _ROWS, _STATE = 0, 1
-_SQUEEZED = {Form.Q8_0: Q8_0, Form.Q4_0: Q4_0}
 
 
-def squeezed(kind: RowKind, ggml_type: int) -> RowKind:
-    """The row in another type; as it is where it has no whole blocks of it, or would not get smaller."""
-    source, target = kernel(kind.ggml_type), kernel(ggml_type)
+def squeezed(kind: RowKind, form: Form) -> RowKind:
+    """A row as it was computed, in a form; as it is where it has no whole blocks of it, or would not get smaller."""
+    source = kernel(kind.ggml_type)
     elements = source.elements(kind.row_size) if source is not None else None
-    if target is None or elements is None or not can_convert(kind.ggml_type, ggml_type):
+    if source is None or elements is None:
         return kind
-    row_bytes = target.row_bytes(elements)
-    return kind if row_bytes is None or row_bytes >= kind.row_size else RowKind(ggml_type, row_bytes)
+    for ggml_type in _types_of(form, is_plain=source.block_elements == 1):
+        target = kernel(ggml_type)
+        row_bytes = target.row_bytes(elements) if target is not None and can_convert(kind.ggml_type, ggml_type) else None
+        if row_bytes is not None and row_bytes < kind.row_size:
+            return RowKind(ggml_type, row_bytes)
+    return kind
+
+
+def _types_of(form: Form, *, is_plain: bool) -> tuple[int, ...]:
+    """Best first. The library has rotated quantised rows itself, and rotating them again would undo it."""
+    match form:
+        case Form.Q8_0:
+            return (Q8_0,)
+        case Form.Q4_0:
+            return (ROTATED_Q4_0, Q4_0) if is_plain else (Q4_0,)
+        case _:
+            return ()
 
 
 def kinds_in(kinds: Sequence[CacheKind], form: Form) -> tuple[CacheKind, ...]:
-    """What caches of these kinds become in a form."""
-    if form not in _SQUEEZED:
-        return tuple(kinds)
-    to = _SQUEEZED[form]
+    """What caches of these kinds, as they were computed, become in a form."""
     return tuple(
-        CacheKind(kind.ext_bytes, tuple(squeezed(r, to) for r in kind.keys), tuple(squeezed(r, to) for r in kind.values))
+        CacheKind(
+            kind.ext_bytes,
+            tuple(squeezed(row, form) for row in kind.keys),
+            tuple(squeezed(row, form) for row in kind.values),
+        )
         for kind in kinds
     )
 
@@ -93,8 +108,8 @@ class LlamaCodec:
         self._kinds = tuple(kinds)
         self._live = live
         self._check_state = check_state
-        forms = [kinds_in(self._kinds, form) for form in Form]
-        self._known = tuple(frozenset(rows) for rows in zip(*(_flat(kinds) for kinds in forms), strict=True))
+        self._in_form = {form: _flat(kinds_in(self._kinds, form)) for form in Form}
+        self._known = tuple(frozenset(rows) for rows in zip(*self._in_form.values(), strict=True))
         """by tensor: the kinds a payload may hold it in"""
 
     @property
@@ -142,10 +157,13 @@ class LlamaCodec:
     def squeeze(self, payload: Bytes, form: Form) -> Bytes:
         """Every tensor in `form` that gets smaller by it; running states stay as they are. Raises EngineError on damage."""
         head = _Head.of(payload)
-        if form not in _SQUEEZED or head.what == _STATE:
+        if head.what == _STATE:
             return payload
         kinds, data = self._read(payload, head)
-        wanted = [squeezed(kind, _SQUEEZED[form]) for kind in kinds]
+        wanted = [
+            smaller if smaller.row_size < kind.row_size else kind
+            for kind, smaller in zip(kinds, self._in_form[form], strict=True)
+        ]
         if wanted == kinds:
             return payload
         n_cells = head.p1 - head.p0

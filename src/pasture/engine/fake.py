@@ -171,7 +171,7 @@ class FakeEngine:
 
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
         form = self._shape.form if form is None else form
-        if form is not Form.RAW and (form is Form.LOSSLESS or self._recurrent):
+        if form is not Form.RAW and (form is not Form.Q8_0 or self._recurrent):
             raise DoesNotFit(f"no live cache in {form}")
         n_cells = self._raw_cells * CELL_BYTES[Form.RAW] // CELL_BYTES[form]
         shape = replace(self._shape, n_seqs=n_seqs, layout=layout, form=form, n_cells=n_cells)

@@ -4,6 +4,11 @@ Owns a table of which C function reads and writes which type: the CPU backend's 
 them, else ggml's portable ones. Everything goes through float32 in pieces that stay in the processor's cache. ctypes releases
 the interpreter lock while a kernel runs, and long runs are split over threads, so this is safe and quick from any thread.
 
+One type is ours: q4_0 of values that were rotated, 64 at a time, by a Hadamard matrix. Keys have a few channels far larger
+than the rest, and one of them makes the steps of its whole block of 32 coarse; rotated, it is spread over 64. Measured on
+SmolLM2, q4_0 then moves the model's answers less than half as far, in the same bytes. Idea: QuaRot (Ashkboos et al., 2024);
+llama.cpp does the same to live caches that are quantised from the start.
+
 Knows types by ggml's numbers and flat buffers of them; nothing of caches or blocks. A type it has no kernel for is one that
 cannot be converted, never a crash.
 """
@@ -12,11 +17,12 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pasture.core.errors import EngineError
 from pasture.core.storage import Bytes
@@ -25,6 +31,9 @@ from pasture.engine.bindings import KV_TYPES
 from pasture.engine.settings import default_threads
 
 F32, Q8_0, Q4_0 = (KV_TYPES[name] for name in ("f32", "q8_0", "q4_0"))
+
+ROTATED_Q4_0 = 0x100 | Q4_0
+_ROTATED_ELEMENTS = 64
 
 _PIECE_ELEMENTS = 1 << 15
 """128 KiB as float32; a multiple of every type's block"""
@@ -48,9 +57,12 @@ class Kernel:
     block_elements: int
     block_bytes: int
     read: Any | None
-    """f(source, float32 target, count); identity is None with `is_float32`"""
+    """f(source, float32 target, count)"""
     write: Any | None
+    """f(float32 source, target, count)"""
     is_float32: bool = False
+    """needs neither function"""
+    is_rotated: bool = False
 
     def row_bytes(self, elements: int) -> int | None:
         """None where a row of so many elements has no whole number of blocks."""
@@ -65,6 +77,12 @@ class Kernel:
 @cache
 def kernel(ggml_type: int) -> Kernel | None:
     """None for a type that is no KV type."""
+    if ggml_type == ROTATED_Q4_0:
+        plain = kernel(Q4_0)
+        groups = _ROTATED_ELEMENTS // plain.block_elements if plain is not None else 0
+        return plain and replace(
+            plain, block_elements=_ROTATED_ELEMENTS, block_bytes=groups * plain.block_bytes, is_rotated=True
+        )
     name = next((name for name, number in KV_TYPES.items() if number == ggml_type), None)
     if name is None:
         return None
@@ -135,14 +153,43 @@ def _cut(data: Bytes, kind: Kernel, part: slice) -> Bytes:
 
 def _convert_run(source: Bytes, reader: Kernel, target: Bytes, writer: Kernel) -> None:
     elements = reader.elements(source.nbytes) or 0
-    scratch = np.empty(min(elements, _PIECE_ELEMENTS), np.float32).ctypes
-    at, to, between = source.ctypes.data, target.ctypes.data, scratch.data
+    scratch = np.empty((2, min(elements, _PIECE_ELEMENTS)), np.float32)
     for start in range(0, elements, _PIECE_ELEMENTS):
-        count = ctypes.c_int64(min(_PIECE_ELEMENTS, elements - start))
-        here = at + start // reader.block_elements * reader.block_bytes
-        there = to + start // writer.block_elements * writer.block_bytes
-        middle = there if writer.is_float32 else here if reader.is_float32 else between
-        if reader.read is not None:
-            reader.read(ctypes.c_void_p(here), ctypes.c_void_p(middle), count)
-        if writer.write is not None:
-            writer.write(ctypes.c_void_p(middle), ctypes.c_void_p(there), count)
+        part = slice(start, min(start + _PIECE_ELEMENTS, elements))
+        here, there = _cut(source, reader, part), _cut(target, writer, part)
+        floats, spare = scratch[:, : part.stop - part.start]
+        if reader.read is None:
+            floats.view(np.uint8)[...] = here
+        else:
+            reader.read(_at(here), _at(floats), ctypes.c_int64(len(floats)))
+        if reader.is_rotated != writer.is_rotated:
+            _rotate(floats, spare)
+            floats = spare
+        if writer.write is None:
+            there[...] = floats.view(np.uint8)
+        else:
+            writer.write(_at(floats), _at(there), ctypes.c_int64(len(floats)))
+
+
+def _at(array: NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@cache
+def _hadamard() -> NDArray[np.float32]:
+    """The orthonormal Walsh-Hadamard matrix, which is its own inverse."""
+    matrix: NDArray[np.float32] = np.ones((1, 1), np.float32)
+    while len(matrix) < _ROTATED_ELEMENTS:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    matrix /= np.float32(np.sqrt(_ROTATED_ELEMENTS))
+    return matrix
+
+
+def _rotate(floats: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Squares of 64 groups at a time: a product so small that the linear algebra library starts no threads for it."""
+    square = _ROTATED_ELEMENTS * _ROTATED_ELEMENTS
+    whole = len(floats) // square * square
+    shape = (-1, _ROTATED_ELEMENTS, _ROTATED_ELEMENTS)
+    np.matmul(floats[:whole].reshape(shape), _hadamard(), out=out[:whole].reshape(shape))
+    rest = (-1, _ROTATED_ELEMENTS)
+    np.matmul(floats[whole:].reshape(rest), _hadamard(), out=out[whole:].reshape(rest))

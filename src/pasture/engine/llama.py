@@ -111,13 +111,16 @@ class LlamaEngine:
         result = self._compute(plan, saved) if plan.works else StepResult(Outcome.DONE, {}, saved, 0.0)
         return replace(result, transfers=transfers) if transfers else result
 
-    def logits_after(self, works: Sequence[Work]) -> Logits:
-        """Compute works, which must fit into one batch; the raw logits after each, `(n_works, n_vocab) float32`, a copy.
+    def logits_after(self, sequence: SeqId, tokens: Sequence[int], start: int) -> Logits:
+        """Compute tokens of one sequence; the raw logits after each of them, `(n_tokens, n_vocab) float32`, a copy.
 
-        Raises EngineError where they cannot be computed.
+        At most `shape.n_seqs` tokens, for more rows than that the library keeps no room. Raises EngineError where they cannot
+        be computed.
         """
-        self._check_works(works)
-        pieces = [Piece(work.sequence, work.tokens, work.start, wants_logits=True) for work in works]
+        self._check_ids(sequence)
+        if not 0 < len(tokens) <= self.shape.n_seqs:
+            raise EngineError(f"logits after {len(tokens)} tokens at once; there is room for {self.shape.n_seqs}")
+        pieces = [Piece(sequence, [token], start + index, wants_logits=True) for index, token in enumerate(tokens)]
         code, _ = self._context.decode(pieces)
         if code != _DECODED:
             raise EngineError(f"llama_decode answered {code}")

@@ -29,7 +29,7 @@ def settings_in(settings: EngineSettings, kinds: Sequence[CacheKind], form: Form
     """
     if form is Form.RAW:
         return settings
-    shifted = kinds_in(kinds, form)
+    shifted = kinds_in(kinds, form) if form is Form.Q8_0 else kinds
     complete = all(a != b for old, new in zip(kinds, shifted, strict=True) for a, b in zip(old.rows, new.rows, strict=True))
     if not kinds or not complete or not {settings.type_k, settings.type_v} <= {"f32", "f16", "bf16"}:
         raise DoesNotFit(f"this model's live cache cannot be kept in {form}")
