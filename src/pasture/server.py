@@ -7,7 +7,7 @@ scheduler and HTTP in that order. What goes wrong on the way is a PastureError w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,8 @@ from pasture.engine.gguf_header import read_header
 from pasture.engine.memory import MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+from pasture.sessions.state import State
+from pasture.sessions.values import Limits, Share
 from pasture.stores import allowed_forms, store_for
 
 MAX_SEQUENCES = 256
@@ -73,9 +75,14 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
     for name in ("ssl_cert_file", "ssl_key_file"):
         if file := getattr(settings, name):
             _read(file, name)
-    with closing(bind(settings.host, settings.port)) as listener, closing(start_service(settings)) as service:
+    with (
+        closing(bind(settings.host, settings.port)) as listener,
+        closing(open_state(settings, api.api_keys)) as state,
+        closing(start_service(settings)) as service,
+    ):
+        state.keep_sweeping()
         run(
-            create_app(service, api),
+            create_app(service, api, state=state),
             ssl_cert_file=settings.ssl_cert_file,
             ssl_key_file=settings.ssl_key_file,
             log_level=settings.log_level,
@@ -152,6 +159,12 @@ def pool_cells(settings: Settings, model: ModelInfo, largest: int) -> int:
     return n_cells
 
 
+def open_state(settings: Settings, keys: Sequence[str] = ()) -> State:
+    """Tenants and sessions, where the settings say that they are kept. The caller closes it."""
+    limits = Limits(idle_seconds=settings.session_idle, lifetime_seconds=settings.session_lifetime)
+    return State(settings.state, keys=keys, share=Share(settings.share), limits=limits)
+
+
 def scheduler_settings(settings: Settings) -> SchedulerSettings:
     """The scheduler's part."""
     return SchedulerSettings(
@@ -172,7 +185,9 @@ def api_settings(settings: Settings) -> ApiSettings:
     return ApiSettings(
         model_alias=settings.alias or (Path(settings.model).stem if settings.model else None),
         api_keys=(*settings.api_key, *_keys(settings.api_key_file)),
+        admin_key=settings.admin_key,
         cors_origins=settings.cors_origins,
+        max_body_bytes=settings.max_body,
         sampling=SamplingParams(
             temperature=settings.temperature,
             top_k=settings.top_k,

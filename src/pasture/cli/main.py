@@ -18,7 +18,9 @@ from pasture.cli.cache import cache
 from pasture.cli.check import check
 from pasture.cli.configuration import config
 from pasture.cli.flags import normalise
+from pasture.cli.keys import keys
 from pasture.cli.output import report
+from pasture.cli.public import public
 from pasture.cli.serve import serve
 from pasture.cli.warm import warm
 from pasture.core.errors import PastureError
@@ -38,6 +40,8 @@ app.command(rich_help_panel="Measure")(bench)
 app.command(rich_help_panel="Find out")(check)
 app.command(rich_help_panel="Find out")(config)
 app.add_typer(cache, name="cache", rich_help_panel="Look after")
+app.add_typer(keys, name="keys", rich_help_panel="Look after")
+app.add_typer(public, name="public", rich_help_panel="Look after")
 
 
 def _print_version(wanted: bool) -> None:

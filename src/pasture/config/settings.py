@@ -67,6 +67,7 @@ Compress = Literal["auto", "off", "lossless", "q8_0", "q4_0"]
 OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_switch)]
 
 MODEL, CACHE, STORE, SCHEDULING, SPEED = "Model", "Shared KV cache", "Resting conversations", "Scheduling", "Speed"
+TENANTS = "Tenants and sessions"
 SAMPLING, SERVER = "Sampling, where a request does not say", "Server"
 
 
@@ -207,6 +208,25 @@ class Settings(BaseSettings):
         default=1.0, gt=0, description="Make tokens that came before less probable; 1 does nothing."
     )
 
+    state: Annotated[str | None, Flag(("--state",), TENANTS, "FILE")] = Field(
+        default=None,
+        description="A SQLite file (or a database URL) that keeps keys, sessions and transcripts; in memory unless given.",
+    )
+    share: Annotated[Literal["tenant", "all"], Flag(("--share",), TENANTS, "WITH")] = Field(
+        default="tenant", description="Who shares prompts: those with keys of one tenant, or all, as one trusting team."
+    )
+    session_idle: Annotated[Seconds, Flag(("--session-idle",), TENANTS, "TIME")] = Field(
+        default=604_800.0, description="How long a session or a stored response is kept after its last use."
+    )
+    session_lifetime: Annotated[Seconds, Flag(("--session-lifetime",), TENANTS, "TIME")] = Field(
+        default=2_592_000.0, description="How long it is kept in all."
+    )
+    admin_key: Annotated[str | None, Flag(("--admin-key",), TENANTS, "KEY", secret=True)] = Field(
+        default=None,
+        min_length=1,
+        description="A key for what shows everybody's doing (/metrics, /slots, /v1/admin); safer in the environment.",
+    )
+
     host: Annotated[str, Flag(("--host",), SERVER, "ADDRESS")] = Field(
         default="127.0.0.1", description="The address to listen on; 0.0.0.0 is every interface."
     )
@@ -219,6 +239,9 @@ class Settings(BaseSettings):
     )
     api_key_file: Annotated[str | None, Flag(("--api-key-file",), SERVER, "FILE")] = Field(
         default=None, description="A file with one key a line."
+    )
+    max_body: Annotated[Bytes, Flag(("--max-body",), SERVER, "SIZE")] = Field(
+        default=32 << 20, gt=0, description="The largest request body."
     )
     cors_origins: Annotated[Texts, Flag(("--cors-origins",), SERVER, "URL,..")] = Field(
         default=(), description="Web pages that may call this server from a browser; * is every page."

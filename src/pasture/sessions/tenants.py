@@ -46,7 +46,7 @@ class Tenants:
         self._clock = clock
 
     def create(self, name: str, **limits: float | int | None) -> Tenant:
-        """A new tenant with a salt of its own. Raises Conflict for a name that is taken, RequestError for one that cannot be."""
+        """A new tenant with a salt of its own. Raises Conflict for a name in use, RequestError for a bad one."""
         if not _NAME.fullmatch(name):
             raise RequestError(f"a tenant's name is letters, digits, dots, dashes: not {name[:80]!r}")
         tenant = Tenant(name, secrets.token_bytes(32), with_limits(self.usual, limits))
