@@ -23,6 +23,7 @@ from pasture.core.errors import ConfigError, RequestError
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
 from pasture.text.templates import ChatTemplate
+from pasture.web import web_routes
 
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -50,6 +51,7 @@ def create_app(
         health_routes,
     ):
         app.include_router(routes(gateway))
+    app.include_router(web_routes(service, gateway.live))
     errors.install(app)
     app.add_exception_handler(ClientGone, _nobody_listens)
     # added last is outermost: ids on every answer, CORS before keys since browsers ask first without one

@@ -11,6 +11,7 @@ from pasture.api.settings import ApiSettings
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
 from pasture.text.prompts import Prompts
+from pasture.web import Live
 
 
 class Gateway:
@@ -21,7 +22,8 @@ class Gateway:
         self.state = state
         self.settings = settings
         self.clock = clock
-        self.metrics = Metrics(service.statistics)
+        self.metrics = Metrics(service.statistics, clock)
+        self.live = Live(service.statistics, lambda: self.model_name, clock, self.metrics.first_token, self.metrics.inter_token)
         self.members = Membership(state.sessions)
 
     @cached_property

@@ -17,6 +17,7 @@ from pasture.api.store_metrics import store_metrics
 from pasture.core.ports import Clock
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics, ServiceStatistics
 from pasture.core.values import TokenEvent
+from pasture.web import Recent
 
 _TTFT_SECONDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
 _INTER_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -26,7 +27,9 @@ _REQUEST_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0
 class Metrics:
     """The registry of one app."""
 
-    def __init__(self, statistics: Callable[[], ServiceStatistics]) -> None:
+    def __init__(self, statistics: Callable[[], ServiceStatistics], clock: Clock) -> None:
+        self.first_token = Recent(clock)
+        self.inter_token = Recent(clock)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_StatisticsCollector(statistics))
         self._first = self._histogram("pasture_time_to_first_token_seconds", "From request to first token", _TTFT_SECONDS)
@@ -47,8 +50,10 @@ class Metrics:
                 if event.token is not None:
                     if last is None:
                         self._first.observe(now - start)
+                        self.first_token.add(now - start)
                     else:
                         self._between.observe(now - last)
+                        self.inter_token.add(now - last)
                     last = now
                 if event.finish is not None:
                     self._whole.observe(now - start)

@@ -16,10 +16,12 @@ from pasture.api.callers import KEY, TENANT
 from pasture.api.errors import problem
 from pasture.sessions.tenants import Keyring
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-"""what a load balancer asks without a key"""
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/", "/chat"})
+"""what a load balancer asks without a key; and the pages, which hold no data and ask for a key themselves"""
+OPEN_PREFIX = "/web/"
+"""the files of the pages"""
 
-ADMIN_PATHS = frozenset({"/metrics", "/slots", "/v1/diagnosis"})
+ADMIN_PATHS = frozenset({"/metrics", "/slots", "/v1/diagnosis", "/v1/live", "/v1/live/now"})
 """what tells of everybody's doing: the admin key's, where there is one"""
 ADMIN_PREFIX = "/v1/admin/"
 """the admin key's alone; without one, these routes do not exist"""
@@ -82,7 +84,7 @@ class ApiKeys:
         self._admin_key = None if admin_key is None else admin_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope["path"]):
             presented = _presented(Headers(scope=scope))
             refusal = self._refused(presented) if self._is_admins(scope["path"]) else await self._unknown(scope, presented)
             if refusal is not None:
@@ -110,6 +112,10 @@ class ApiKeys:
         scope[TENANT] = tenant
         scope[KEY] = hashlib.sha256(presented).hexdigest()[:16]
         return None
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
 
 
 def _needs_key(presented: bytes, what: str) -> HTTPException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pasture.core.storage import StoreStatistics
@@ -28,6 +28,27 @@ class SequenceStatistics:
     """of n_tokens, those in cells that another sequence holds too"""
     idle_seconds: float
     request_id: RequestId | None
+    prefix: int | None = None
+    """the number of the prefix in which it ends"""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStatistics:
+    """A stretch of tokens `[start, start + n_tokens)` that the same sequences hold: one node of the pool's prefix tree."""
+
+    number: int
+    parent: int | None
+    """None: nothing comes before it"""
+    namespace: Namespace
+    start: int
+    n_tokens: int
+    holders: int
+    running: int
+    """of the holders, those that are not idle"""
+    idle_seconds: float
+    """since anybody last used it; 0 while somebody runs on it"""
+    head: tuple[int, ...] = field(repr=False)
+    """its first tokens: what people wrote, so it goes nowhere but to an administrator"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +84,8 @@ class PoolStatistics:
     compactions: int
     namespaces: tuple[NamespaceStatistics, ...]
     sequences: tuple[SequenceStatistics, ...]
+    prefixes: tuple[PrefixStatistics, ...] = ()
+    """the prefix tree, parents before children; of a large one, the part that weighs most"""
 
 
 @dataclass(frozen=True, slots=True)

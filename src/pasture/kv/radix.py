@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -25,6 +26,8 @@ from pasture.core.errors import InvariantBroken
 from pasture.core.values import Namespace
 
 H = TypeVar("H", bound=Hashable)
+
+_NUMBERS = count(1)
 
 
 def token_array(tokens: Iterable[int]) -> array[int]:
@@ -50,7 +53,7 @@ def common_prefix(a: array[int], a0: int, b: array[int], b0: int) -> int:
 class Node(Generic[H]):
     """Tokens at the positions `[start, end)` that follow the parent's."""
 
-    __slots__ = ("breaks", "children", "holders", "last_used", "parent", "running", "start", "tokens")
+    __slots__ = ("breaks", "children", "holders", "last_used", "number", "parent", "running", "start", "tokens")
 
     def __init__(self, parent: Node[H] | None, start: int, tokens: array[int]) -> None:
         self.parent = parent
@@ -63,6 +66,8 @@ class Node(Generic[H]):
         self.last_used = 0.0
         self.breaks: list[int] = []
         """positions whose cell does not follow the cell of the position before, ascending"""
+        self.number = next(_NUMBERS)
+        """what it is called; the upper part of a divided node keeps it"""
 
     @property
     def end(self) -> int:
@@ -150,6 +155,7 @@ class RadixTree(Generic[H]):
         upper.holders = set(node.holders)
         upper.running = node.running
         upper.last_used = node.last_used
+        upper.number, node.number = node.number, upper.number
         cut_position = node.start + offset
         upper.breaks = [p for p in node.breaks if p < cut_position]
         node.breaks = [p for p in node.breaks if p >= cut_position]

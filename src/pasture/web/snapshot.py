@@ -1,0 +1,148 @@
+"""The service's statistics as the JSON that the pages draw: small, bounded, without anything that people wrote.
+
+Sequences and prefixes go as rows of numbers, because there may be hundreds of them twice a second; `SEQUENCE_FIELDS` and
+`PREFIX_FIELDS` name the columns. Namespaces are numbered, not named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from pasture.core.statistics import PoolStatistics, PrefixStatistics, SchedulerStatistics, SequenceStatistics, ServiceStatistics
+from pasture.core.storage import StoreStatistics, TierStatistics
+from pasture.core.values import Namespace
+from pasture.web.latency import Percentiles
+
+Json = dict[str, object]
+
+MAX_SEQUENCES = 256
+SEQUENCE_FIELDS = ("sequence", "state", "tokens", "shared_tokens", "idle_seconds", "prefix")
+PREFIX_FIELDS = ("number", "parent", "namespace", "start", "tokens", "holders", "running", "idle_seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Latencies:
+    """What clients felt in the last minute; None where nobody did."""
+
+    first_token: Percentiles | None
+    inter_token: Percentiles | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens a second since the last look."""
+
+    generated: float
+    computed: float
+    reused: float
+
+
+def draw(statistics: ServiceStatistics, latencies: Latencies, rates: Rates) -> Json:
+    """All of it. The caller adds what happened."""
+    return {
+        "uptime_seconds": round(statistics.uptime_seconds, 1),
+        "draining": statistics.draining,
+        "headline": _headline(statistics),
+        "requests": _requests(statistics.scheduler),
+        "rates": {name: round(rate, 1) for name, rate in asdict(rates).items()},
+        "latency": {
+            "first_token": None if latencies.first_token is None else asdict(latencies.first_token),
+            "inter_token": None if latencies.inter_token is None else asdict(latencies.inter_token),
+        },
+        "pool": _pool(statistics),
+        "tiers": [_tier(tier) for tier in statistics.store.tiers],
+        "gate": _gate(statistics.store),
+        **_rows(statistics.pool),
+    }
+
+
+def _headline(statistics: ServiceStatistics) -> Json:
+    """`saved_seconds`: what computing the reused tokens would take at the measured rate; None before one is measured."""
+    scheduler = statistics.scheduler
+    rate = scheduler.prefill_tokens_per_second
+    return {
+        "prompt_tokens": scheduler.prompt_tokens_total,
+        "computed_tokens": scheduler.computed_tokens_total,
+        "reused_tokens": scheduler.cached_tokens_total,
+        "generated_tokens": scheduler.generated_tokens_total,
+        "saved_seconds": round(scheduler.cached_tokens_total / rate, 1) if rate > 0 else None,
+        "prefill_tokens_per_second": round(rate, 1),
+    }
+
+
+def _requests(scheduler: SchedulerStatistics) -> Json:
+    return {
+        "waiting": scheduler.waiting,
+        "prefilling": scheduler.prefilling,
+        "decoding": scheduler.decoding,
+        "swapped": scheduler.swapped,
+        "submitted": scheduler.submitted_total,
+        "finished": sum(scheduler.finished_total.values()),
+        "rejected": scheduler.rejected_total,
+    }
+
+
+def _pool(statistics: ServiceStatistics) -> Json:
+    pool = statistics.pool
+    return {
+        "cells": pool.shape.n_cells,
+        "used_cells": pool.used_cells,
+        "running_cells": pool.running_cells,
+        "idle_cells": pool.idle_cells,
+        "shared_cells": pool.shared_cells,
+        "saved_cells": pool.saved_cells,
+        "peak_cells": pool.peak_cells,
+        "cell_bytes": statistics.live_bytes / pool.shape.n_cells,
+        "bytes": statistics.live_bytes,
+        "layout": pool.shape.layout.value,
+        "form": pool.shape.form.value,
+        "sequences": len(pool.sequences),
+        "namespaces": len(pool.namespaces),
+    }
+
+
+def _tier(tier: TierStatistics) -> Json:
+    return {
+        "name": tier.name,
+        "blocks": tier.blocks,
+        "bytes": tier.bytes,
+        "budget_bytes": tier.budget_bytes,
+        "pinned_bytes": tier.pinned_bytes,
+        "in_flight_bytes": tier.in_flight_bytes,
+        "bytes_by_form": {form.value: size for form, size in tier.bytes_by_form.items() if size},
+        "hit_tokens": tier.hit_tokens,
+        "missed_tokens": tier.missed_tokens,
+        "evicted_blocks": tier.evicted_blocks,
+        "errors": tier.errors + tier.damaged_blocks,
+        "latency_seconds": tier.latency_seconds,
+        "bytes_per_second": tier.bytes_per_second,
+    }
+
+
+def _gate(store: StoreStatistics) -> Json:
+    return {"restore_bytes_per_second": store.restore_bytes_per_second, "refusals": dict(store.gate_refusals)}
+
+
+def _rows(pool: PoolStatistics) -> Json:
+    numbers: dict[Namespace, int] = {}
+    for prefix in pool.prefixes:
+        numbers.setdefault(prefix.namespace, len(numbers))
+    largest = pool.sequences
+    if len(largest) > MAX_SEQUENCES:
+        largest = tuple(sorted(largest, key=lambda sequence: -sequence.n_tokens)[:MAX_SEQUENCES])
+    return {
+        "sequences": [_sequence(sequence) for sequence in largest],
+        "prefixes": [_prefix(prefix, numbers[prefix.namespace]) for prefix in pool.prefixes],
+    }
+
+
+def _sequence(sequence: SequenceStatistics) -> list[object]:
+    idle = round(sequence.idle_seconds, 1)
+    return [sequence.sequence, sequence.state.value, sequence.n_tokens, sequence.shared_tokens, idle, sequence.prefix]
+
+
+def _prefix(prefix: PrefixStatistics, namespace: int) -> list[object]:
+    idle = round(prefix.idle_seconds, 1)
+    return [
+        prefix.number, prefix.parent, namespace, prefix.start, prefix.n_tokens, prefix.holders, prefix.running, idle,
+    ]  # fmt: skip
