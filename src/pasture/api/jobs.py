@@ -68,14 +68,14 @@ class Jobs:
         self._settings = settings
         self._model = settings.model_alias or service.model.name
 
-    async def chat(self, body: ChatBody, caller: Caller) -> Job:
+    async def chat(self, body: ChatBody, caller: Caller, prefix: str = "chatcmpl-") -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
         _check_chat(body)
         text = self.render(body)
         prompt = await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
         limit = body.max_completion_tokens or body.max_tokens
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job("chatcmpl-", body, caller, [(prompt, "")], limit, n_logprobs)
+        return self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs)
 
     async def completion(self, body: CompletionBody, caller: Caller) -> Job:
         """Raises RequestError for whatever cannot be done as asked."""

@@ -1,11 +1,129 @@
-"""`/v1/responses`."""
+"""`/v1/responses`: answers that the server keeps, so that the next request names the last one and sends only what is new.
+
+`instructions` belong to one request and are not carried on; inputs and replies are. A reply is kept before its client is told
+that it is complete, so that the next turn can follow at once.
+"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pasture.api.bodies import read_body
+from pasture.api.callers import Caller, caller_of
+from pasture.api.disconnect import cancelled_on_disconnect
 from pasture.api.gateway import Gateway
+from pasture.api.response_formats import Json, ResponseWriter
+from pasture.api.response_schemas import ResponseBody, as_chat, check, new_messages
+from pasture.api.runs import Run
+from pasture.api.streams import EventStream
+from pasture.core.errors import RateLimited
+from pasture.core.values import Finish
+from pasture.sessions.values import Message
+
+_log = logging.getLogger("pasture.api")
 
 
 def response_routes(gateway: Gateway) -> APIRouter:
-    return APIRouter()
+    """Routes over the gateway's service and its stored responses."""
+    router = APIRouter(prefix="/v1/responses")
+    state = gateway.state
+
+    @router.post("")
+    async def create(request: Request) -> Response:
+        body = await read_body(request, ResponseBody, gateway.settings.max_body_bytes)
+        check(body)
+        answering = await _prepare(gateway, caller_of(request, state), body)
+        if body.stream:
+            return EventStream(answering.events())
+        async with cancelled_on_disconnect(request.receive):
+            return _json(await answering.whole())
+
+    @router.get("/{response_id}")
+    async def show(response_id: str, request: Request) -> Response:
+        found = await asyncio.to_thread(state.responses.get, caller_of(request, state).tenant, response_id)
+        return _json(dict(found.body))
+
+    @router.delete("/{response_id}")
+    async def delete(response_id: str, request: Request) -> Response:
+        await asyncio.to_thread(state.responses.delete, caller_of(request, state).tenant, response_id)
+        return _json({"id": response_id, "object": "response", "deleted": True})
+
+    return router
+
+
+async def _prepare(gateway: Gateway, caller: Caller, body: ResponseBody) -> _Answering:
+    said: Sequence[Message] = ()
+    if body.previous_response_id is not None:
+        _, said = await asyncio.to_thread(gateway.state.responses.open, caller.tenant, body.previous_response_id)
+    new = new_messages(body)
+    job = await gateway.jobs.chat(as_chat(body, [*said, *new]), caller, prefix="resp_")
+    writer = ResponseWriter(job, body, stored=body.store is not False)
+    return _Answering(gateway, caller, body, new, Run(gateway, caller, job), writer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answering:
+    """One response in the making."""
+
+    gateway: Gateway
+    caller: Caller
+    body: ResponseBody
+    new: list[Message]
+    run: Run
+    writer: ResponseWriter
+
+    async def whole(self) -> Json:
+        text, finish = [], None
+        async with aclosing(self.run.fragments()) as fragments:
+            async for fragment in fragments:
+                text.append(fragment.text)
+                finish = fragment.finish
+        assert finish is not None  # a reply without one has raised
+        await self._keep("".join(text), finish)
+        return self.writer.whole("".join(text), finish)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        text: list[str] = []
+        began = False
+        try:
+            async with aclosing(self.run.fragments()) as fragments:
+                async for fragment in fragments:
+                    text.append(fragment.text)
+                    event = b"" if began else self.writer.opening()
+                    began = True
+                    if fragment.text:
+                        event += self.writer.delta(fragment.text)
+                    if fragment.finish is not None:
+                        await self._keep("".join(text), fragment.finish)
+                        event += self.writer.closing("".join(text), fragment.finish)
+                    yield event
+        except Exception as error:
+            if not began:
+                raise  # it can still have a status of its own
+            yield self.writer.failed(error)
+
+    async def _keep(self, text: str, finish: Finish) -> None:
+        if not self.writer.stored:
+            return
+        whole = self.writer.whole(text, finish)
+        messages = [*self.new, {"role": "assistant", "content": text}]
+        responses, previous = self.gateway.state.responses, self.body.previous_response_id
+        try:
+            await asyncio.to_thread(responses.add, self.caller.tenant, self.writer.response_id, whole, messages, previous)
+        except RateLimited as error:
+            if self.body.store:
+                raise
+            _log.info("a response that nobody asked to keep is not kept: %s", error)
+            self.writer.stored = False
+
+
+def _json(value: object) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")

@@ -1,0 +1,137 @@
+"""Answers of `/v1/responses`: the response object, whole, and the events of its stream in OpenAI's order and shape.
+
+    response.created, response.in_progress, output_item.added, content_part.added,
+    output_text.delta ...,
+    output_text.done, content_part.done, output_item.done, response.completed (or .incomplete, .failed)
+
+The events of one response are numbered. A delta is rendered around its text, as in chats: no object is built for a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+
+from pasture.api.errors import problem
+from pasture.api.formats import wire_reason
+from pasture.api.jobs import Job
+from pasture.api.response_schemas import ResponseBody
+from pasture.core.values import Finish, Usage
+
+Json = dict[str, object]
+
+
+class ResponseWriter:
+    """Renders one response."""
+
+    def __init__(self, job: Job, body: ResponseBody, *, stored: bool) -> None:
+        self._job = job
+        self._body = body
+        self.stored = stored
+        self.response_id = job.job_id
+        self._item_id = "msg_" + job.job_id.removeprefix("resp_")
+        self._n_events = 0
+        self._delta_tail = (
+            b',"item_id":' + orjson.dumps(self._item_id) + b',"output_index":0,"content_index":0,"logprobs":[],"delta":'
+        )
+
+    def opening(self) -> bytes:
+        """All events that come before text."""
+        started = self._response("in_progress", [], None)
+        return (
+            self._event("response.created", {"response": started})
+            + self._event("response.in_progress", {"response": started})
+            + self._event("response.output_item.added", {"output_index": 0, "item": self._item("in_progress", None)})
+            + self._event("response.content_part.added", {**self._place(), "part": _part("")})
+        )
+
+    def delta(self, text: str) -> bytes:
+        """More of the reply."""
+        self._n_events += 1
+        return (
+            b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":%d'
+            % (self._n_events - 1)
+            + self._delta_tail
+            + orjson.dumps(text)
+            + b"}\n\n"
+        )
+
+    def closing(self, text: str, finish: Finish) -> bytes:
+        """All events behind the text."""
+        whole = self.whole(text, finish)
+        status = str(whole["status"])
+        item = self._item(status, text)
+        return (
+            self._event("response.output_text.done", {**self._place(), "text": text, "logprobs": []})
+            + self._event("response.content_part.done", {**self._place(), "part": _part(text)})
+            + self._event("response.output_item.done", {"output_index": 0, "item": item})
+            + self._event(f"response.{status}", {"response": whole})
+        )
+
+    def failed(self, error: Exception) -> bytes:
+        """The end of a stream that has begun and cannot go on."""
+        told = orjson.loads(problem(error).body)["error"]
+        response = self._response("failed", [], None)
+        response["error"] = {"code": told["code"] or "server_error", "message": told["message"]}
+        return self._event("response.failed", {"response": response})
+
+    def whole(self, text: str, finish: Finish) -> Json:
+        """The response object. Raises ShuttingDown for a reply that the server cut off."""
+        status = "incomplete" if wire_reason(finish) == "length" else "completed"
+        return self._response(status, [self._item(status, text)], finish.usage)
+
+    def _response(self, status: str, output: list[Json], usage: Usage | None) -> Json:
+        body = self._body
+        return {
+            "id": self.response_id,
+            "object": "response",
+            "created_at": self._job.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self._job.model,
+            "output": output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": None, "summary": None},
+            "service_tier": body.service_tier or "default",
+            "store": self.stored,
+            "temperature": self._job.choices[0].request.sampling.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
+            "top_p": self._job.choices[0].request.sampling.top_p,
+            "truncation": "disabled",
+            "usage": None if usage is None else _usage(usage),
+            "user": body.user,
+        }
+
+    def _item(self, status: str, text: str | None) -> Json:
+        content = [] if text is None else [_part(text)]
+        return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+    def _place(self) -> Json:
+        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+
+    def _event(self, kind: str, fields: Mapping[str, object]) -> bytes:
+        body = orjson.dumps({"type": kind, "sequence_number": self._n_events, **fields})
+        self._n_events += 1
+        return b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n"
+
+
+def _part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(usage: Usage) -> Json:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
