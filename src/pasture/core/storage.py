@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NewType, Protocol
 
 import numpy as np
@@ -27,6 +28,17 @@ BLOCK_TOKENS = 64
 
 BlockKey = NewType("BlockKey", bytes)
 """32 bytes: a prefix of tokens in one namespace on one model"""
+
+
+class Kind(StrEnum):
+    """What is expected after a request: it says how soon its blocks may be wanted again, if ever."""
+
+    CHAT = "chat"
+    """a person reads, thinks and types"""
+    TOOL = "tool"
+    """the reply calls a tool, whose result comes back"""
+    BATCH = "batch"
+    """nothing: one prompt of many, and the next one is another"""
 
 
 class SlabCodec(Protocol):

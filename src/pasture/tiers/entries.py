@@ -64,14 +64,6 @@ def size_of(block: Block) -> int:
     return block.n_bytes + BLOCK_OVERHEAD_BYTES
 
 
-EvictionPolicy = Callable[[Entry], SortKey]
-"""Smallest goes first. Only leaves that nobody pins are asked about, so a prefix outlives what hangs from it."""
-
-
-def least_recently_used(entry: Entry) -> SortKey:
-    return (entry.last_used,)
-
-
 class LazyHeap(Generic[T]):
     """Items by rising keys, each at most once. `wanted` is asked when an item comes up; who is not, falls out."""
 

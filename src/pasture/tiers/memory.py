@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pasture.core.errors import InvariantBroken
-from pasture.core.storage import BLOCK_TOKENS, BlockKey, TierStatistics
+from pasture.core.storage import BLOCK_TOKENS, BlockKey, Kind, TierStatistics
 from pasture.core.values import Form
 from pasture.tiers.block import Block
-from pasture.tiers.entries import Entry, EvictionPolicy, LazyHeap, SortKey, least_recently_used, size_of
+from pasture.tiers.entries import Entry, LazyHeap, SortKey, size_of
+from pasture.tiers.eviction import EvictionPolicy, PolicyMaker, least_recently_used
 from pasture.tiers.index import BlockIndex
 from pasture.tiers.keys import Address
 from pasture.tiers.trail import Trail
@@ -68,7 +69,7 @@ class MemoryTier:
         budget_bytes: int,
         *,
         divisible: bool = True,
-        policy: EvictionPolicy = least_recently_used,
+        policy: PolicyMaker = least_recently_used,
         list_unwritten: bool = False,
         squeeze_stages: int = 0,
     ) -> None:
@@ -79,7 +80,7 @@ class MemoryTier:
         self._squeeze_stages = squeeze_stages
         self._lock = threading.Lock()
         self._index = BlockIndex(divisible=divisible)
-        self._leaves: LazyHeap[Entry] = LazyHeap(policy, self._evictable)
+        self._policy: EvictionPolicy = policy(self._evictable)
         self._squeezable: LazyHeap[Entry] = LazyHeap(coldest_first, self._can_be_squeezed)
         self._unwritten: dict[BlockKey, Entry] = {}
         """in the order in which they came, parents first"""
@@ -93,6 +94,20 @@ class MemoryTier:
         self._damaged_blocks = 0
         self._read_bytes = 0
         self._written_bytes = 0
+
+    # What requests do, for the policy
+
+    def arrived(self, trail: Trail) -> None:
+        """A request with this prompt begins."""
+        path = [trail[index].key for index in range(trail.n_blocks)]
+        with self._lock:
+            self._policy.arrived(path)
+
+    def finished(self, trail: Trail, kind: Kind) -> None:
+        """The request with this prompt has ended, and `kind` is expected next."""
+        path = [trail[index].key for index in range(trail.n_blocks)]
+        with self._lock:
+            self._policy.finished(path, kind)
 
     # Looking
 
@@ -108,6 +123,7 @@ class MemoryTier:
             if found is None:
                 return ()
             self._touch(trail, found)
+            self._policy.used(found)
             return tuple(entry.block for entry in found)
 
     def missing(self, trail: Trail, p0: int, p1: int, *, use: bool = False) -> list[Address]:
@@ -118,7 +134,9 @@ class MemoryTier:
             else:
                 places = [(trail[trail.n_blocks - 1], self._index.whole_at(trail, p1))]
             if use:
-                self._touch(trail, [entry for _, entry in places if entry is not None])
+                there = [entry for _, entry in places if entry is not None]
+                self._touch(trail, there)
+                self._policy.used(there)
             return [address for address, entry in places if entry is None]
 
     def __contains__(self, key: BlockKey) -> bool:
@@ -135,7 +153,7 @@ class MemoryTier:
     # Storing
 
     def insert(self, block: Block) -> bool:
-        """Keep the block; evicts others where the budget needs it. False when there is no room beside what is pinned."""
+        """Keep the block; evicts others where the budget needs it. False when what is here is pinned or worth more."""
         freed: list[Block] = []
         with self._lock:
             return self._insert(block, freed) is not None
@@ -179,7 +197,7 @@ class MemoryTier:
                 if entry.doomed:
                     freed.append(self._remove(entry))
                 else:
-                    self._leaves.push(entry)
+                    self._policy.offered(entry)
             self._evict_to(self._budget_bytes, freed)
 
     # Room
@@ -307,7 +325,9 @@ class MemoryTier:
             return known
         entry = Entry(block)
         self._index.n_children[parent] += 1  # from here on the parent is no leaf, so it stays while room is made
-        fits = entry.size <= self._budget_bytes and self._evict_to(self._budget_bytes - entry.size, freed)
+        fits = entry.size <= self._budget_bytes and self._evict_to(
+            self._budget_bytes - entry.size, freed, None if force else entry
+        )
         if not fits and not force:
             self._leaf_again(self._index.lose_child(parent))
             return None
@@ -318,10 +338,11 @@ class MemoryTier:
         entry.last_used = self._tick
         self._index.add(entry)
         self._account(entry, 1)
+        self._policy.entered(entry)
         self._written_bytes += block.n_bytes
         if self._list_unwritten and not written:
             self._unwritten[block.address.key] = entry
-        self._leaves.push(entry)
+        self._policy.offered(entry)
         if self._can_be_squeezed(entry):
             self._squeezable.push(entry)
         return entry
@@ -354,7 +375,7 @@ class MemoryTier:
 
     def _leaf_again(self, entry: Entry | None) -> None:
         if entry is not None:
-            self._leaves.push(entry)
+            self._policy.offered(entry)
 
     def _evictable(self, entry: Entry) -> bool:
         return not entry.gone and not entry.pins and self._index.is_leaf(entry)
@@ -362,11 +383,14 @@ class MemoryTier:
     def _can_be_squeezed(self, entry: Entry) -> bool:
         return not entry.gone and entry.stage < self._squeeze_stages
 
-    def _evict_to(self, target_bytes: int, freed: list[Block]) -> bool:
-        """Evict until at most `target_bytes` are used; False when only pinned blocks and their parents are left."""
+    def _evict_to(self, target_bytes: int, freed: list[Block], newcomer: Entry | None = None) -> bool:
+        """Evict until at most `target_bytes` are used; False when all that is left is pinned, needed or worth more."""
         while self._bytes > target_bytes:
-            victim = self._leaves.pop()
+            victim = self._policy.victim()
             if victim is None:
+                return False
+            if newcomer is not None and not self._policy.admits(newcomer, victim):
+                self._policy.offered(victim)
                 return False
             freed.append(self._remove(victim))
             self._evicted_blocks += 1

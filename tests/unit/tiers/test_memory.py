@@ -11,6 +11,7 @@ import pytest
 from pasture.core.values import Form, Namespace
 from pasture.tiers.block import Block
 from pasture.tiers.entries import BLOCK_OVERHEAD_BYTES, Entry, LazyHeap, SortKey
+from pasture.tiers.eviction import ordered_by
 from pasture.tiers.index import MAX_CANDIDATES
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.trail import REMEMBERED_TOKENS, Trail, Trails, common_prefix
@@ -75,7 +76,7 @@ def test_a_policy_is_a_sort_key() -> None:
     def newest(entry: Entry) -> SortKey:
         return (-entry.last_used,)
 
-    memory = MemoryTier(2 * SIZE, policy=newest)
+    memory = MemoryTier(2 * SIZE, policy=ordered_by(newest))
     for number in (1, 2, 3):
         insert(memory, conversation(number, 64))
     assert [memory.reach(trail(conversation(n, 64))) for n in (1, 2, 3)] == [64, 0, 64]
