@@ -24,12 +24,17 @@ _serial = count()
 
 
 def serve(
-    path: Path, cache: Path | None = None, *, idle_live_seconds: float | None = None, n_cells: int = 1024
+    path: Path,
+    cache: Path | None = None,
+    *,
+    idle_live_seconds: float | None = None,
+    n_cells: int = 1024,
+    ram_bytes: int = 1 << 30,
 ) -> LocalService:
     engine = open_small(path, n_cells=n_cells, n_batch=64)
     slow = [DiskTier(cache, 1 << 30)] if cache is not None else []
     settings = SchedulerSettings(check_invariants=True, idle_live_seconds=idle_live_seconds)
-    return LocalService(engine, store_for(engine, slow=slow), settings)
+    return LocalService(engine, store_for(engine, ram_bytes, slow), settings)
 
 
 async def ask(service: LocalService, prompt: Sequence[int], max_tokens: int = N_REPLY) -> tuple[list[int], Usage]:
@@ -107,9 +112,10 @@ async def test_a_running_state_is_kept_where_two_prompts_part(tmp_path: Path, wr
     assert reply == await cold(path, prompts[2])
 
 
-async def test_a_pool_that_is_too_small_swaps_and_computes_nothing_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ram_bytes", [0, 1 << 30], ids=["without a RAM tier", "with one"])
+async def test_a_pool_that_is_too_small_swaps_and_computes_nothing_twice(tmp_path: Path, ram_bytes: int) -> None:
     path = write_llama(tmp_path / "tiny.gguf")
-    service = serve(path, n_cells=512)
+    service = serve(path, n_cells=512, ram_bytes=ram_bytes)
     prompts = [[30 + i, *SYSTEM[:120]] for i in range(4)]
     replies = await asyncio.gather(*(ask(service, prompt, max_tokens=60) for prompt in prompts))
     statistics = service.statistics()
