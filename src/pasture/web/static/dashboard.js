@@ -1,0 +1,236 @@
+// The dashboard: one snapshot after the other, drawn whole. lit-html touches only what differs.
+
+import { html, nothing, render, svg } from "./lit-html.js";
+import { PoolPicture, colourOf, holdersOf, treeOf } from "./pool.js";
+import { ask, follow } from "./server.js";
+import { header, keyDialog, openKey, speak } from "./shell.js";
+import { bytes, compact, count, percent, plural, seconds } from "./words.js";
+
+const HISTORY = 120;
+const SIBLINGS = 6;
+const SPEAK_EVERY = 30000;
+
+const page = document.getElementById("app");
+const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, unfolded: new Set(), trouble: "" };
+const history = { generated: [], first: [], inter: [] };
+let picture = null;
+let spokenAt = 0;
+
+function draw() {
+  render(template(), page);
+  const canvas = page.querySelector("canvas");
+  if (!canvas || !view.snapshot) return;
+  picture ??= new PoolPicture(canvas);
+  picture.update(view.snapshot, view.tree);
+}
+
+function onSnapshot(snapshot) {
+  view.state = "live";
+  view.snapshot = snapshot;
+  view.tree = treeOf(snapshot);
+  push(history.generated, snapshot.rates.generated);
+  push(history.first, snapshot.latency.first_token?.p50 ?? null);
+  push(history.inter, snapshot.latency.inter_token?.p50 ?? null);
+  draw();
+  if (Date.now() - spokenAt > SPEAK_EVERY) {
+    spokenAt = Date.now();
+    speak(summary(snapshot));
+  }
+}
+
+function push(list, value) {
+  list.push(value);
+  if (list.length > HISTORY) list.shift();
+}
+
+const busy = (r) => r.waiting + r.prefilling + r.decoding + r.swapped;
+
+function summary({ headline, requests, pool }) {
+  return `${plural(busy(requests), "request")} now. ${percent(headline.reused_tokens, headline.prompt_tokens)} of prompt tokens
+    reused. ${percent(pool.used_cells, pool.cells)} of the live cache is used, ${count(pool.saved_cells)} cells are saved by sharing.`;
+}
+
+// Pieces
+
+const template = () => html`
+  ${header({ here: "dashboard", model: view.snapshot?.model, state: view.state, draining: view.snapshot?.draining })}
+  <main id="main">
+    ${view.state === "locked" ? locked() : nothing}
+    ${view.snapshot ? content(view.snapshot) : view.state === "locked" ? nothing : html`<p class="loading">Looking at the server …</p>`}
+  </main>
+  ${keyDialog(() => draw())}`;
+
+const locked = () => html`<p class="notice">This server shows its numbers to those who have its key.
+  <button type="button" @click=${openKey}>Enter the key</button></p>`;
+
+const content = (snapshot) => html`
+  ${headline(snapshot)} ${tiles(snapshot)} ${pool(snapshot)} ${tiers(snapshot)}
+  <div class="columns">${prefixes()} ${happenings(snapshot)}</div>
+  ${sequences(snapshot)}`;
+
+const headline = ({ headline: h }) => html`
+  <section class="headline" aria-label="Since the server started">
+    <p class="figure reused"><strong id="reused">${compact(h.reused_tokens)}</strong> prompt tokens reused
+      <small>${percent(h.reused_tokens, h.prompt_tokens)} of ${compact(h.prompt_tokens)}</small></p>
+    <p class="figure"><strong id="computed">${compact(h.computed_tokens)}</strong> computed
+      <small>${h.prefill_tokens_per_second ? `at ${compact(h.prefill_tokens_per_second)} tokens/s` : "no rate measured yet"}</small></p>
+    <p class="figure"><strong id="saved">${h.saved_seconds === null ? "–" : seconds(h.saved_seconds)}</strong> of computing saved
+      <small>what the reused tokens would take at that rate</small></p>
+  </section>`;
+
+const tiles = ({ requests: r, rates, latency, headline: h, uptime_seconds: uptime }) => html`
+  <section class="tiles" aria-label="Now">
+    ${tile("Requests now", count(busy(r)), `${r.decoding} replying, ${r.prefilling} reading, ${r.waiting} waiting${r.swapped ? `, ${r.swapped} swapped out` : ""}`)}
+    ${tile("Tokens a second", compact(rates.generated), `generated; ${compact(h.generated_tokens)} so far`, history.generated)}
+    ${tile("Time to first token", seconds(latency.first_token?.p50), spread(latency.first_token), history.first)}
+    ${tile("Between tokens", seconds(latency.inter_token?.p50), spread(latency.inter_token), history.inter)}
+    ${tile("Answered", compact(r.finished), `${r.rejected ? `${count(r.rejected)} turned away, ` : ""}up for ${seconds(uptime)}`)}
+  </section>`;
+
+const spread = (l) => (l ? `median of a minute; 95 %: ${seconds(l.p95)}, 99 %: ${seconds(l.p99)}` : "nobody in the last minute");
+
+const tile = (name, value, note, line) => html`
+  <div class="tile"><h2>${name}</h2><p class="value">${value}</p>${line ? spark(line) : nothing}<p class="note">${note}</p></div>`;
+
+function spark(values) {
+  const most = Math.max(...values.map((v) => v ?? 0), 1e-9);
+  const points = values.map((v, i) => `${((i * 100) / (HISTORY - 1)).toFixed(1)},${(27 - (25 * (v ?? 0)) / most).toFixed(1)}`);
+  return html`<svg class="spark" viewBox="0 0 100 28" preserveAspectRatio="none" aria-hidden="true">
+    ${svg`<polyline points=${points.join(" ")} vector-effect="non-scaling-stroke"></polyline>`}</svg>`;
+}
+
+const pool = ({ pool: p }) => html`
+  <section aria-labelledby="pool-title">
+    <h2 id="pool-title">The live cache</h2>
+    <p class="facts"><strong>${percent(p.used_cells, p.cells)}</strong> of ${count(p.cells)} cells (${bytes(p.bytes)}),
+      <b class="shared-word">${count(p.shared_cells)} shared</b>, saving ${count(p.saved_cells)};
+      ${count(p.running_cells)} in use, ${count(p.idle_cells)} idle; ${plural(p.sequences, "sequence")}, ${p.layout}, ${p.form}</p>
+    <canvas role="img" aria-label="${percent(p.used_cells, p.cells)} of the live cache used, ${percent(p.shared_cells, p.used_cells)} of that shared"
+      @click=${pick} @mousemove=${hint}></canvas>
+    <p class="legend"><i class="key-shared"></i> several hold it <i class="key-own"></i> one conversation's own
+      <i class="key-idle"></i> idle <i class="key-free"></i> free${picture?.cellsEach ? ` · a square is about ${plural(Math.max(1, Math.round(picture.cellsEach)), "cell")}` : ""}</p>
+  </section>`;
+
+function hint(event) {
+  const segment = picture?.at(event.offsetX, event.offsetY);
+  event.currentTarget.title = !segment ? "free" : segment.node ? describe(segment.node) : `${count(segment.tokens)} cells of many small prefixes`;
+}
+
+function pick(event) {
+  const node = picture?.at(event.offsetX, event.offsetY)?.node;
+  if (node) select(node.number);
+}
+
+const tiers = (snapshot) => html`
+  <section aria-labelledby="tiers-title"><h2 id="tiers-title">Where conversations rest</h2>
+    ${snapshot.tiers.filter((t) => t.budget_bytes).length ? html`<div class="tiers">${snapshot.tiers.filter((t) => t.budget_bytes).map(tier)}</div>` : html`<p class="note">Nowhere: what leaves the live cache is computed again.</p>`}
+  </section>`;
+
+const FORMS = ["raw", "lossless", "q8_0", "q4_0"];
+
+function tier(t) {
+  let at = 0;
+  const parts = FORMS.filter((form) => t.bytes_by_form[form]).map((form) => {
+    const width = (100 * t.bytes_by_form[form]) / t.budget_bytes;
+    at += width;
+    return svg`<rect class="form ${form}" x="${at - width}%" width="${width}%" height="100%"></rect>`;
+  });
+  const forms = FORMS.filter((form) => t.bytes_by_form[form]).map((form) => `${bytes(t.bytes_by_form[form])} ${form}`);
+  return html`<div class="tier"><h3>${t.name === "ram" ? "RAM" : t.name}</h3>
+    <svg class="bar" role="img" aria-label="${percent(t.bytes, t.budget_bytes)} of ${t.name} used">${parts}</svg>
+    <p><strong>${bytes(t.bytes)}</strong> of ${bytes(t.budget_bytes)}, ${plural(t.blocks, "block")}${forms.length ? `: ${forms.join(", ")}` : ""}</p>
+    <p class="note">${compact(t.hit_tokens)} tokens found, ${compact(t.missed_tokens)} not; read at ${bytes(t.bytes_per_second)}/s${t.errors ? html`; <b class="bad">${plural(t.errors, "error")}</b>` : nothing}</p></div>`;
+}
+
+// The prefix tree
+
+const prefixes = () => html`
+  <section aria-labelledby="tree-title"><h2 id="tree-title">Prefixes</h2>
+    ${view.tree.roots.length ? html`<ul class="tree">${family(null, view.tree.roots)}</ul>` : html`<p class="note">The live cache is empty.</p>`}
+    ${detail()}
+  </section>`;
+
+function family(parent, nodes) {
+  const ordered = [...nodes].sort((a, b) => b.holders - a.holders || b.tokens - a.tokens);
+  const name = parent?.number ?? 0;
+  const shown = view.unfolded.has(name) ? ordered : ordered.slice(0, SIBLINGS);
+  const more = ordered.length - shown.length;
+  return html`${shown.map(branch)}
+    ${more ? html`<li><button type="button" class="quiet" @click=${() => { view.unfolded.add(name); draw(); }}>and ${count(more)} more</button></li>` : nothing}`;
+}
+
+const branch = (node) => html`<li>
+  <button type="button" class="node ${node.holders > 1 ? "shared" : ""} ${node.running ? "" : "idle"}" aria-pressed=${view.selected === node.number ? "true" : "false"} @click=${() => select(node.number)}>
+    <svg class="swatch" aria-hidden="true">${svg`<rect width=${Math.max(3, Math.min(60, Math.sqrt(node.tokens) * 1.5))} height="10" rx="2" fill=${swatch(node)}></rect>`}</svg>
+    <span>${plural(node.tokens, "token")}</span><span class="who">${node.holders > 1 ? `${node.holders} share it` : "one conversation"}${node.running ? `, ${node.running} running` : `, idle ${seconds(node.idle)}`}</span>
+  </button>
+  ${node.children.length ? html`<ul>${family(node, node.children)}</ul>` : nothing}</li>`;
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const swatch = (node) => (node.holders > 1 ? (dark.matches ? "#fabe46" : "#e28e00") : `rgb(${colourOf(holdersOf(node)[0] ?? 0, dark.matches).join(" ")})`);
+
+const describe = (node) =>
+  `tokens ${count(node.start)} to ${count(node.start + node.tokens)}, ${node.holders > 1 ? `${node.holders} share it` : "one conversation's own"}, ${node.running ? `${node.running} running` : `idle for ${seconds(node.idle)}`}`;
+
+function select(number) {
+  view.selected = view.selected === number ? null : number;
+  view.text = null;
+  draw();
+  if (view.selected !== null) document.getElementById("detail")?.scrollIntoView({ block: "nearest" });
+}
+
+function detail() {
+  if (view.selected === null) return html`<p class="note">Choose a prefix to see who shares it.</p>`;
+  const node = view.tree.nodes.get(view.selected);
+  if (!node) return html`<div id="detail" class="detail"><p>This prefix has left the live cache.</p></div>`;
+  const holders = holdersOf(node);
+  return html`<div id="detail" class="detail" role="region" aria-label="The chosen prefix">
+    <dl>
+      <dt>Tokens</dt><dd>${count(node.start)} to ${count(node.start + node.tokens)} (${count(node.tokens)})</dd>
+      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}</dd>
+      <dt>Held by</dt><dd>${plural(node.holders, "sequence")}${holders.length ? `: ${holders.slice(0, 24).join(", ")}${holders.length > 24 ? " …" : ""}` : ""}</dd>
+      <dt>Saves</dt><dd>${plural((node.holders - 1) * node.tokens, "cell")}</dd>
+      <dt>Now</dt><dd>${node.running ? `${node.running} running on it` : `idle for ${seconds(node.idle)}`}</dd>
+    </dl>
+    ${view.text ? html`<pre tabindex="0" aria-label="What the prefix says">${view.text}</pre>` : html`<p><button type="button" @click=${showText}>Show what it says</button> <span class="note">needs the admin key</span></p>`}
+  </div>`;
+}
+
+async function showText() {
+  const number = view.selected;
+  try {
+    const found = await (await ask(`v1/admin/prefixes/${number}`)).json();
+    if (view.selected !== number) return;
+    view.text = found.text + (found.tokens > found.tokens_shown ? ` … (${plural(found.tokens - found.tokens_shown, "token")} more)` : "");
+  } catch (error) {
+    if (error.status === 401) openKey();
+    view.text = error.status === 404 ? "What people wrote stays hidden: this server has no admin key, or the prefix has gone." : `Not shown: ${error.message}`;
+  }
+  draw();
+}
+
+// Lists
+
+const UNITS = { tokens: (n) => plural(n, "token"), bytes, blocks: (n) => plural(n, "block"), times: (n) => (n === 1 ? "" : `${count(n)} times:`) };
+
+const happenings = ({ happenings: list }) => html`
+  <section aria-labelledby="happenings-title"><h2 id="happenings-title">As it happens</h2>
+    ${list.length ? html`<ol class="happenings">${list.slice(0, 14).map(([, ago, kind, amount, unit, text]) => html`
+      <li><span class="kind ${kind}">${kind}</span> ${UNITS[unit](amount)} ${text} <span class="note">${seconds(Math.max(ago, 1))} ago</span></li>`)}</ol>` : html`<p class="note">No evictions, no moves between tiers since you look.</p>`}
+  </section>`;
+
+const sequences = ({ sequences: rows }) => html`
+  <details class="sequences"><summary>${plural(rows.length, "sequence")} in the live cache</summary>
+    <div class="scroll" tabindex="0" role="region" aria-label="Sequences"><table>
+      <thead><tr><th scope="col">Sequence</th><th scope="col">State</th><th scope="col">Tokens</th><th scope="col">Shared</th><th scope="col">Idle</th></tr></thead>
+      <tbody>${rows.map(([id, state, tokens, shared, idle]) => html`<tr><th scope="row">${id}</th><td>${state}</td><td>${count(tokens)}</td><td>${percent(shared, tokens)}</td><td>${idle ? seconds(idle) : ""}</td></tr>`)}</tbody>
+    </table></div>
+  </details>`;
+
+addEventListener("resize", draw);
+draw();
+follow(onSnapshot, (state, trouble = "") => {
+  view.state = state;
+  view.trouble = trouble;
+  draw();
+});
