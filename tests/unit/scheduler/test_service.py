@@ -12,6 +12,7 @@ from pasture.core.errors import DeadlineExceeded, EngineError, PromptTooLong, Qu
 from pasture.core.values import (
     Finish,
     FinishReason,
+    Form,
     Layout,
     Outcome,
     PoolShape,
@@ -296,3 +297,24 @@ async def test_private_traffic_moves_to_streams_by_itself_and_every_text_stays()
     for r, (tokens, _) in zip((*asked, *turns), (*results, *again), strict=True):
         assert tokens == expected_reply(r.prompt, r.max_tokens, GREEDY)
     assert all(finish.usage.cached_tokens == len(turn.prompt) - 2 for turn, (_, finish) in zip(turns, again, strict=True))
+
+
+async def test_a_pool_that_stays_short_of_cells_is_rewritten_smaller_and_every_text_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pasture.scheduler.shift.SHORT_SECONDS", 0.0)
+    monkeypatch.setattr("pasture.scheduler.shift.AMPLE_SECONDS", 0.0)
+    with served(FakeEngine(PoolShape(1024, 32)), shift_to=Form.Q8_0) as service:
+        asked = [request(f"u{i}", (i, *range(200)), 100) for i in range(12)]
+        results = await asyncio.gather(*(collect(service, r) for r in asked))
+        crowded = service.statistics()
+        last = request("alone", tuple(range(100, 140)), 60)
+        reply, _ = await collect(service, last)
+        alone = service.statistics()
+    assert crowded.scheduler.shifts_total >= 1
+    assert alone.scheduler.shifts_total > crowded.scheduler.shifts_total or crowded.scheduler.shifts_total > 1
+    assert alone.pool.shape.form is Form.RAW
+    assert alone.pool.shape.n_cells == 1024
+    for r, (tokens, _) in zip(asked, results, strict=True):
+        assert tokens == expected_reply(r.prompt, r.max_tokens, GREEDY)
+    assert reply == expected_reply(last.prompt, 60, GREEDY)
