@@ -58,7 +58,7 @@ class GgufHeader:
         """One value a layer, whether the file has one for all or one for each."""
         value = self.metadata.get(f"{self.architecture}.{suffix}", default)
         values = value if isinstance(value, tuple) else (value,) * count
-        whole = tuple(int(v) for v in values if isinstance(v, int | float))
+        whole = tuple(int(v) for v in values if isinstance(v, int | float) and math.isfinite(v))
         return (whole + (default,) * count)[:count]
 
 

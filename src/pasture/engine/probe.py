@@ -70,6 +70,8 @@ def cell_bytes(header: GgufHeader, *, type_k: str, type_v: str) -> int:
     n_heads = header.number("attention.head_count")
     if not n_layers or not n_heads:
         return 0
+    if not 0 < n_layers <= len(header.tensor_names):
+        raise ModelError(f"{header.path} is damaged: it claims {n_layers} layers and has {len(header.tensor_names)} tensors")
     default_length = header.number("embedding_length") // n_heads
     length_k = header.number("attention.key_length", default_length)
     length_v = header.number("attention.value_length", default_length)

@@ -80,3 +80,13 @@ def test_a_flipped_byte_never_crashes(tmp_path: Path, at: int, flip: int) -> Non
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(content)
     assert "\n" not in str(complaint(damaged))
+
+
+def test_more_layers_than_tensors_are_refused_at_once(tmp_path: Path) -> None:
+    """A flipped bit in the number of layers would otherwise be counted to, one by one."""
+    path = write_llama(tmp_path / "whole.gguf")
+    content = path.read_bytes()
+    key = b"llama.block_count\x04\x00\x00\x00"
+    at = content.index(key) + len(key)
+    path.write_bytes(content[:at] + (1 << 30).to_bytes(4, "little") + content[at + 4 :])
+    assert "1073741824 layers" in str(complaint(path))
