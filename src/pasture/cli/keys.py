@@ -59,7 +59,7 @@ def add(
 def ls(state: StateOption = None, as_json: AsJson = False) -> None:
     """List keys (not the keys themselves), revoked ones too, and their tenants' limits."""
     with opened_state(state) as opened:
-        found = opened.tenants.keys()
+        found = opened.tenants.all_keys()
         tenants = opened.tenants.all()
     if as_json:
         limits = {tenant.name: asdict(tenant.limits) for tenant in tenants}

@@ -91,7 +91,7 @@ class Tenants:
             connection.execute(text("INSERT INTO api_keys VALUES (:key_id, :digest, :tenant, :label, :now, NULL)"), row)
         return secret, key
 
-    def keys(self) -> tuple[Key, ...]:
+    def all_keys(self) -> tuple[Key, ...]:
         """All, revoked ones too, oldest first."""
         with self._database.read() as connection:
             rows = connection.execute(

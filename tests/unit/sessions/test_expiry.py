@@ -1,0 +1,59 @@
+"""Whatever was created and left is gone after its time: rows, bytes, and nothing of anybody who is still there."""
+
+from __future__ import annotations
+
+import os
+
+from pasture.sessions.expiry import Swept
+from pasture.sessions.state import State
+from pasture.sessions.values import DAY_SECONDS, Counters
+from tests.unit.sessions.conftest import Time, rows, stored_bytes
+from tests.unit.sessions.test_store import say
+
+N_SESSIONS = int(os.environ.get("PASTURE_TEST_SESSIONS", "600"))
+
+
+def test_what_nobody_uses_is_forgotten_after_its_tenants_time(state: State, clock: Time) -> None:
+    patient = state.tenants.create("patient", idle_seconds=1000.0)
+    hasty = state.tenants.create("hasty", idle_seconds=10.0)
+    old, used, pinned = (state.sessions.create(hasty, say(name)) for name in ("old", "used", "pinned"))
+    kept = state.sessions.create(patient, say("kept"))
+    state.sessions.pin(hasty, pinned.session_id, True)
+    state.responses.add(hasty, "r1", {}, say("a", "b"))
+    clock.now += 9
+    state.sessions.advance(hasty, used.session_id, say("used", "b"), n_tokens=1, used=Counters())
+    clock.now += 2
+    assert state.expiry.sweep() == Swept(1, 1)
+    left = {session.session_id for session in (*state.sessions.page(hasty), *state.sessions.page(patient))}
+    assert left == {used.session_id, pinned.session_id, kept.session_id}
+    assert old.session_id not in left
+
+
+def test_nothing_lives_for_ever_however_often_it_is_used(state: State, clock: Time) -> None:
+    made = state.sessions.create(state.open_tenant, say("a"))
+    for _ in range(31):
+        clock.now += DAY_SECONDS
+        state.sessions.truncate(state.open_tenant, made.session_id, 1)
+    assert state.expiry.sweep().sessions == 1
+
+
+def test_many_sessions_leave_nothing_behind(state: State, clock: Time) -> None:
+    tenant = state.tenants.create("busy", max_sessions=N_SESSIONS + 1)
+    system = say("the same long beginning " * 20)
+    for i in range(N_SESSIONS // 3):
+        made = state.sessions.create(tenant, system)
+        state.sessions.advance(tenant, made.session_id, [*system, *say(f"{i}", "b")], n_tokens=9, used=Counters(1, 9, 0, 1))
+        state.sessions.fork(tenant, made.session_id, 2)
+        state.responses.add(tenant, f"r{i}", {"text": "b"}, say(f"{i}", "b"), previous=f"r{i - 1}" if i % 5 else None)
+    assert rows(state, "sessions") == N_SESSIONS // 3 * 3
+    clock.now += 8 * DAY_SECONDS
+    assert state.expiry.sweep() == Swept(N_SESSIONS // 3 * 3, N_SESSIONS // 3)
+    assert rows(state, "sessions") == rows(state, "responses") == rows(state, "turns") == stored_bytes(state) == 0
+
+
+def test_the_sweeper_ends_with_the_state() -> None:
+    state = State()
+    state.keep_sweeping(3600.0)
+    state.close()
+    assert state._sweeper is not None
+    assert not state._sweeper.is_alive()

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
+from pasture.sessions.state import State
+from pasture.sessions.values import Counters, Message, Tenant
+from tests.unit.sessions.conftest import Time, rows, stored_bytes
+
+USED = Counters(1, 10, 4, 3)
+
+
+def say(*texts: str) -> list[Message]:
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def tenant(state: State) -> Tenant:
+    return state.tenants.create("acme")
+
+
+@pytest.fixture
+def other(state: State) -> Tenant:
+    return state.tenants.create("other")
+
+
+def test_a_session_holds_what_was_said_and_counts_what_it_cost(state: State, tenant: Tenant, clock: Time) -> None:
+    made = state.sessions.create(tenant, say("a"), name="mine", context={"tools": [1]}, metadata={"k": "v"})
+    clock.now += 5
+    state.sessions.advance(tenant, made.session_id, say("a", "b", "c", "d"), n_tokens=44, used=USED)
+    state.sessions.advance(tenant, made.session_id, say("a", "b", "c", "d", "e", "f"), n_tokens=55, used=USED)
+    found, messages = state.sessions.open(tenant, made.session_id)
+    assert messages == say("a", "b", "c", "d", "e", "f")
+    assert found.counters == Counters(2, 20, 8, 6)
+    assert (found.n_messages, found.n_tokens, found.last_used - found.created) == (6, 55, 5)
+    assert (found.context, found.metadata, found.name) == ({"tools": [1]}, {"k": "v"}, "mine")
+    assert state.sessions.named(tenant, "mine") == found
+    assert rows(state, "turns") == 3
+
+
+def test_forks_cost_a_row_each_and_go_their_own_ways(state: State, tenant: Tenant) -> None:
+    made = state.sessions.create(tenant, say("a", "b"))
+    forks = state.sessions.fork(tenant, made.session_id, 32)
+    assert rows(state, "turns") == 1
+    assert {fork.parent for fork in forks} == {made.session_id}
+    assert {fork.parent_messages for fork in forks} == {2}
+    assert state.sessions.get(tenant, forks[3].session_id) == forks[3]
+    state.sessions.advance(tenant, forks[0].session_id, say("a", "b", "x"), n_tokens=1, used=USED)
+    state.sessions.advance(tenant, forks[1].session_id, say("a", "b", "y"), n_tokens=1, used=USED)
+    said = [state.sessions.messages(tenant, session.session_id) for session in (made, forks[0], forks[1])]
+    assert said == [say("a", "b"), say("a", "b", "x"), say("a", "b", "y")]
+    state.sessions.delete(tenant, made.session_id)
+    assert state.sessions.messages(tenant, forks[2].session_id) == say("a", "b")
+    for fork in forks:
+        state.sessions.delete(tenant, fork.session_id)
+    assert rows(state, "turns") == rows(state, "sessions") == stored_bytes(state) == 0
+
+
+def test_an_edited_history_branches_where_it_was_edited(state: State, tenant: Tenant) -> None:
+    made = state.sessions.create(tenant, say("a"))
+    state.sessions.advance(tenant, made.session_id, say("a", "b"), n_tokens=1, used=USED)
+    state.sessions.advance(tenant, made.session_id, say("a", "B", "c"), n_tokens=1, used=USED)
+    assert state.sessions.messages(tenant, made.session_id) == say("a", "B", "c")
+    assert rows(state, "turns") == 2, "what nobody points at any more is gone"
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5])
+def test_truncating_goes_back_to_any_message(state: State, tenant: Tenant, n: int) -> None:
+    made = state.sessions.create(tenant, say("a", "b", "c"))
+    state.sessions.advance(tenant, made.session_id, say("a", "b", "c", "d", "e"), n_tokens=9, used=USED)
+    assert state.sessions.truncate(tenant, made.session_id, n).n_messages == n
+    assert state.sessions.messages(tenant, made.session_id) == say("a", "b", "c", "d", "e")[:n]
+    with pytest.raises(RequestError):
+        state.sessions.truncate(tenant, made.session_id, n + 1)
+    state.sessions.delete(tenant, made.session_id)
+    assert rows(state, "turns") == stored_bytes(state) == 0
+
+
+def test_what_is_somebody_elses_is_the_same_as_nothing(state: State, tenant: Tenant, other: Tenant) -> None:
+    theirs = state.sessions.create(tenant, say("secret")).session_id
+    missing = "sess_" + "0" * 32
+    calls: list[Callable[[Tenant, str], object]] = [
+        lambda t, i: state.sessions.get(t, i),
+        lambda t, i: state.sessions.open(t, i),
+        lambda t, i: state.sessions.fork(t, i),
+        lambda t, i: state.sessions.copy(t, i, t),
+        lambda t, i: state.sessions.move(t, i, t),
+        lambda t, i: state.sessions.truncate(t, i, 0),
+        lambda t, i: state.sessions.pin(t, i, True),
+        lambda t, i: state.sessions.delete(t, i),
+        lambda t, i: state.sessions.advance(t, i, [], n_tokens=0, used=USED),
+    ]
+    for call in calls:
+        said = []
+        for session_id in (theirs, missing):
+            with pytest.raises(NotFound) as caught:
+                call(other, session_id)
+            said.append(str(caught.value).replace(session_id, "ID"))
+        assert said[0] == said[1]
+    assert state.sessions.page(other) == ()
+    assert state.sessions.named(other, "x") is None
+    assert state.sessions.messages(tenant, theirs) == say("secret")
+
+
+def test_copies_and_moves_belong_to_the_other_tenant(state: State, tenant: Tenant, other: Tenant) -> None:
+    made = state.sessions.create(tenant, say("a"), metadata={"k": 1})
+    copied = state.sessions.copy(tenant, made.session_id, other)
+    moved = state.sessions.move(tenant, made.session_id, other)
+    for session in (copied, moved):
+        assert state.sessions.messages(other, session.session_id) == say("a")
+        assert session.metadata == {"k": 1}
+    with pytest.raises(NotFound):
+        state.sessions.get(tenant, made.session_id)
+    with pytest.raises(NotFound):
+        state.sessions.get(tenant, moved.session_id)
+
+
+def test_a_session_that_went_on_meanwhile_is_not_overwritten(state: State, tenant: Tenant) -> None:
+    made = state.sessions.create(tenant, say("a"))
+    state.sessions.advance(tenant, made.session_id, say("a", "b"), n_tokens=1, used=USED, head=made.head)
+    with pytest.raises(Conflict):
+        state.sessions.advance(tenant, made.session_id, say("a", "c"), n_tokens=1, used=USED, head=made.head)
+    assert state.sessions.messages(tenant, made.session_id) == say("a", "b")
+
+
+def test_names_are_unique_in_a_tenant_only(state: State, tenant: Tenant, other: Tenant) -> None:
+    state.sessions.create(tenant, name="n")
+    state.sessions.create(other, name="n")
+    with pytest.raises(Conflict):
+        state.sessions.create(tenant, name="n")
+
+
+def test_nothing_grows_without_bound(state: State) -> None:
+    state.tenants.create("small", max_sessions=3, max_pinned=1, max_transcript_bytes=200)
+    tenant = state.tenants.get("small")
+    made = state.sessions.create(tenant, say("a"))
+    with pytest.raises(RateLimited):
+        state.sessions.fork(tenant, made.session_id, 3)
+    forks = state.sessions.fork(tenant, made.session_id, 2)
+    with pytest.raises(RateLimited):
+        state.sessions.create(tenant)
+    state.sessions.pin(tenant, made.session_id, True)
+    state.sessions.pin(tenant, made.session_id, True)
+    with pytest.raises(RateLimited):
+        state.sessions.pin(tenant, forks[0].session_id, True)
+    before = stored_bytes(state)
+    with pytest.raises(RateLimited):
+        state.sessions.advance(tenant, made.session_id, say("a", "b" * 300), n_tokens=1, used=USED)
+    assert stored_bytes(state) == before, "what went too far is undone"
+    assert state.sessions.messages(tenant, made.session_id) == say("a")
+
+
+def test_pages_hold_every_session_once(state: State, tenant: Tenant) -> None:
+    made = {state.sessions.create(tenant).session_id for _ in range(7)}
+    seen: list[str] = []
+    while page := state.sessions.page(tenant, limit=3, after=seen[-1] if seen else None):
+        seen += [session.session_id for session in page]
+    assert sorted(seen) == sorted(made)
+    assert state.sessions.count(tenant) == 7
+
+
+def test_sessions_outlive_the_process(tmp_path: Path) -> None:
+    file = str(tmp_path / "deep" / "state.db")
+    first = State(file)
+    tenant = first.tenants.create("acme")
+    made = first.sessions.create(tenant, say("a", "ü"))
+    first.close()
+    second = State(file)
+    assert second.tenants.get("acme") == tenant
+    assert second.sessions.messages(tenant, made.session_id) == say("a", "ü")
+    second.close()
