@@ -17,6 +17,7 @@ from pasture.core.errors import DoesNotFit, EngineError
 from pasture.core.storage import Bytes
 from pasture.core.values import Direction, Form, Layout, Outcome, Restore, Save, Segment, SeqId, Slab, StepPlan, Work
 from pasture.engine.llama import LlamaEngine
+from pasture.engine.quality import LIVE, RECOMPUTED, measure_quality
 from tests.engine_support import GREEDY, Hand, open_small
 from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
 
@@ -287,3 +288,29 @@ def test_a_cache_configured_quantised_is_not_shifted(models: Path) -> None:
     with pytest.raises(DoesNotFit):
         engine.rebuild([], Layout.UNIFIED, 4, Form.Q8_0)
     engine.close()
+
+
+# What the forms do to the answers
+
+
+def test_quality_compares_every_form_with_the_cache_as_it_was(wide: Hand) -> None:
+    text = [TOKENS[i % 200] for i in range(0, 1000, 3)]
+    figures = {one.name: one for one in measure_quality(wide.engine, [text, text[50:]], context_tokens=150, held_tokens=70)}
+    assert list(figures) == ["raw", "q8_0", "q4_0", RECOMPUTED, LIVE]
+    raw, q8, q4, live = (figures[name] for name in ("raw", "q8_0", "q4_0", LIVE))
+    assert {one.n_tokens for one in figures.values()} == {140}
+    assert (raw.kl_max, raw.top1_agreement) == (0, 1)
+    assert raw.perplexity == raw.reference_perplexity == q4.reference_perplexity
+    assert 0 < q8.kl_mean < q4.kl_mean
+    assert 0 < live.kl_mean < KL_BOUND > q8.kl_mean
+    assert q8.kl_mean <= q8.kl_p99 <= q8.kl_max
+    assert raw.bytes_per_token > 1.7 * q8.bytes_per_token > 3 * q4.bytes_per_token
+    assert wide.engine.shape.form is Form.RAW
+    with pytest.raises(EngineError, match=r"holds \[0, 0\)"):
+        wide.save(0, 0, 1)
+
+
+def test_quality_needs_blocks_room_and_text(state_hand: Hand, wide: Hand) -> None:
+    for hand, text, held in ((state_hand, TOKENS, 10), (wide, TOKENS, 2000), (wide, TOKENS[:60], 10), (wide, None, 10)):
+        with pytest.raises(EngineError):
+            measure_quality(hand.engine, [] if text is None else [text], context_tokens=50, held_tokens=held)
