@@ -4,7 +4,7 @@ For each text a beginning is prefilled, and what follows is fed in pieces with t
 Then the same is done behind the same beginning as each form brings it back, so that nothing differs but the form. Two
 yardsticks go with it: RAW, which must move nothing, and the beginning computed again in other chunks, which is what llama.cpp
 does anyway whenever the load differs. A model with quantised weights rounds its activations, so that for it any difference at
-all, even one in the last bit, moves the answers by as much as that.
+all, even one in the last bit, moves the answers by as much as that; `expand.expand_weights` writes a copy that does not.
 
     reference   [ prefilled ==================== ][ piece | piece | ...      logits after each token: p
     q8_0        [ packed, squeezed, restored === ][ piece | piece | ...      logits after each token: q       KL(p || q)
@@ -32,7 +32,8 @@ LIVE = "live q8_0"
 _SEQUENCE = SeqId(0)
 _PIECE_TOKENS = 64
 _CHUNK_TOKENS = 256
-_OTHER_CHUNK_TOKENS = 192
+_OTHER_CHUNK_TOKENS = 50
+"""short of a tile, as decoded tokens are"""
 
 Rows = NDArray[np.float32]
 
