@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"core"},
     "kv": {"core"},
     "tiers": {"core"},
+    "foresight": {"core", "kv", "tiers"},
     "scheduler": {"core", "kv"},
     "text": {"core"},
     "sessions": {"core"},

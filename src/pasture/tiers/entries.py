@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from typing import Generic, TypeVar
 
@@ -31,10 +30,12 @@ BLOCK_OVERHEAD_BYTES = 1536
 class Entry:
     """A block in RAM and its standing."""
 
-    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "stage", "supersedes")
+    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "size", "stage", "supersedes")
 
     def __init__(self, block: Block) -> None:
         self.block = block
+        self.size = size_of(block)
+        """what it costs in RAM"""
         self.last_used = 0
         """tick of the last use"""
         self.forks = 0
@@ -48,14 +49,15 @@ class Entry:
         self.supersedes: list[BlockKey] = []
         """shorter blocks whose place it took; slow tiers may drop them once this one is there"""
 
-    @property
-    def size(self) -> int:
-        return size_of(self.block)
+    def put(self, block: Block) -> None:
+        """Another form of the same block."""
+        self.block = block
+        self.size = size_of(block)
 
     def empty(self) -> Block:
         """Let go of the block, which a heap or a pin would otherwise keep alive; returns it."""
         block, self.gone = self.block, True
-        self.block = replace(block, payload=_NO_BYTES)
+        self.block = Block(block.address, block.tokens, block.form, _NO_BYTES, block.whole)
         return block
 
 

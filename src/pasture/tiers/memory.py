@@ -257,7 +257,7 @@ class MemoryTier:
             if entry is None or entry.block is not old:
                 return False
             self._account(entry, -1)
-            entry.block = new
+            entry.put(new)
             self._account(entry, 1)
             entry.stage = stage
             if self._can_be_squeezed(entry):
@@ -370,6 +370,7 @@ class MemoryTier:
     def _remove(self, entry: Entry) -> Block:
         self._unwritten.pop(entry.block.address.key, None)
         self._account(entry, -1)
+        self._policy.removed(entry)
         self._leaf_again(self._index.remove(entry))
         return entry.empty()
 

@@ -1,0 +1,110 @@
+"""Eviction and admission by expected saving: uses a second x seconds of computing that a use saves, per byte kept.
+
+How often a block will be used is the reuse model's answer; what recomputing it would cost grows with its depth, because a token
+attends to everything before it. Values change as time passes without anything being used, so the order is made anew every few
+seconds; in between, who comes up for eviction is valued again, which catches all that rose. A block that is worth no more than
+the least of what is there is not let in: one-hit wonders do not displace what has proven itself.
+
+Owned by one tier, under its lock. Making the order anew costs about 2 us a leaf and takes at most a hundredth of the time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from itertools import count
+
+from pasture.core.ports import Clock
+from pasture.core.storage import BlockKey, Kind
+from pasture.foresight.reuse import ReuseModel
+from pasture.tiers.entries import Entry
+from pasture.tiers.eviction import Wanted
+
+ORDER_SECONDS = 2.0
+"""between two orders"""
+LEAVES_A_SECOND = 5_000
+"""orders come more rarely when there are more leaves than this allows"""
+FRESH_LEAVES = 4_096
+"""that are not in order yet, at most"""
+ATTENTION_TOKENS = 65_536.0
+"""depth at which a token costs twice what the first one does"""
+
+
+class ExpectedSaving:
+    def __init__(self, wanted: Wanted, clock: Clock, model: ReuseModel | None = None) -> None:
+        self.model = model if model is not None else ReuseModel()
+        self._wanted = wanted
+        self._clock = clock
+        self._leaves: dict[int, Entry] = {}
+        """whoever was offered, by identity; some may have stopped being leaves"""
+        self._heap: list[tuple[float, int, Entry]] = []
+        """(value when it was pushed, turn, entry); an entry may be in it several times"""
+        self._fresh: list[Entry] = []
+        """offered since the last victim was wanted: most of them are no leaves any more by then"""
+        self._turn = count()
+        self._next_order = clock()
+
+    def arrived(self, path: Sequence[BlockKey]) -> None:
+        self.model.arrived(path, self._clock())
+
+    def finished(self, path: Sequence[BlockKey], kind: Kind) -> None:
+        self.model.finished(path, kind, self._clock())
+
+    def entered(self, entry: Entry) -> None:
+        address = entry.block.address
+        self.model.adopt(address.key, address.parent)
+
+    def removed(self, entry: Entry) -> None:
+        self._leaves.pop(id(entry), None)
+
+    def used(self, entries: Sequence[Entry]) -> None: ...
+
+    def offered(self, entry: Entry) -> None:
+        self._fresh.append(entry)
+        if len(self._fresh) > FRESH_LEAVES:
+            self._take_in(self._clock())
+
+    def victim(self) -> Entry | None:
+        now = self._clock()
+        if now >= self._next_order:
+            self._make_order(now)
+        self._take_in(now)
+        heap, leaves = self._heap, self._leaves
+        while heap:
+            value, _, entry = heap[0]
+            if id(entry) not in leaves or not self._wanted(entry):
+                heapq.heappop(heap)
+                leaves.pop(id(entry), None)
+                continue
+            valued = self.value(entry, now)
+            if valued > value:
+                heapq.heapreplace(heap, (valued, next(self._turn), entry))
+                continue
+            heapq.heappop(heap)
+            del leaves[id(entry)]
+            return entry
+        return None
+
+    def admits(self, newcomer: Entry, victim: Entry) -> bool:
+        now = self._clock()
+        return self.value(newcomer, now) > self.value(victim, now)
+
+    def value(self, entry: Entry, now: float) -> float:
+        """Seconds of computing saved per second and byte, in units of this machine's speed at depth 0."""
+        address = entry.block.address
+        cost = (address.p1 - address.p0) * (1 + address.p0 / ATTENTION_TOKENS)
+        return self.model.rate(address.key, now) * cost / entry.size
+
+    def _take_in(self, now: float) -> None:
+        for entry in self._fresh:
+            if self._wanted(entry):
+                self._leaves[id(entry)] = entry
+                heapq.heappush(self._heap, (self.value(entry, now), next(self._turn), entry))
+        self._fresh.clear()
+
+    def _make_order(self, now: float) -> None:
+        self.model.refresh(now)
+        self._leaves = {name: entry for name, entry in self._leaves.items() if self._wanted(entry)}
+        self._heap = [(self.value(entry, now), next(self._turn), entry) for entry in self._leaves.values()]
+        heapq.heapify(self._heap)
+        self._next_order = now + max(ORDER_SECONDS, len(self._leaves) / LEAVES_A_SECOND)

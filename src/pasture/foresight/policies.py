@@ -1,0 +1,30 @@
+"""The eviction policies that a tier can be given, by name: `--kv-policy`, and `pasture simulate --policy`.
+
+lru          what was used longest ago goes first
+s3fifo       new blocks pass a small queue; only what is used again gets into the large one
+foresight    what is least worth keeping goes first, and nothing comes in for which something better would have to go
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pasture.core.ports import Clock
+from pasture.foresight.expected import ExpectedSaving
+from pasture.foresight.s3fifo import S3Fifo
+from pasture.tiers.eviction import PolicyMaker, least_recently_used
+
+
+def _lru(clock: Clock) -> PolicyMaker:
+    return least_recently_used
+
+
+def _s3fifo(clock: Clock) -> PolicyMaker:
+    return S3Fifo
+
+
+def _foresight(clock: Clock) -> PolicyMaker:
+    return lambda wanted: ExpectedSaving(wanted, clock)
+
+
+POLICIES: dict[str, Callable[[Clock], PolicyMaker]] = {"lru": _lru, "s3fifo": _s3fifo, "foresight": _foresight}

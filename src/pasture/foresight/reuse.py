@@ -1,0 +1,179 @@
+"""Which blocks will be wanted again, and when: the reuse model, online, from nothing but the keys of the requests so far.
+
+    visit            one request's way through its blocks; each block remembers the last visit that came through it
+    conversation     a request that goes on from most of what an earlier one left behind continues it: turn, turn + 1, ...
+    category         what is expected next (a person, a tool, nothing) x how many turns the conversation has had: `returns`
+    shared prefix    a block that other conversations' requests come through too has an arrival rate of its own
+
+Keys are remembered whether or not any tier has the blocks, so a conversation whose KV was dropped is recognised when it comes
+back. Everything is bounded: so many keys, so many rates, the least recently used forgotten. What a block's second in the cache
+is worth is the sum of both kinds of knowledge. Learns from the past only, knows no tier; belongs to its owner's thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pasture.core.storage import BlockKey, Kind
+from pasture.foresight.returns import Returns, Wait
+
+REMEMBERED_KEYS = 1 << 17
+REMEMBERED_RATES = 1 << 14
+TURNS = 8
+"""turns of a conversation that are told apart; later ones count as the last of them"""
+CONTINUES = 0.5
+"""share of an earlier request's blocks above which a request that begins with them continues its conversation"""
+RATE_SECONDS = 600.0
+"""over which arrival rates are averaged"""
+LEFT_BEHIND = 0.05
+"""what is left of a block's chances when its conversation went on without it"""
+
+_KINDS = {kind: number for number, kind in enumerate(Kind)}
+N_CATEGORIES = len(_KINDS) * TURNS
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """A request's way through its blocks."""
+
+    n_blocks: int
+    turn: int
+    """0 for the first request of a conversation"""
+    kind: Kind
+    wait: Wait
+    rate: float = 0.0
+    valued_at: int = 0
+    """number of the refresh since which `rate` stands"""
+
+
+@dataclass(slots=True)
+class _Arrivals:
+    """A rate that fades: requests of other conversations, each counting less as it ages."""
+
+    count: float
+    last: float
+
+    def rate(self, now: float) -> float:
+        return self.count * math.exp((self.last - now) / RATE_SECONDS) / RATE_SECONDS
+
+    def add(self, now: float) -> None:
+        self.count = self.count * math.exp((self.last - now) / RATE_SECONDS) + 1
+        self.last = now
+
+
+class ReuseModel:
+    """See the module."""
+
+    def __init__(self, *, remembered_keys: int = REMEMBERED_KEYS) -> None:
+        self._remembered_keys = remembered_keys
+        self._returns = Returns(N_CATEGORIES)
+        self._visits: OrderedDict[BlockKey, Visit] = OrderedDict()
+        """block -> the last visit that came through, longest ago first"""
+        self._arrivals: OrderedDict[BlockKey, _Arrivals] = OrderedDict()
+        self._refreshes = 1
+
+    # The past
+
+    def arrived(self, path: Sequence[BlockKey], now: float) -> Visit:
+        """A request over these blocks begins; `path` is a whole prefix, from its first block on."""
+        self._returns.advance(now)
+        before = self._continued(path)
+        kind, turn = Kind.CHAT, 0
+        if before is not None:
+            self._returns.end(before.wait, now)
+            before.valued_at = 0
+            kind, turn = before.kind, before.turn + 1
+        visit = Visit(len(path), turn, kind, Wait(_category(kind, turn), now))
+        self._returns.begin(visit.wait)
+        visits = self._visits
+        for key in path:
+            last = visits.pop(key, None)
+            visits[key] = visit
+            if last is not None and last is not before:
+                self._count_arrival(key, now)
+        while len(visits) > self._remembered_keys:
+            visits.popitem(last=False)
+        return visit
+
+    def finished(self, path: Sequence[BlockKey], kind: Kind, now: float) -> None:
+        """The last request over these blocks has ended: from here on `kind` is waited for."""
+        visit = self._visits.get(path[-1]) if path else None
+        if visit is None or visit.wait.over:
+            return
+        visit.kind = kind
+        visit.valued_at = 0
+        visit.wait.category = _category(kind, visit.turn)
+        self._returns.restart(visit.wait, now)
+
+    def adopt(self, key: BlockKey, parent: BlockKey) -> None:
+        """A block was stored that no request has asked for yet: what a reply added belongs to whoever it was given to."""
+        if key not in self._visits:
+            visit = self._visits.get(parent)
+            if visit is not None:
+                self._visits[key] = visit
+
+    # The future
+
+    def refresh(self, now: float) -> None:
+        """Draw conclusions from what came since the last time: until then, rates stand still."""
+        self._returns.advance(now)
+        self._returns.refresh()
+        self._refreshes += 1
+
+    def rate(self, key: BlockKey, now: float) -> float:
+        """Uses a second that keeping the block is expected to bring, at best."""
+        visit = self._visits.get(key)
+        rate = 0.0
+        if visit is not None:
+            rate = visit.rate if visit.valued_at == self._refreshes else self._value(visit, now)
+        arrivals = self._arrivals.get(key)
+        return rate if arrivals is None else rate + arrivals.rate(now)
+
+    def probability(self, key: BlockKey, now: float, within_seconds: float) -> float:
+        """P(the block is used within so many seconds)."""
+        unused = 1.0
+        visit = self._visits.get(key)
+        if visit is not None:
+            wait = visit.wait
+            returns = self._returns.probability(wait.category, now - wait.since, within_seconds)
+            unused -= returns * LEFT_BEHIND if wait.over else returns
+        arrivals = self._arrivals.get(key)
+        return 1 - unused * math.exp(-within_seconds * arrivals.rate(now)) if arrivals is not None else 1 - unused
+
+    def arrival_rate(self, key: BlockKey, now: float) -> float:
+        """Requests a second, of conversations other than the last one, that come through the block."""
+        arrivals = self._arrivals.get(key)
+        return arrivals.rate(now) if arrivals is not None else 0.0
+
+    # Inside
+
+    def _value(self, visit: Visit, now: float) -> float:
+        wait = visit.wait
+        rate = self._returns.index(wait.category, now - wait.since)
+        visit.rate = rate * LEFT_BEHIND if wait.over else rate
+        visit.valued_at = self._refreshes
+        return visit.rate
+
+    def _continued(self, path: Sequence[BlockKey]) -> Visit | None:
+        """The visit this one goes on from: the deepest known block's, if it is most of what that visit left."""
+        for index in range(len(path) - 1, -1, -1):
+            visit = self._visits.get(path[index])
+            if visit is not None:
+                return visit if index + 1 > CONTINUES * visit.n_blocks else None
+        return None
+
+    def _count_arrival(self, key: BlockKey, now: float) -> None:
+        arrivals = self._arrivals.pop(key, None)
+        if arrivals is None:
+            arrivals = _Arrivals(0.0, now)
+            if len(self._arrivals) >= REMEMBERED_RATES:
+                self._arrivals.popitem(last=False)
+        arrivals.add(now)
+        self._arrivals[key] = arrivals
+
+
+def _category(kind: Kind, turn: int) -> int:
+    return _KINDS[kind] * TURNS + min(turn, TURNS - 1)
