@@ -90,6 +90,8 @@ class StubService:
     script: Callable[[Request], AsyncGenerator[TokenEvent, None]] | None = None
     hold: asyncio.Event | None = None
     """where given, a reply stops after its first token until it is set"""
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    """set with the first request"""
     max_conversation_tokens: int = 1000
     vocabulary: ByteVocabulary = field(default_factory=ByteVocabulary)
     model: ModelInfo = MODEL
@@ -106,6 +108,7 @@ class StubService:
         if self.error is not None:
             raise self.error
         self.open += 1
+        self.begun.set()
         try:
             events = self._scripted(request) if self.script is None else self.script(request)
             async for event in events:

@@ -1,0 +1,113 @@
+"""Keys, tenants and their limits over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from pasture.api import ApiSettings, create_app
+from pasture.core.values import DEFAULT_NAMESPACE
+from pasture.sessions.state import State
+from tests.session_support import world
+from tests.unit.api.conftest import Connect
+from tests.unit.api.wire import CHAT, chat_body, error_of
+from tests.unit.stub_service import StubService
+
+
+def client_of(service: StubService, state: State, settings: ApiSettings | None = None) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_app(service, settings, state=state), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://pasture")
+
+
+async def test_each_key_is_its_tenants_and_an_open_server_is_one(connect: Connect) -> None:
+    service = StubService()
+    keyed = connect(service, ApiSettings(api_keys=("one", "two")))
+    for key in ("one", "two", "one"):
+        await keyed.post(CHAT, json=chat_body(), headers={"authorization": f"Bearer {key}"})
+    await connect(service).post(CHAT, json=chat_body())
+    one, two, again, opened = service.requests
+    assert (one.namespace, one.tenant) == (again.namespace, again.tenant)
+    assert len({one.namespace, two.namespace, opened.namespace}) == 3
+    assert (opened.namespace, opened.tenant) == (DEFAULT_NAMESPACE, "default")
+
+
+async def test_weight_and_priority_reach_the_line() -> None:
+    service, state = StubService(), State()
+    secret, _ = state.tenants.add_key("heavy")
+    state.tenants.limit("heavy", weight=3.0)
+    async with client_of(service, state) as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        await client.post(CHAT, json=chat_body(service_tier="priority"))
+        await client.post(CHAT, json=chat_body(), headers={"x-priority": "low"})
+        await client.post(CHAT, json=chat_body())
+        assert (await client.post(CHAT, json=chat_body(), headers={"x-priority": "most"})).status_code == 400
+    assert [request.priority for request in service.requests] == [1, -1, 0]
+    assert {request.weight for request in service.requests} == {3.0}
+    state.close()
+
+
+async def test_more_than_its_tokens_a_minute_is_a_429_that_says_when() -> None:
+    async with world(["one", "two"]) as at:
+        at.state.tenants.limit("one", tokens_per_minute=100)
+        client = at.openai("one")
+        message: list[ChatCompletionMessageParam] = [{"role": "user", "content": "x" * 150}]
+        await client.chat.completions.create(model="m", messages=message, max_tokens=2)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.responses.create(model="m", input="y")
+        assert 1 <= int(caught.value.response.headers["retry-after"]) <= 120
+        assert caught.value.code == "rate_limit_exceeded"
+        async with at.http("two") as other:
+            assert (await other.post("/chat/completions", json=chat_body(max_tokens=1))).status_code == 200
+        await client.close()
+
+
+async def test_a_full_line_is_refused_and_a_stream_that_ends_makes_room() -> None:
+    hold = asyncio.Event()
+    service, state = StubService(hold=hold), State()
+    secret, _ = state.tenants.add_key("small")
+    state.tenants.limit("small", max_concurrent=1, max_queued=0)
+    async with client_of(service, state) as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        first = asyncio.create_task(client.post(CHAT, json=chat_body(stream=True)))
+        await asyncio.wait_for(service.begun.wait(), 10)
+        refused = await client.post(CHAT, json=chat_body(stream=True))
+        assert refused.status_code == 429
+        assert error_of(refused)["type"] == "rate_limit_error"
+        hold.set()
+        assert (await first).status_code == 200
+        assert (await client.post(CHAT, json=chat_body())).status_code == 200
+    assert len(state.gate) == 0
+    state.close()
+
+
+async def test_the_admin_key_opens_what_shows_everybodys_doing_and_nothing_else() -> None:
+    state = State()
+    secret, _ = state.tenants.add_key("one")
+    async with client_of(StubService(), state, ApiSettings(admin_key="root")) as client:
+        admin, user = {"authorization": "Bearer root"}, {"authorization": f"Bearer {secret}"}
+        for path in ("/metrics", "/slots", "/v1/admin/tenants", "/v1/admin/public"):
+            assert (await client.get(path, headers=admin)).status_code == 200
+            for headers in (user, {}):
+                answer = await client.get(path, headers=headers)
+                assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
+        assert (await client.get("/v1/models", headers=admin)).status_code == 401
+        assert (await client.get("/v1/models", headers=user)).status_code == 200
+        changed = await client.post("/v1/admin/tenants/one/limits", json={"tokens_per_minute": 5}, headers=admin)
+        assert changed.json()["limits"]["tokens_per_minute"] == 5
+        assert changed.json()["limits"]["max_queued"] == 256
+        assert (await client.post("/v1/admin/tenants/two/limits", json={}, headers=admin)).status_code == 404
+        assert (await client.post("/v1/admin/tenants/one/limits", json={"weight": 0}, headers=admin)).status_code == 400
+        assert (await client.post("/v1/admin/public", json={"name": "../x", "content": "c"}, headers=admin)).status_code == 400
+        assert (await client.post("/v1/admin/public", json={"name": "x", "content": "c"}, headers=admin)).status_code == 201
+        assert (await client.delete("/v1/admin/public/x", headers=admin)).status_code == 200
+    state.close()
+
+
+async def test_without_an_admin_key_there_are_no_admin_routes(client: httpx.AsyncClient) -> None:
+    for path in ("/v1/admin/tenants", "/v1/admin/nothing"):
+        assert (await client.get(path)).status_code == 404
+    assert (await client.get("/metrics")).status_code == 200
