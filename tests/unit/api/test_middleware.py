@@ -4,6 +4,8 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pasture.api.middleware import ApiKeys, LastResort, RequestIds
+from pasture.sessions.database import Database
+from pasture.sessions.tenants import Keyring, Tenants
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 
@@ -55,7 +57,10 @@ async def test_a_bug_outside_http_is_left_to_the_server() -> None:
         await Wire().call(LastResort(breaks), "lifespan")
 
 
-@pytest.mark.parametrize("app", [RequestIds(answers), LastResort(answers), ApiKeys(answers, ["key"])])
+KEYRING = Keyring(Tenants(Database()), ["key"])
+
+
+@pytest.mark.parametrize("app", [RequestIds(answers), LastResort(answers), ApiKeys(answers, KEYRING)])
 async def test_what_is_not_http_passes_through(app: ASGIApp) -> None:
     wire = Wire()
     await wire.call(app, "lifespan")
