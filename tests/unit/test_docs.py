@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 
-FOREIGN_FLAGS = {"--kv-unified", "--no-kv-unified", "--no-repack", "--repack", "--no-webui"}
+FOREIGN_FLAGS = {"--slot-save-path", "--kv-unified", "--no-kv-unified", "--no-repack", "--repack", "--no-webui"}
 """of llama-server, which the documentation compares with"""
 
 
