@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from pasture.core.errors import InvariantBroken
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics, SequenceState, SequenceStatistics, ServiceStatistics
 from pasture.core.storage import StoreStatistics, TierStatistics
 from pasture.core.values import (
@@ -100,6 +101,7 @@ class StubService:
     """generators that have begun and not ended"""
     pins: list[StubPin] = field(default_factory=list)
     restored: list[tuple[str, tuple[int, ...], bytes]] = field(default_factory=list)
+    broken: bool = False
     drained: bool = False
     closed: bool = False
 
@@ -145,6 +147,10 @@ class StubService:
     async def restore(self, namespace: Namespace, tokens: Sequence[int], exported: bytes) -> int:
         self.restored.append((namespace, tuple(tokens), exported))
         return len(tokens)
+
+    async def verify(self) -> None:
+        if self.broken:
+            raise InvariantBroken("a cell too many")
 
     def statistics(self) -> ServiceStatistics:
         return ServiceStatistics(MODEL, _POOL, _SCHEDULER, _STORE, 12.5, draining=self.drained)

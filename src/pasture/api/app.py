@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from pasture.api import errors
 from pasture.api.admin import admin_routes
+from pasture.api.diagnosis import diagnosis_routes
 from pasture.api.disconnect import ClientGone
 from pasture.api.gateway import Gateway
 from pasture.api.generation import generation_routes
@@ -45,6 +46,7 @@ def create_app(
         generation_routes,
         response_routes,
         session_routes,
+        diagnosis_routes,
         admin_routes,
         inspection_routes,
         text_routes,

@@ -6,7 +6,7 @@ object is built and no model validated for a token. Chunks are complete server-s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Protocol
@@ -20,6 +20,9 @@ from pasture.core.values import Finish, FinishReason, Usage
 from pasture.text.replies import Fragment, ScoredToken
 
 Json = dict[str, object]
+
+Explain = Callable[[int, Usage], Json]
+"""(index of the choice, what it cost) -> where its prompt came from"""
 
 _NEVER = -9999.0
 
@@ -122,8 +125,10 @@ class CompletionShape:
 class Writer:
     """Renders one job's answer."""
 
-    def __init__(self, job: Job, shape: Shape, vocabulary: Vocabulary) -> None:
+    def __init__(self, job: Job, shape: Shape, vocabulary: Vocabulary, explain: Explain | None = None) -> None:
+        """`explain`: what `pasture.cache` says of a choice, for requests that ask for it."""
         self._job = job
+        self._explain = explain
         self._shape = shape
         self._vocabulary = vocabulary
         self._chunks = [_ChunkFrame(self, choice) for choice in job.choices]
@@ -209,7 +214,12 @@ class Writer:
         }
 
     def _timings(self, finishes: Mapping[int, Finish]) -> Json:
-        return {"choices": [_timing(i, finishes[i].usage) for i in sorted(finishes)]}
+        told: list[Json] = []
+        for i in sorted(finishes):
+            usage = finishes[i].usage
+            cache: Json = {} if self._explain is None else {"cache": self._explain(i, usage)}
+            told.append(_timing(i, usage) | cache)
+        return {"choices": told}
 
 
 class _ChunkFrame:

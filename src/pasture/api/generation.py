@@ -38,7 +38,7 @@ def generation_routes(gateway: Gateway) -> APIRouter:
 
 
 async def _answer(gateway: Gateway, run: Run, shape: Shape, request: Request) -> Response:
-    writer = Writer(run.job, shape, gateway.service.vocabulary)
+    writer = Writer(run.job, shape, gateway.service.vocabulary, run.explain)
     if run.job.stream:
         return EventStream(run.chunks(writer))
     async with cancelled_on_disconnect(request.receive):

@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pasture.api.callers import Caller
 from pasture.api.schemas import ChatBody
@@ -44,6 +44,10 @@ class Joined:
     """the whole conversation, this request's messages included"""
     context: Mapping[str, object]
     head: str | AnyHead | None = ANY_HEAD
+    n_tokens_before: int = 0
+    """of the conversation as it was when the session was used last"""
+    edited_at: int | None = None
+    """the first message that differs from what was said; None: the conversation only goes on"""
 
     async def go_on(self, reply: str, finish: Finish) -> None:
         """The reply is complete and belongs to the conversation. Raises Conflict, RateLimited."""
@@ -97,7 +101,10 @@ class Membership:
         context = _context(body, session)
         body = body.model_copy(update={"messages": messages, **context})
         head = ANY_HEAD if session is None else session.head
-        return body, Joined(self.sessions, caller.tenant, session_id, name, messages, context, head)
+        joined = Joined(self.sessions, caller.tenant, session_id, name, messages, context, head)
+        if session is not None:
+            joined = replace(joined, n_tokens_before=session.n_tokens, edited_at=_edited_at(said, messages))
+        return body, joined
 
     @contextmanager
     def alone(self, joined: Joined | None) -> Iterator[None]:
@@ -129,6 +136,13 @@ def _is_whole(said: Sequence[Message], sent: Sequence[Message]) -> bool:
     if sent[0].get("role") in opens and said[0].get("role") in opens:
         return True
     return _has_reply(said) and _has_reply(sent)
+
+
+def _edited_at(said: Sequence[Message], messages: Sequence[Message]) -> int | None:
+    """The first message of what was said that is not as it was."""
+    same = (one == two for one, two in zip(said, messages, strict=False))
+    at = next((i for i, equal in enumerate(same) if not equal), len(messages))
+    return at if at < len(said) else None
 
 
 def _has_reply(messages: Sequence[Message]) -> bool:

@@ -10,12 +10,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from pasture.api.callers import Caller
-from pasture.api.formats import Reply, Writer
+from pasture.api.explanations import explain
+from pasture.api.formats import Json, Reply, Writer
 from pasture.api.gateway import Gateway
 from pasture.api.jobs import Choice, Job
 from pasture.api.joining import Joined
 from pasture.api.streams import OnComplete, chunks, collect
-from pasture.core.values import TokenEvent
+from pasture.core.values import TokenEvent, Usage, Whereabouts
 from pasture.sessions.gate import Passage
 from pasture.text.replies import Fragment, read_reply
 
@@ -29,11 +30,13 @@ class Run:
         self._caller = caller
         self._joined = joined
         self._passage = Passage()
+        self._found: dict[tuple[int, ...], Whereabouts] = {}
 
     async def collect(self) -> list[Reply]:
         """Every choice's reply, complete, and kept in the session. Raises what ends any of them early."""
         with self._gateway.members.alone(self._joined):
             async with self._gateway.state.gate.enter(self._caller.tenant) as self._passage:
+                await self._locate()
                 replies = await collect(self.job, self._read)
             await self._keep(replies)
         return replies
@@ -46,8 +49,14 @@ class Run:
                 self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
                 aclosing(chunks(self.job, self._read, writer, keep)) as events,
             ):
+                await self._locate()
                 async for event in events:
                     yield event
+
+    def explain(self, index: int, usage: Usage) -> Json:
+        """Where a choice's prompt was when it was submitted, and why the rest of it had to be computed."""
+        prompt = self.job.choices[index].request.prompt
+        return explain(usage, self._found.get(prompt), self._joined)
 
     async def fragments(self) -> AsyncGenerator[Fragment, None]:
         """The reply of the first choice, piece by piece, for answers in other shapes."""
@@ -57,6 +66,12 @@ class Run:
         ):
             async for fragment in fragments:
                 yield fragment
+
+    async def _locate(self) -> None:
+        """For those who asked: where each prompt is, before anything is done about it."""
+        if self.job.include_pasture:
+            for prompt in {choice.request.prompt for choice in self.job.choices}:
+                self._found[prompt] = await self._gateway.service.locate(self._caller.namespace, prompt)
 
     def _read(self, choice: Choice) -> AsyncGenerator[Fragment, None]:
         gateway = self._gateway

@@ -137,6 +137,10 @@ class Service(Protocol):
         """
         ...
 
+    async def verify(self) -> None:
+        """Check now that the books of the live cache agree with themselves. Raises InvariantBroken."""
+        ...
+
     def statistics(self) -> ServiceStatistics: ...
     async def drain(self) -> None:
         """Take nothing new, finish what runs."""

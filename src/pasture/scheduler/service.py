@@ -141,6 +141,10 @@ class LocalService:
         packed = await asyncio.to_thread(keeping.unpack, exported, len(path), codec.fingerprint)
         return await self._ask(lambda scheduler: keeping.put(scheduler, namespace, path, packed, codec))
 
+    async def verify(self) -> None:
+        """See `pasture.core.ports.Service.verify`."""
+        await self._ask(lambda scheduler: scheduler.pool.check())
+
     def statistics(self) -> ServiceStatistics:
         pool, scheduler = self._loop.snapshot
         store = self._store.statistics()

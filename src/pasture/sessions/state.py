@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.core.ports import Clock
@@ -57,6 +58,17 @@ class State:
         """Forget what is due every so often, on a thread of its own, until `close`."""
         self._sweeper = threading.Thread(target=self._sweep, args=(seconds,), name="pasture-expiry", daemon=True)
         self._sweeper.start()
+
+    def kept(self) -> dict[str, int]:
+        """How much there is of everything that is kept, over all tenants."""
+        with self.database.read() as connection:
+            rows = connection.execute(
+                text(
+                    "SELECT (SELECT count(*) FROM sessions), (SELECT count(*) FROM responses), (SELECT count(*) FROM turns), "
+                    "(SELECT coalesce(sum(n_bytes), 0) FROM stored)"
+                )
+            ).one()
+        return dict(zip(("sessions", "responses", "turns", "bytes"), (int(n) for n in rows), strict=True))
 
     def close(self) -> None:
         self._ended.set()

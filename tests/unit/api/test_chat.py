@@ -147,7 +147,7 @@ async def test_the_pasture_object_comes_when_asked_for(client: httpx.AsyncClient
     assert "pasture" not in (await client.post(CHAT, json=chat_body())).json()
     timing = (await client.post(CHAT, json=chat_body(pasture=True))).json()["pasture"]["choices"][0]
     assert timing["cached_tokens"] == 3
-    assert set(timing) == {"index", "queue_seconds", "first_token_seconds", "total_seconds", "cached_tokens", "swaps"}
+    assert set(timing) == {"cache", "index", "queue_seconds", "first_token_seconds", "total_seconds", "cached_tokens", "swaps"}
     streamed = await client.post(CHAT, json=chat_body(pasture=True, stream=True))
     assert events(streamed.text)[-2]["pasture"]["choices"] == [timing]
 

@@ -1,0 +1,119 @@
+"""`GET /v1/diagnosis`: what usually goes wrong with a shared cache, checked now and said in a sentence each.
+
+    low_hit_rate       prompts are computed that could have been found
+    interference       conversations could see each other: the books are verified, damage is counted
+    memory_growth      something grows past its budget: cells, tiers, what the state keeps
+
+Everything but the verification of the books is read from statistics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import orjson
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from pasture.api.gateway import Gateway
+from pasture.core.errors import InvariantBroken
+from pasture.core.statistics import ServiceStatistics
+
+LOW_HIT_RATIO = 0.2
+ENOUGH_TOKENS = 10_000
+"""prompt tokens before a ratio says anything"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question with its answer. `status`: ok, warning, or unknown while there is too little to go by."""
+
+    name: str
+    status: str
+    message: str
+    facts: dict[str, object]
+
+
+def diagnosis_routes(gateway: Gateway) -> APIRouter:
+    """Routes over the gateway's service and state."""
+    router = APIRouter()
+
+    @router.get("/v1/diagnosis")
+    async def diagnosis() -> Response:
+        broken = None
+        try:
+            await gateway.service.verify()
+        except InvariantBroken as error:
+            broken = str(error)
+        statistics = gateway.service.statistics()
+        kept = await asyncio.to_thread(gateway.state.kept)
+        checks = [hit_rate(statistics), interference(statistics, broken), memory_growth(statistics, kept)]
+        ok = all(check.status != "warning" for check in checks)
+        return Response(orjson.dumps({"object": "diagnosis", "ok": ok, "checks": checks}), media_type="application/json")
+
+    return router
+
+
+def hit_rate(statistics: ServiceStatistics) -> Check:
+    """Whether prompts are found often enough for the cache to be worth its memory."""
+    pool = statistics.pool
+    hit, missed = sum(pool.hit_tokens.values()), pool.missed_tokens
+    ratio = hit / (hit + missed) if hit + missed else 0.0
+    facts: dict[str, object] = {
+        "hit_tokens": dict(pool.hit_tokens),
+        "missed_tokens": missed,
+        "hit_ratio": round(ratio, 4),
+        "evicted_cells": dict(pool.evicted_cells),
+        "fetches_refused": dict(statistics.store.gate_refusals),
+    }
+    if hit + missed < ENOUGH_TOKENS:
+        return Check("low_hit_rate", "unknown", "too few prompts yet to tell", facts)
+    if ratio >= LOW_HIT_RATIO:
+        return Check("low_hit_rate", "ok", f"{ratio:.0%} of prompt tokens were found", facts)
+    full = sum(pool.evicted_cells.values()) > pool.shape.n_cells
+    advice = (
+        "the pool is small for the traffic: a larger --kv-memory or --kv-ram keeps more"
+        if full
+        else "prompts differ early: something at their beginning changes (a date, a name, an order of documents)"
+    )
+    return Check("low_hit_rate", "warning", f"only {ratio:.0%} of prompt tokens were found; {advice}", facts)
+
+
+def interference(statistics: ServiceStatistics, broken: str | None) -> Check:
+    """Whether anything says that conversations could have seen each other's tokens."""
+    damaged = sum(tier.damaged_blocks for tier in statistics.store.tiers)
+    facts: dict[str, object] = {
+        "books_verified": broken is None,
+        "invariant_failures": statistics.scheduler.invariant_failures_total,
+        "damaged_blocks_dropped": damaged,
+        "namespaces": len(statistics.pool.namespaces),
+    }
+    if broken is not None or statistics.scheduler.invariant_failures_total:
+        what = broken or "the books did not agree at least once; the cache was emptied then"
+        return Check("interference", "warning", f"a bug to report: {what}", facts)
+    dropped = f"; {damaged} damaged stored blocks were noticed and dropped" if damaged else ""
+    return Check("interference", "ok", f"every cell is accounted for and held by its own namespace alone{dropped}", facts)
+
+
+def memory_growth(statistics: ServiceStatistics, kept: dict[str, int]) -> Check:
+    """Whether everything that grows stays within its budget."""
+    pool = statistics.pool
+    over = [
+        tier.name
+        for tier in statistics.store.tiers
+        if tier.bytes > tier.budget_bytes + tier.pinned_bytes + tier.in_flight_bytes
+    ]
+    facts: dict[str, object] = {
+        "cells": {"used": pool.used_cells, "peak": pool.peak_cells, "of": pool.shape.n_cells},
+        "tiers": {
+            tier.name: {"bytes": tier.bytes, "budget_bytes": tier.budget_bytes, "pinned_bytes": tier.pinned_bytes}
+            for tier in statistics.store.tiers
+        },
+        "state": kept,
+    }
+    if pool.used_cells > pool.shape.n_cells:
+        return Check("memory_growth", "warning", "more cells are in use than there are: a bug to report", facts)
+    if over:
+        return Check("memory_growth", "warning", f"over budget: {', '.join(over)}", facts)
+    return Check("memory_growth", "ok", "cells and tiers are within their budgets; unused sessions expire", facts)

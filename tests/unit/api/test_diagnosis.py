@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import httpx
+
+from pasture.api.diagnosis import hit_rate, interference, memory_growth
+from pasture.core.statistics import ServiceStatistics
+from pasture.core.storage import StoreStatistics, TierStatistics
+from tests.session_support import world
+from tests.unit.api.conftest import Connect
+from tests.unit.api.wire import CHAT, chat_body, events
+from tests.unit.stub_service import StubService
+
+TIER = TierStatistics("ram", 1, 100, 100, 0, 0, {}, 0, 0, 0, 0, 0, 3, 0, 0.0, 0.0)
+
+
+def statistics(**pool: object) -> ServiceStatistics:
+    found = StubService().statistics()
+    return replace(found, pool=replace(found.pool, **pool))  # type: ignore[arg-type]
+
+
+async def test_a_healthy_server_says_so(client: httpx.AsyncClient) -> None:
+    told = (await client.get("/v1/diagnosis")).json()
+    assert told["ok"] is True
+    statuses = {check["name"]: check["status"] for check in told["checks"]}
+    assert statuses == {"low_hit_rate": "unknown", "interference": "ok", "memory_growth": "ok"}
+    assert told["checks"][2]["facts"]["state"] == {"sessions": 0, "responses": 0, "turns": 0, "bytes": 0}
+
+
+async def test_broken_books_are_told(connect: Connect) -> None:
+    told = (await connect(StubService(broken=True)).get("/v1/diagnosis")).json()
+    assert told["ok"] is False
+    assert "a cell too many" in told["checks"][1]["message"]
+
+
+def test_hit_rates_and_what_to_do_about_them() -> None:
+    assert hit_rate(statistics(hit_tokens={"idle": 9000}, missed_tokens=2000)).status == "ok"
+    early = hit_rate(statistics(hit_tokens={}, missed_tokens=20_000, evicted_cells={}))
+    assert (early.status, "at their beginning" in early.message) == ("warning", True)
+    small = hit_rate(statistics(hit_tokens={}, missed_tokens=20_000, evicted_cells={"cells": 9999}))
+    assert "small for the traffic" in small.message
+
+
+def test_growth_past_a_budget_is_told() -> None:
+    assert memory_growth(statistics(used_cells=5000), {}).status == "warning"
+    found = StubService().statistics()
+    over = replace(found, store=replace(found.store, tiers=(replace(TIER, bytes=201),)))
+    assert "ram" in memory_growth(over, {}).message
+    pinned = replace(found, store=StoreStatistics((replace(TIER, bytes=201, pinned_bytes=101),), 0, 0, 0, {}))
+    assert memory_growth(pinned, {}).status == "ok"
+    assert "3 damaged" in interference(over, None).message
+
+
+def cache_of(answer: Mapping[str, Any]) -> Any:
+    return answer["pasture"]["choices"][0]["cache"]
+
+
+async def test_a_request_that_asks_is_told_where_its_prompt_was(client: httpx.AsyncClient) -> None:
+    answer = (await client.post(CHAT, json=chat_body(pasture=True))).json()
+    assert cache_of(answer) == {
+        "prompt_tokens": 21,
+        "cached_tokens": 3,
+        "computed_tokens": 18,
+        "found": {"live": 21, "shared": 2, "ram": 5},
+        "first_missed_position": 3,
+        "reason": "new_or_evicted",
+    }
+    streamed = (await client.post(CHAT, json=chat_body(pasture=True, stream=True))).text
+    assert cache_of(events(streamed)[-2]) == cache_of(answer)
+    assert "pasture" not in (await client.post(CHAT, json=chat_body())).json()
+
+
+async def test_in_a_session_the_reason_is_known() -> None:
+    async with world(["one"]) as at, at.http("one") as client:
+        made = (await client.post("/sessions", json={"messages": [{"role": "system", "content": "Be kind. " * 30}]})).json()[
+            "id"
+        ]
+
+        async def ask(**fields: object) -> Any:
+            body = {"session_id": made, "max_tokens": 2, "pasture": True, **fields}
+            return cache_of((await client.post("/chat/completions", json=body)).json())
+
+        hi = {"role": "user", "content": "Hi"}
+        assert (await ask(messages=[hi]))["reason"] == "new"
+        assert (await ask(messages=[hi]))["reason"] == "new"
+        edited = await ask(messages=[{"role": "system", "content": "Be brief."}, hi])
+        assert (edited["reason"], edited["first_edited_message"]) == ("edited_history", 0)
