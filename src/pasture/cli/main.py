@@ -22,6 +22,8 @@ from pasture.cli.keys import keys
 from pasture.cli.output import report
 from pasture.cli.public import public
 from pasture.cli.serve import serve
+from pasture.cli.simulate import simulate_command
+from pasture.cli.top import top
 from pasture.cli.warm import warm
 from pasture.core.errors import PastureError
 
@@ -37,6 +39,8 @@ app.command(rich_help_panel="Serve")(serve)
 app.command(rich_help_panel="Serve")(warm)
 app.command(rich_help_panel="Measure")(demo)
 app.command(rich_help_panel="Measure")(bench)
+app.command(rich_help_panel="Find out")(top)
+app.command("simulate", rich_help_panel="Measure")(simulate_command)
 app.command(rich_help_panel="Find out")(check)
 app.command(rich_help_panel="Find out")(config)
 app.add_typer(cache, name="cache", rich_help_panel="Look after")

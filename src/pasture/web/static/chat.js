@@ -7,11 +7,12 @@ import { header, keyDialog, openKey, speak } from "./shell.js";
 import { count, percent, plural, seconds } from "./words.js";
 
 const page = document.getElementById("app");
+page.replaceChildren();
 const view = { state: "starting", snapshot: null, chats: [], made: 0, document: "", fileName: "", maxTokens: 200 };
 
 function open(messages = [], forked = null) {
   view.made += 1;
-  const chat = { id: view.made, name: `Chat ${view.made}`, messages, forked, withDocument: true, leaving: null, draft: "" };
+  const chat = { id: view.made, name: `Chat ${view.made}`, messages, forked, withDocument: true, leaving: null };
   view.chats.push(chat);
   return chat;
 }
@@ -26,12 +27,15 @@ function close(chat) {
 /** A new chat with everything up to and including a message. */
 function fork(chat, index) {
   const messages = chat.messages.slice(0, index + 1).map((message) => ({ ...message }));
-  const branch = open(messages, { from: chat.name, messages: messages.length, before: view.snapshot?.pool.used_cells ?? null, extra: null });
+  const branch = open(messages, { from: chat.name, messages: messages.length, before: view.snapshot && written(view.snapshot), extra: null });
   branch.withDocument = chat.withDocument;
   draw();
   speak(`${branch.name} is a fork of ${chat.name}`);
   document.getElementById(`say-${branch.id}`)?.focus();
 }
+
+/** Cells in use beyond what was computed for anybody: what a fork would add to, if it copied anything. */
+const written = ({ pool, headline }) => pool.used_cells - headline.computed_tokens - headline.generated_tokens;
 
 function prompt(chat) {
   const messages = chat.messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
@@ -42,7 +46,6 @@ function prompt(chat) {
 
 async function say(chat, text) {
   if (chat.leaving || !text.trim()) return;
-  chat.draft = "";
   chat.messages.push({ role: "user", content: text.trim() });
   const body = {
     model: view.snapshot?.model ?? "default",
@@ -138,9 +141,9 @@ const column = (chat) => html`
     ${chat.forked ? html`<p class="fork-note">A fork of ${chat.forked.from} after ${plural(chat.forked.messages, "message")}:
       <strong class="extra">${chat.forked.extra === null ? "…" : plural(chat.forked.extra, "extra cell")}</strong></p>` : nothing}
     <ol class="messages" tabindex="0" aria-label="Messages of ${chat.name}">${chat.messages.map((message, index) => bubble(chat, message, index))}</ol>
-    <form class="say" @submit=${(event) => { event.preventDefault(); say(chat, chat.draft); }}>
+    <form class="say" @submit=${(event) => { event.preventDefault(); send(chat); }}>
       <label class="unseen" for="say-${chat.id}">Message to ${chat.name}</label>
-      <textarea id="say-${chat.id}" rows="2" placeholder="Message" .value=${chat.draft} @input=${(event) => { chat.draft = event.target.value; }} @keydown=${(event) => sendOnEnter(event, chat)}></textarea>
+      <textarea id="say-${chat.id}" rows="2" placeholder="Message" @keydown=${(event) => sendOnEnter(event, chat)}></textarea>
       ${chat.leaving ? html`<button type="button" class="quiet" @click=${() => chat.leaving.abort()}>Stop</button>` : html`<button>Send</button>`}
     </form>
   </section>`;
@@ -148,7 +151,15 @@ const column = (chat) => html`
 function sendOnEnter(event, chat) {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  say(chat, chat.draft);
+  send(chat);
+}
+
+function send(chat) {
+  const field = document.getElementById(`say-${chat.id}`);
+  const text = field.value;
+  if (chat.leaving || !text.trim()) return;
+  field.value = "";
+  say(chat, text);
 }
 
 const bubble = (chat, message, index) => html`
@@ -176,7 +187,7 @@ follow(
     view.state = "live";
     view.snapshot = snapshot;
     for (const { forked } of view.chats) {
-      if (forked && forked.extra === null) forked.extra = forked.before === null ? 0 : Math.max(0, snapshot.pool.used_cells - forked.before);
+      if (forked && forked.extra === null) forked.extra = Math.max(0, written(snapshot) - (forked.before ?? written(snapshot)));
     }
     draw();
   },

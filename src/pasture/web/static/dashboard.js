@@ -8,10 +8,12 @@ import { bytes, compact, count, percent, plural, seconds } from "./words.js";
 
 const HISTORY = 120;
 const SIBLINGS = 6;
+const OPEN_LEVELS = 2;
 const SPEAK_EVERY = 30000;
 
 const page = document.getElementById("app");
-const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, unfolded: new Set(), trouble: "" };
+page.replaceChildren();
+const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, unfolded: new Set(), turned: new Set() };
 const history = { generated: [], first: [], inter: [] };
 let picture = null;
 let spokenAt = 0;
@@ -65,7 +67,7 @@ const locked = () => html`<p class="notice">This server shows its numbers to tho
 
 const content = (snapshot) => html`
   ${headline(snapshot)} ${tiles(snapshot)} ${pool(snapshot)} ${tiers(snapshot)}
-  <div class="columns">${prefixes()} ${happenings(snapshot)}</div>
+  <div class="columns">${prefixes()} <div>${detail()} ${happenings(snapshot)}</div></div>
   ${sequences(snapshot)}`;
 
 const headline = ({ headline: h }) => html`
@@ -94,7 +96,7 @@ const tile = (name, value, note, line) => html`
 
 function spark(values) {
   const most = Math.max(...values.map((v) => v ?? 0), 1e-9);
-  const points = values.map((v, i) => `${((i * 100) / (HISTORY - 1)).toFixed(1)},${(27 - (25 * (v ?? 0)) / most).toFixed(1)}`);
+  const points = values.map((v, i) => `${(((HISTORY - values.length + i) * 100) / (HISTORY - 1)).toFixed(1)},${(27 - (25 * (v ?? 0)) / most).toFixed(1)}`);
   return html`<svg class="spark" viewBox="0 0 100 28" preserveAspectRatio="none" aria-hidden="true">
     ${svg`<polyline points=${points.join(" ")} vector-effect="non-scaling-stroke"></polyline>`}</svg>`;
 }
@@ -146,25 +148,33 @@ function tier(t) {
 
 const prefixes = () => html`
   <section aria-labelledby="tree-title"><h2 id="tree-title">Prefixes</h2>
-    ${view.tree.roots.length ? html`<ul class="tree">${family(null, view.tree.roots)}</ul>` : html`<p class="note">The live cache is empty.</p>`}
-    ${detail()}
+    ${view.tree.roots.length ? html`<div class="scroll"><ul class="tree">${family(null, view.tree.roots, 0)}</ul></div>` : html`<p class="note">The live cache is empty.</p>`}
   </section>`;
 
-function family(parent, nodes) {
+function family(parent, nodes, level) {
   const ordered = [...nodes].sort((a, b) => b.holders - a.holders || b.tokens - a.tokens);
   const name = parent?.number ?? 0;
   const shown = view.unfolded.has(name) ? ordered : ordered.slice(0, SIBLINGS);
   const more = ordered.length - shown.length;
-  return html`${shown.map(branch)}
+  return html`${shown.map((node) => branch(node, level))}
     ${more ? html`<li><button type="button" class="quiet" @click=${() => { view.unfolded.add(name); draw(); }}>and ${count(more)} more</button></li>` : nothing}`;
 }
 
-const branch = (node) => html`<li>
+/** The first levels are open, deeper ones closed, unless somebody turned them. */
+const isOpen = (node, level) => (level < OPEN_LEVELS) !== view.turned.has(node.number);
+
+function turn(node) {
+  view.turned.delete(node.number) || view.turned.add(node.number);
+  draw();
+}
+
+const branch = (node, level) => html`<li><div class="row">
+  ${node.children.length ? html`<button type="button" class="turn" aria-expanded=${isOpen(node, level) ? "true" : "false"} aria-label="${node.children.length} that go on from here" @click=${() => turn(node)}>${isOpen(node, level) ? "▾" : "▸"}</button>` : html`<span class="turn"></span>`}
   <button type="button" class="node ${node.holders > 1 ? "shared" : ""} ${node.running ? "" : "idle"}" aria-pressed=${view.selected === node.number ? "true" : "false"} @click=${() => select(node.number)}>
     <svg class="swatch" aria-hidden="true">${svg`<rect width=${Math.max(3, Math.min(60, Math.sqrt(node.tokens) * 1.5))} height="10" rx="2" fill=${swatch(node)}></rect>`}</svg>
     <span>${plural(node.tokens, "token")}</span><span class="who">${node.holders > 1 ? `${node.holders} share it` : "one conversation"}${node.running ? `, ${node.running} running` : `, idle ${seconds(node.idle)}`}</span>
-  </button>
-  ${node.children.length ? html`<ul>${family(node, node.children)}</ul>` : nothing}</li>`;
+  </button></div>
+  ${node.children.length && isOpen(node, level) ? html`<ul>${family(node, node.children, level + 1)}</ul>` : nothing}</li>`;
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const swatch = (node) => (node.holders > 1 ? (dark.matches ? "#fabe46" : "#e28e00") : `rgb(${colourOf(holdersOf(node)[0] ?? 0, dark.matches).join(" ")})`);
@@ -180,21 +190,24 @@ function select(number) {
 }
 
 function detail() {
-  if (view.selected === null) return html`<p class="note">Choose a prefix to see who shares it.</p>`;
+  if (view.selected === null) return html`<section id="detail"><h2>A prefix</h2><p class="note">Choose one, in the list or in the picture, to see who shares it.</p></section>`;
   const node = view.tree.nodes.get(view.selected);
-  if (!node) return html`<div id="detail" class="detail"><p>This prefix has left the live cache.</p></div>`;
+  if (!node) return html`<section id="detail"><h2>A prefix</h2><p>It has left the live cache.</p></section>`;
   const holders = holdersOf(node);
-  return html`<div id="detail" class="detail" role="region" aria-label="The chosen prefix">
+  return html`<section id="detail" aria-labelledby="detail-title"><h2 id="detail-title">The chosen prefix</h2>
     <dl>
       <dt>Tokens</dt><dd>${count(node.start)} to ${count(node.start + node.tokens)} (${count(node.tokens)})</dd>
       <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}</dd>
       <dt>Held by</dt><dd>${plural(node.holders, "sequence")}${holders.length ? `: ${holders.slice(0, 24).join(", ")}${holders.length > 24 ? " …" : ""}` : ""}</dd>
-      <dt>Saves</dt><dd>${plural((node.holders - 1) * node.tokens, "cell")}</dd>
+      <dt>Saves</dt><dd>${saving(node)}</dd>
       <dt>Now</dt><dd>${node.running ? `${node.running} running on it` : `idle for ${seconds(node.idle)}`}</dd>
     </dl>
     ${view.text ? html`<pre tabindex="0" aria-label="What the prefix says">${view.text}</pre>` : html`<p><button type="button" @click=${showText}>Show what it says</button> <span class="note">needs the admin key</span></p>`}
-  </div>`;
+  </section>`;
 }
+
+const saving = (node) =>
+  view.snapshot.pool.layout === "unified" ? plural((node.holders - 1) * node.tokens, "cell") : "computing: in this layout each has a copy of its own";
 
 async function showText() {
   const number = view.selected;
@@ -229,8 +242,7 @@ const sequences = ({ sequences: rows }) => html`
 
 addEventListener("resize", draw);
 draw();
-follow(onSnapshot, (state, trouble = "") => {
+follow(onSnapshot, (state) => {
   view.state = state;
-  view.trouble = trouble;
   draw();
 });

@@ -1,0 +1,195 @@
+"""The pages in Chromium, against `pasture serve` with the engine without a model: they move, say nothing to the console, ask
+nobody else, and axe finds nothing serious.
+
+Needs a Chromium of the system's (PASTURE_CHROMIUM, or `chromium` on the path) and is skipped, with the reason, without one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.e2e.test_serve_command import Server
+
+CHROMIUM = os.environ.get("PASTURE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install it, or set PASTURE_CHROMIUM")
+
+SYSTEM = "You look after the sheep on a common pasture, and answer everybody. " * 20
+USERS = 6
+_WAIT_MS = 20_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path, "-c", "8192", "--admin-key", "root")
+    yield made
+    made.close()
+
+
+class Watched:
+    """A page, and what it should not do: complain, or ask another host."""
+
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page = page
+        self._host = urlsplit(server.url).netloc
+        self.complaints: list[str] = []
+        self.foreign: list[str] = []
+        page.set_default_timeout(_WAIT_MS)
+        page.on(
+            "console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self._saw(request.url))
+
+    def _saw(self, url: str) -> None:
+        if urlsplit(url).netloc != self._host:
+            self.foreign.append(url)
+
+    def check(self) -> None:
+        # the browser itself reports every 401 to the console; asking without a key is how a page finds out that one is needed
+        assert [text for text in self.complaints if "401" not in text] == []
+        assert self.foreign == []
+
+
+@contextmanager
+def watched(
+    browser: Browser, server: Server, path: str, *, width: int = 1280, dark: bool = False, key: str = ""
+) -> Iterator[Watched]:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+    seen = Watched(context.new_page(), server)
+    seen.page.goto(server.url + path)
+    if key:
+        seen.page.get_by_role("button", name=re.compile("^Key")).click()
+        seen.page.get_by_label("API key or admin key").fill(key)
+        seen.page.get_by_role("button", name="Use it").click()
+    yield seen
+    context.close()
+
+
+@contextmanager
+def crowd(server: Server) -> Iterator[None]:
+    """People who chat until the block ends."""
+    ended = threading.Event()
+
+    def chat(user: int) -> None:
+        turn = 0
+        while not ended.is_set():
+            turn += 1
+            question = f"Question {turn} of user {user}"
+            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+            try:
+                server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 32, "ignore_eos": True})
+            except URLError:
+                return
+            ended.wait(0.05)
+
+    threads = [threading.Thread(target=chat, args=(user,)) for user in range(USERS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def painted(page: Page) -> int:
+    """Squares' pixels of the pool's picture that are neither empty nor free cells."""
+    found: int = page.locator("canvas").evaluate(
+        "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 === 3 && v > 60).length"
+    )
+    return found
+
+
+def test_the_dashboard_moves_while_people_chat(browser: Browser, server: Server) -> None:
+    with crowd(server), watched(browser, server, "/", key="root") as seen:
+        page = seen.page
+        expect(page.locator(".state")).to_have_text("live")
+        expect(page.locator("#reused")).not_to_have_text("0")
+        before = page.locator("#reused").inner_text()
+        expect(page.locator("#reused")).not_to_have_text(before)
+        expect(page.get_by_text(re.compile(r"of 8,192 cells"))).to_be_visible()
+        assert painted(page) > 100
+        seen.check()
+
+
+def test_a_prefix_opens_and_says_what_it_says_to_the_admin_key(browser: Browser, server: Server) -> None:
+    with crowd(server), watched(browser, server, "/", key="root") as seen:
+        page = seen.page
+        page.locator("button.node.shared").first.press("Enter")
+        expect(page.locator("#detail dd").nth(2)).to_have_text(re.compile(r"\d+ sequences: \d"))
+        page.get_by_role("button", name="Show what it says").click()
+        expect(page.locator("#detail pre")).to_contain_text("sheep on a common pasture")
+        seen.check()
+
+
+def test_without_the_key_there_is_a_place_to_enter_it(browser: Browser, server: Server) -> None:
+    with watched(browser, server, "/") as seen:
+        expect(seen.page.locator(".state")).to_have_text("a key is needed")
+        expect(seen.page.locator(".headline")).to_have_count(0)
+        seen.check()
+        seen.page.get_by_role("button", name="Enter the key").click()
+        seen.page.get_by_label("API key or admin key").fill("root")
+        seen.page.keyboard.press("Enter")
+        expect(seen.page.locator(".headline")).to_be_visible()
+        seen.check()
+
+
+def test_a_fork_costs_no_cell_and_its_reply_reuses_what_both_have(browser: Browser, server: Server) -> None:
+    with watched(browser, server, "/chat", key="root") as seen:
+        page = seen.page
+        page.get_by_label("Longest reply").fill("24")
+        page.get_by_text("Shared document").click()
+        page.get_by_label("Text that the chats begin with").fill("<img src=x onerror=alert(1)> All about sheep. " * 20)
+        one, two = page.get_by_role("region", name="Chat 1", exact=True), page.get_by_role("region", name="Chat 2", exact=True)
+        one.get_by_label("Message to Chat 1").fill("How many?")
+        one.get_by_role("button", name="Send").click()
+        expect(one.locator(".badge")).to_be_visible()
+        two.get_by_label("Message to Chat 2").fill("Which breeds?")
+        two.get_by_label("Message to Chat 2").press("Enter")
+        expect(two.locator(".badge")).to_have_text(re.compile(r"reused 9\d\d of"))
+        one.get_by_role("button", name="Fork here").click()
+        three = page.get_by_role("region", name="Chat 3", exact=True)
+        expect(three.locator(".fork-note")).to_contain_text("0 extra cells")
+        three.get_by_label("Message to Chat 3").fill("And <b>goats</b>?")
+        three.get_by_label("Message to Chat 3").press("Enter")
+        expect(three.locator(".badge").nth(1)).to_have_text(re.compile(r"reused (1,0|9)\d\d of (1,0|9)\d\d"))
+        expect(three.get_by_text("And <b>goats</b>?")).to_be_visible()
+        expect(three.get_by_label("Message to Chat 3")).to_have_value("")
+        seen.check()
+
+
+@pytest.mark.parametrize(
+    ("path", "width", "dark"), [("/", 1280, False), ("/", 390, True), ("/chat", 1280, True), ("/chat", 390, False)]
+)
+def test_axe_finds_nothing_serious(browser: Browser, server: Server, path: str, width: int, dark: bool) -> None:
+    with crowd(server), watched(browser, server, path, width=width, dark=dark, key="root") as seen:
+        expect(seen.page.locator(".state")).to_have_text("live")
+        if path == "/":
+            seen.page.locator("button.node.shared").first.click()
+            expect(seen.page.locator("#detail dl")).to_be_visible()
+        found = Axe().run(seen.page).response["violations"]
+        assert [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")] == []
+        too_wide = seen.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert too_wide <= 0, "the page scrolls sideways"
+        seen.check()
