@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": {"core", "config", "tiers"},
     "server": {"core", "config", "engine", "stores", "scheduler", "text", "sessions", "api"},
     "herd": {"core", "config", "engine", "scheduler", "text", "api", "server"},
-    "cli": {"core", "config", "engine", "tiers", "sessions", "server", "bench"},
+    "cli": {"core", "config", "engine", "tiers", "foresight", "sessions", "server", "bench"},
     "__init__": {"core", "config", "herd"},
     "__main__": {"cli"},
 }
