@@ -13,13 +13,15 @@ from collections.abc import AsyncGenerator, Callable
 import orjson
 
 from pasture.core.ports import Clock
-from pasture.core.statistics import ServiceStatistics
+from pasture.core.statistics import SchedulerStatistics, ServiceStatistics
 from pasture.web.happenings import Happening, between
 from pasture.web.latency import Recent
 from pasture.web.snapshot import Latencies, Rates, draw
 
 TICK_SECONDS = 0.5
 MAX_HAPPENINGS = 40
+RATE_SECONDS = 3.0
+"""rates are of so long: an engine step can take longer than a tick"""
 _FORGET_SECONDS = 10.0
 """after nobody looked for so long, what happened meanwhile is not news"""
 
@@ -42,7 +44,7 @@ class Live:
         self._tick = tick_seconds
         self._seen: ServiceStatistics | None = None
         self._seen_at = 0.0
-        self._rates = Rates(0.0, 0.0, 0.0)
+        self._counted: deque[tuple[float, SchedulerStatistics]] = deque()
         self._happenings: deque[tuple[int, float, Happening]] = deque(maxlen=MAX_HAPPENINGS)
         self._n_happened = 0
         self._json = b""
@@ -66,13 +68,13 @@ class Live:
     def _look(self, now: float) -> None:
         statistics = self._statistics()
         seconds = now - self._seen_at
-        if self._seen is not None and 0 < seconds <= _FORGET_SECONDS:
-            self._compare(self._seen, statistics, seconds)
+        if self._seen is None or seconds > _FORGET_SECONDS:
+            self._counted.clear()
         else:
-            self._rates = Rates(0.0, 0.0, 0.0)
+            self._note(self._seen, statistics)
         self._seen, self._seen_at = statistics, now
         latencies = Latencies(self._first_token.percentiles(), self._inter_token.percentiles())
-        picture = draw(statistics, latencies, self._rates)
+        picture = draw(statistics, latencies, self._rates(now, statistics.scheduler))
         picture["model"] = self._model_name()
         picture["happenings"] = [
             [number, round(now - moment, 1), happening.kind, happening.amount, happening.unit, happening.text]
@@ -80,13 +82,19 @@ class Live:
         ]
         self._json = orjson.dumps(picture)
 
-    def _compare(self, before: ServiceStatistics, after: ServiceStatistics, seconds: float) -> None:
-        old, new = before.scheduler, after.scheduler
-        self._rates = Rates(
-            generated=(new.generated_tokens_total - old.generated_tokens_total) / seconds,
-            computed=(new.computed_tokens_total - old.computed_tokens_total) / seconds,
-            reused=(new.cached_tokens_total - old.cached_tokens_total) / seconds,
+    def _rates(self, now: float, scheduler: SchedulerStatistics) -> Rates:
+        self._counted.append((now, scheduler))
+        while len(self._counted) > 2 and now - self._counted[1][0] >= RATE_SECONDS:
+            self._counted.popleft()
+        since, before = self._counted[0]
+        seconds = max(now - since, 1e-9)
+        return Rates(
+            generated=(scheduler.generated_tokens_total - before.generated_tokens_total) / seconds,
+            computed=(scheduler.computed_tokens_total - before.computed_tokens_total) / seconds,
+            reused=(scheduler.cached_tokens_total - before.cached_tokens_total) / seconds,
         )
+
+    def _note(self, before: ServiceStatistics, after: ServiceStatistics) -> None:
         for happening in between(before, after):
             self._n_happened += 1
             self._happenings.append((self._n_happened, self._clock(), happening))

@@ -30,7 +30,7 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens a second since the last look."""
+    """Tokens a second, in the last few seconds."""
 
     generated: float
     computed: float

@@ -141,7 +141,7 @@ function tier(t) {
   return html`<div class="tier"><h3>${t.name === "ram" ? "RAM" : t.name}</h3>
     <svg class="bar" role="img" aria-label="${percent(t.bytes, t.budget_bytes)} of ${t.name} used">${parts}</svg>
     <p><strong>${bytes(t.bytes)}</strong> of ${bytes(t.budget_bytes)}, ${plural(t.blocks, "block")}${forms.length ? `: ${forms.join(", ")}` : ""}</p>
-    <p class="note">${compact(t.hit_tokens)} tokens found, ${compact(t.missed_tokens)} not; read at ${bytes(t.bytes_per_second)}/s${t.errors ? html`; <b class="bad">${plural(t.errors, "error")}</b>` : nothing}</p></div>`;
+    <p class="note">${compact(t.hit_tokens)} tokens found, ${compact(t.missed_tokens)} not${t.hit_tokens ? `; read at ${bytes(t.bytes_per_second)}/s` : ""}${t.errors ? html`; <b class="bad">${plural(t.errors, "error")}</b>` : nothing}</p></div>`;
 }
 
 // The prefix tree
@@ -171,7 +171,7 @@ function turn(node) {
 const branch = (node, level) => html`<li><div class="row">
   ${node.children.length ? html`<button type="button" class="turn" aria-expanded=${isOpen(node, level) ? "true" : "false"} aria-label="${node.children.length} that go on from here" @click=${() => turn(node)}>${isOpen(node, level) ? "▾" : "▸"}</button>` : html`<span class="turn"></span>`}
   <button type="button" class="node ${node.holders > 1 ? "shared" : ""} ${node.running ? "" : "idle"}" aria-pressed=${view.selected === node.number ? "true" : "false"} @click=${() => select(node.number)}>
-    <svg class="swatch" aria-hidden="true">${svg`<rect width=${Math.max(3, Math.min(60, Math.sqrt(node.tokens) * 1.5))} height="10" rx="2" fill=${swatch(node)}></rect>`}</svg>
+    <svg class="swatch" aria-hidden="true">${svg`<rect width=${Math.max(3, Math.min(36, Math.sqrt(node.tokens)))} height="10" rx="2" fill=${swatch(node)}></rect>`}</svg>
     <span>${plural(node.tokens, "token")}</span><span class="who">${node.holders > 1 ? `${node.holders} share it` : "one conversation"}${node.running ? `, ${node.running} running` : `, idle ${seconds(node.idle)}`}</span>
   </button></div>
   ${node.children.length && isOpen(node, level) ? html`<ul>${family(node, node.children, level + 1)}</ul>` : nothing}</li>`;
@@ -229,7 +229,7 @@ const UNITS = { tokens: (n) => plural(n, "token"), bytes, blocks: (n) => plural(
 const happenings = ({ happenings: list }) => html`
   <section aria-labelledby="happenings-title"><h2 id="happenings-title">As it happens</h2>
     ${list.length ? html`<ol class="happenings">${list.slice(0, 14).map(([, ago, kind, amount, unit, text]) => html`
-      <li><span class="kind ${kind}">${kind}</span> ${UNITS[unit](amount)} ${text} <span class="note">${seconds(Math.max(ago, 1))} ago</span></li>`)}</ol>` : html`<p class="note">No evictions, no moves between tiers since you look.</p>`}
+      <li><span class="kind ${kind}">${kind}</span> ${UNITS[unit](amount)} ${text} <span class="note">${seconds(Math.max(ago, 1))} ago</span></li>`)}</ol>` : html`<p class="note">No evictions, no moves between tiers yet.</p>`}
   </section>`;
 
 const sequences = ({ sequences: rows }) => html`
