@@ -173,6 +173,8 @@ def rest(
         p0 = store.gap(DEFAULT_NAMESPACE, tokens, 0)
         if p0 < N_TOKENS:
             store.put(DEFAULT_NAMESPACE, tokens, slab.cut(p0, N_TOKENS))
+        if store.reach(DEFAULT_NAMESPACE, tokens) < N_TOKENS:
+            raise EngineError(f"conversation {index + 1} was not kept: no room, or computing it again is cheaper")
         on_progress(index + 1)
         _wait(lambda: not squeezes or _raw_bytes(store) < UNSQUEEZED_BYTES, deadline)
         if store.persistent and index % 16 == 15:
