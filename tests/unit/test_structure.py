@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "web": {"core"},
     "api": {"core", "text", "scheduler", "sessions", "web"},
     "bench": {"core"},
-    "stores": {"core", "config", "tiers"},
+    "stores": {"core", "config", "tiers", "foresight"},
     "server": {"core", "config", "engine", "stores", "scheduler", "text", "sessions", "api"},
     "herd": {"core", "config", "engine", "scheduler", "text", "api", "server"},
     "cli": {"core", "config", "engine", "tiers", "foresight", "sessions", "server", "bench"},

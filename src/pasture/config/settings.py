@@ -64,6 +64,7 @@ Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
 Layers = Annotated[int | None, BeforeValidator(_all_layers)]
 Shares = Annotated[tuple[float, ...], NoDecode, BeforeValidator(_numbers)]
 Compress = Literal["auto", "off", "lossless", "q8_0", "q4_0"]
+Policy = Literal["foresight", "lru", "s3fifo"]
 OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_switch)]
 
 MODEL, CACHE, STORE, SCHEDULING, SPEED = "Model", "Shared KV cache", "Resting conversations", "Scheduling", "Speed"
@@ -152,6 +153,10 @@ class Settings(BaseSettings):
     )
     kv_quality: Annotated[float, Flag(("--kv-quality",), STORE, "KL")] = Field(
         default=0.01, ge=0, description="How far auto may take the answers from the exact ones (KL divergence; 0: not at all)."
+    )
+    kv_policy: Annotated[Policy, Flag(("--kv-policy",), STORE, "POLICY")] = Field(
+        default="foresight",
+        description="What leaves RAM first: foresight (the least expected saving), lru (the longest unused) or s3fifo.",
     )
     idle_live: Annotated[Seconds, Flag(("--idle-live",), STORE, "TIME")] = Field(
         default=5.0, description="How long an idle conversation stays in the live cache before it rests in RAM alone."

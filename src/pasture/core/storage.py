@@ -94,6 +94,10 @@ class Store(Protocol):
         """Whether what is put outlives the process."""
         ...
 
+    def arrived(self, namespace: Namespace, tokens: array[int]) -> None:
+        """A request with this prompt begins, whatever it will find: this is what the future is guessed from."""
+        ...
+
     def reach(self, namespace: Namespace, tokens: array[int]) -> int:
         """How many leading tokens could be had from RAM now; a block that parts midway counts as far as it agrees."""
         ...

@@ -155,6 +155,8 @@ class Resting:
             if slabs:
                 pool.restore(sequence, tokens[sequence.length : reach], slabs)
         self.forget(task)
+        if pool.shares and not task.n_swaps:
+            self.store.arrived(namespace, tokens)
         return sequence
 
     @staticmethod

@@ -25,6 +25,7 @@ from pasture.core.storage import Lift, Pin, SlabCodec, StoreStatistics, TierStat
 from pasture.core.values import Form, Namespace, Slab, Transfer
 from pasture.tiers.block import Block
 from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, inflate, ladder
+from pasture.tiers.eviction import PolicyMaker, least_recently_used
 from pasture.tiers.gate import CostGate, Gate
 from pasture.tiers.guard import GuardLimits, MemoryGuard
 from pasture.tiers.lifting import Readers
@@ -87,6 +88,9 @@ class TieredStore:
         return bool(self._slow)
 
     # Engine thread
+
+    def arrived(self, namespace: Namespace, tokens: array[int]) -> None:
+        self._memory.arrived(self._trails.of(namespace, tokens))
 
     def reach(self, namespace: Namespace, tokens: array[int]) -> int:
         return self._memory.reach(self._trails.of(namespace, tokens))
@@ -256,17 +260,19 @@ def open_store(
     available: Callable[[], int] | None = None,
     limits: GuardLimits | None = None,
     gate: Gate | None = None,
+    policy: PolicyMaker = least_recently_used,
     clock: Clock = time.perf_counter,
 ) -> TieredStore:
     """A store with its threads running.
 
     `divisible` and `cell_bytes`: `ModelInfo.shareable` and `.cell_bytes`. `slow`: fastest first. `allowed`: forms that the
     quality bound admits. `available`: bytes that the process can still take; with it, RAM shrinks where that falls below
-    `limits`.
+    `limits`. `policy`: who leaves RAM first; its clock is its own.
     """
     memory = MemoryTier(
         budget_bytes,
         divisible=divisible,
+        policy=policy,
         list_unwritten=bool(slow),
         squeeze_stages=len(ladder(compression, allowed)),
     )
