@@ -17,6 +17,7 @@ from pasture.cli.bench import bench, demo
 from pasture.cli.cache import cache
 from pasture.cli.check import check
 from pasture.cli.configuration import config
+from pasture.cli.doctor import doctor
 from pasture.cli.flags import normalise
 from pasture.cli.keys import keys
 from pasture.cli.output import report
@@ -41,6 +42,7 @@ app.command(rich_help_panel="Measure")(demo)
 app.command(rich_help_panel="Measure")(bench)
 app.command(rich_help_panel="Find out")(top)
 app.command("simulate", rich_help_panel="Measure")(simulate_command)
+app.command(rich_help_panel="Find out")(doctor)
 app.command(rich_help_panel="Find out")(check)
 app.command(rich_help_panel="Find out")(config)
 app.add_typer(cache, name="cache", rich_help_panel="Look after")

@@ -1,0 +1,8 @@
+"""What a cache's numbers and its traffic mean: findings in plain words, each with its evidence and what to change."""
+
+from pasture.observe.findings import Finding
+from pasture.observe.requests import LoggedRequest, Message, read_log
+from pasture.observe.running import examine_server
+from pasture.observe.traffic import examine_traffic
+
+__all__ = ["Finding", "LoggedRequest", "Message", "examine_server", "examine_traffic", "read_log"]
