@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -47,7 +48,7 @@ class PrefixStatistics:
     """of the holders, those that are not idle"""
     idle_seconds: float
     """since anybody last used it; 0 while somebody runs on it"""
-    head: tuple[int, ...] = field(repr=False)
+    head: array[int] = field(repr=False)
     """its first tokens: what people wrote, so it goes nowhere but to an administrator"""
 
 
@@ -104,6 +105,8 @@ class SchedulerStatistics:
     prompt_tokens_total: int
     cached_tokens_total: int
     computed_tokens_total: int
+    ahead_tokens_total: int
+    """computed while nobody asked for anything, for prompts that were expected"""
     generated_tokens_total: int
     steps_total: int
     step_seconds_total: float

@@ -85,7 +85,7 @@ def _prefix(namespace: Namespace, node: Node[Sequence], now: float) -> PrefixSta
         holders=len(node.holders),
         running=node.running,
         idle_seconds=0.0 if node.running else max(0.0, now - node.last_used),
-        head=tuple(node.tokens[:HEAD_TOKENS]),
+        head=node.tokens[:HEAD_TOKENS],
     )
 
 

@@ -21,7 +21,7 @@ def test_a_shared_beginning_is_one_prefix_with_two_that_go_on() -> None:
         (shared.number, 60, 40),
         (shared.number, 60, 3),
     }
-    assert shared.head == tuple(range(60))
+    assert shared.head == token_array(range(60))
 
 
 def test_a_sequence_names_the_prefix_in_which_it_ends() -> None:
