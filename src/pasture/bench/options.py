@@ -114,6 +114,8 @@ class BenchOptions:
     """--seconds: how long `bench overhead` streams from the fake engine"""
     texts: int = 4
     """--texts: what `quality` measures on, of 512 tokens of context and 256 held tokens each"""
+    expand: bool = False
+    """--expand: `quality` also on a copy of the model with f16 weights, which round nothing"""
     conversations: int = 2000
     """--conversations that `idle` lets rest"""
     rest: Rest = Rest.RAM

@@ -36,8 +36,8 @@ from pasture.bench.run import describe, machine, progress_bar
 from pasture.bench.systems import PASTURE, Running, Size, System, SystemFailed, repack_survives, running, variants
 from pasture.core.errors import ConfigError, PastureError
 
-SYSTEM_TOKENS = 1900
-LONGEST_TOKENS = 2304
+SYSTEM_TOKENS = 2080
+LONGEST_TOKENS = 2560
 SLOTS = 2
 COLD, NEXT_TURN, SAME, ANOTHER, BOTH = "cold", "next turn", "same request", "another user", "both at once"
 PHASES = (COLD, NEXT_TURN, SAME, ANOTHER, BOTH)

@@ -93,6 +93,9 @@ RequestTimeout = Annotated[
 ]
 Seconds = Annotated[float, typer.Option("--seconds", help="How long `overhead` streams.", rich_help_panel=OUTPUT)]
 Texts = Annotated[int, typer.Option("--texts", help="Texts that `quality` measures on.", rich_help_panel=LOAD)]
+Expand = Annotated[
+    bool, typer.Option("--expand", help="`quality` also with the weights written out as f16.", rich_help_panel=LOAD)
+]
 Conversations = Annotated[
     int, typer.Option("--conversations", help="Idle ones, of 1,000 tokens each, for `idle`.", rich_help_panel=LOAD)
 ]
@@ -110,6 +113,7 @@ FLAGS: Mapping[str, object] = {
     "max_tokens": MaxTokens,
     "think_time": ThinkTime,
     "texts": Texts,
+    "expand": Expand,
     "conversations": Conversations,
     "rest": RestIn,
     "form": RestForm,

@@ -7,8 +7,9 @@ Puts engine and texts together; the measuring is `pasture.engine.quality`'s, the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from random import Random
 
 from rich.console import Console
@@ -20,8 +21,8 @@ from pasture.bench.systems import default_model, default_threads
 from pasture.cli.output import err, print_json, report
 from pasture.config import Settings, validate_settings
 from pasture.core.errors import ConfigError, PastureError
-from pasture.core.ports import Engine
 from pasture.core.values import Form
+from pasture.engine.expand import expand_weights
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.quality import RECOMPUTED, FormQuality, measure_quality
 from pasture.server import measuring_engine
@@ -33,23 +34,31 @@ WRITTEN_TOKENS = int((CONTEXT_TOKENS + HELD_TOKENS) * 1.3)
 """a passage of so many tokens by the rule of thumb is long enough in other vocabularies too"""
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One set of weights."""
+
+    weights: str
+    forms: tuple[FormQuality, ...]
+
+
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, whatever came out."""
     try:
-        with (
-            err().status(f"{options.texts} texts of {CONTEXT_TOKENS} + {HELD_TOKENS} tokens"),
-            measuring_engine(model_settings(options), CELLS, SEQUENCES) as engine,
-        ):
-            found = _measure(engine, options)
-            model = engine.model.name
+        measured = [_measure("as they are", options)]
+        if options.expand:
+            with tempfile.TemporaryDirectory(prefix="pasture-quality-") as folder:
+                expanded = Path(folder) / "f16.gguf"
+                expand_weights(options.model or default_model(), expanded)
+                measured.append(_measure("written out as f16", replace(options, model=expanded)))
     except PastureError as error:
         return report(error)
     answer = {
-        "model": model,
+        "model": (options.model or default_model()).name,
         "texts": options.texts,
         "context_tokens": CONTEXT_TOKENS,
         "held_tokens": HELD_TOKENS,
-        "forms": [asdict(form) for form in found],
+        "weights": [asdict(one) for one in measured],
     }
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -57,7 +66,8 @@ def main(options: BenchOptions) -> int:
     if options.as_json:
         print_json(answer)
     else:
-        Console().print(table(model, found))
+        for one in measured:
+            Console().print(table(one))
     return 0
 
 
@@ -67,13 +77,13 @@ def model_settings(options: BenchOptions, **more: object) -> Settings:
     return validate_settings({"model": model, "threads": threads, **more})
 
 
-def table(model: str, found: Sequence[FormQuality]) -> Table:
+def table(measured: Measured) -> Table:
     """One row a form; RAW stands for the lossless form too, and another way to compute the same is the yardstick."""
-    made = Table(title=f"{model}: {found[0].n_tokens:,} held tokens, against the cache as it was computed")
+    made = Table(title=f"{measured.forms[0].n_tokens:,} held tokens, against the cache as computed; weights {measured.weights}")
     names = {Form.RAW.value: "stored f16, lossless", RECOMPUTED: f"computed in {RECOMPUTED}"}
     for heading in ("form", "bytes/token", "KL mean", "KL p99", "same first choice", "perplexity", "of f16"):
         made.add_column(heading, justify="left" if heading == "form" else "right")
-    for form in found:
+    for form in measured.forms:
         made.add_row(
             names.get(form.name, form.name if form.name.startswith("live") else f"stored {form.name}"),
             f"{form.bytes_per_token:,.0f}",
@@ -86,12 +96,16 @@ def table(model: str, found: Sequence[FormQuality]) -> Table:
     return made
 
 
-def _measure(engine: Engine, options: BenchOptions) -> tuple[FormQuality, ...]:
-    if not isinstance(engine, LlamaEngine):
-        raise ConfigError("quality needs a model")
-    rng = Random(f"quality-{options.seed}")
-    texts = [
-        engine.vocabulary.tokenize(passage(rng, WRITTEN_TOKENS), add_special=True, parse_special=False)
-        for _ in range(options.texts)
-    ]
-    return measure_quality(engine, texts, context_tokens=CONTEXT_TOKENS, held_tokens=HELD_TOKENS)
+def _measure(weights: str, options: BenchOptions) -> Measured:
+    with (
+        err().status(f"{options.texts} texts of {CONTEXT_TOKENS} + {HELD_TOKENS} tokens, weights {weights}"),
+        measuring_engine(model_settings(options), CELLS, SEQUENCES) as engine,
+    ):
+        if not isinstance(engine, LlamaEngine):
+            raise ConfigError("quality needs a model")
+        rng = Random(f"quality-{options.seed}")
+        texts = [
+            engine.vocabulary.tokenize(passage(rng, WRITTEN_TOKENS), add_special=True, parse_special=False)
+            for _ in range(options.texts)
+        ]
+        return Measured(weights, measure_quality(engine, texts, context_tokens=CONTEXT_TOKENS, held_tokens=HELD_TOKENS))
