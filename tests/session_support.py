@@ -30,9 +30,11 @@ class WatchedService(LocalService):
         self.namespaces: set[Namespace] = set()
         self.foreign_hits: list[tuple[Request, int, int]] = []
         self.hit_tokens = 0
+        self.most_public_tokens = 0
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         self.namespaces.add(request.namespace)
+        self.most_public_tokens = max(self.most_public_tokens, request.public_tokens)
         own = self.seen.setdefault(request.tenant, [])
         mine = list(request.prompt)
         own.append(mine)
@@ -43,6 +45,7 @@ class WatchedService(LocalService):
                 if event.finish is not None:
                     others = (line for line in own if line is not mine)
                     possible = max((_common(line, request.prompt) for line in others), default=0)
+                    possible = max(possible, request.public_tokens)
                     found = event.finish.usage.cached_tokens
                     self.hit_tokens += found
                     if found > possible:

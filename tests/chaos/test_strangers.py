@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import pytest
 
-from pasture.core.values import PoolShape
+from pasture.core.values import PUBLIC_NAMESPACE, PoolShape
 from pasture.sessions.values import Share
-from tests.session_support import World, answer_to, world
+from tests.session_support import World, answer_to, rendered, world
 
 N_TENANTS = 50
 N_OPERATIONS = int(os.environ.get("PASTURE_TEST_OPERATIONS", "1200"))
@@ -195,14 +196,19 @@ class Strangers:
         return answer.json()
 
 
-async def test_nobody_reaches_or_feels_anybody_else() -> None:
+@pytest.mark.parametrize("declared", [False, True], ids=["all private", "a public prefix"])
+async def test_nobody_reaches_or_feels_anybody_else(declared: bool) -> None:
     names = [f"tenant-{i}" for i in range(N_TENANTS)]
     async with world(names, shape=PoolShape(16384, 64)) as at:
+        if declared:
+            at.state.public.add("house", SYSTEM["content"])
         await Strangers(at, seed=27148).run(N_OPERATIONS)
         assert at.service.foreign_hits == []
         assert at.service.hit_tokens > 0, "inside a tenant there is something to hit"
         spaces = {at.state.tenants.get(name).namespace() for name in names}
-        assert at.service.namespaces <= spaces
+        assert at.service.namespaces - spaces <= {PUBLIC_NAMESPACE}
+        n_public = len(rendered([SYSTEM])) - len("<|assistant|>")
+        assert at.service.most_public_tokens == (n_public if declared else 0)
         assert len(spaces) == N_TENANTS
 
 

@@ -38,6 +38,7 @@ class LimitsBody(_Body):
 class PublicBody(_Body):
     name: str
     content: str
+    role: Annotated[str, Field(min_length=1, max_length=64)] | None = "system"
 
 
 def admin_routes(gateway: Gateway) -> APIRouter:
@@ -64,7 +65,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     @router.post("/public")
     async def declare(request: Request) -> Response:
         body = await read_body(request, PublicBody, limit)
-        made = await asyncio.to_thread(state.public.add, body.name, body.content)
+        made = await asyncio.to_thread(state.public.add, body.name, body.content, body.role)
         return _json({"name": made.name, "bytes": len(made.content.encode())}, 201)
 
     @router.delete("/public/{name}")

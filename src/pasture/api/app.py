@@ -42,6 +42,7 @@ def create_app(
     app = FastAPI(title="pasture", version=version("pasture"), docs_url=None, redoc_url=None)
     gateway = Gateway(service, state, settings, clock)
     app.state.service = service
+    app.state.gateway = gateway
     for routes in (
         generation_routes,
         response_routes,

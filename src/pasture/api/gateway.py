@@ -7,6 +7,7 @@ from functools import cached_property
 from pasture.api.jobs import Jobs
 from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
+from pasture.api.publics import Publics
 from pasture.api.settings import ApiSettings
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
@@ -31,8 +32,12 @@ class Gateway:
         return Prompts(self.service.vocabulary, self.settings.chat_template)
 
     @cached_property
+    def publics(self) -> Publics:
+        return Publics(self.service, self.state.public, self.prompts, self.clock)
+
+    @cached_property
     def jobs(self) -> Jobs:
-        return Jobs(self.service, self.prompts, self.settings)
+        return Jobs(self.service, self.prompts, self.settings, self.publics)
 
     @property
     def model_name(self) -> str:

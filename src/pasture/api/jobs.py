@@ -18,6 +18,7 @@ from pydantic import JsonValue
 
 from pasture.api.callers import TIERS, Caller
 from pasture.api.offload import off_loop
+from pasture.api.publics import Publics
 from pasture.api.schemas import ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
 from pasture.api.settings import ApiSettings
 from pasture.core.errors import PromptTooLong, RequestError
@@ -62,10 +63,11 @@ class Job:
 class Jobs:
     """Builds jobs for one service."""
 
-    def __init__(self, service: Service, prompts: Prompts, settings: ApiSettings) -> None:
+    def __init__(self, service: Service, prompts: Prompts, settings: ApiSettings, publics: Publics) -> None:
         self._service = service
         self._prompts = prompts
         self._settings = settings
+        self._publics = publics
         self._model = settings.model_alias or service.model.name
 
     async def chat(self, body: ChatBody, caller: Caller, prefix: str = "chatcmpl-") -> Job:
@@ -150,6 +152,7 @@ class Jobs:
                 max_tokens=self._room(tokens, limit),
                 sampling=sampling,
                 namespace=caller.namespace,
+                public_tokens=self._publics.common(tokens),
                 tenant=caller.tenant.name,
                 user=body.user or caller.user,
                 weight=caller.tenant.limits.weight,

@@ -18,17 +18,20 @@ public = typer.Typer(no_args_is_help=True, help="Prefixes that every tenant's pr
 
 @public.command("add")
 def add(
-    file: Annotated[Path, typer.Argument(help="The text, as prompts begin with it.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The text.", show_default=False)],
     name: Annotated[str | None, typer.Option("--name", help="What to call it; the file's name unless given.")] = None,
+    role: Annotated[
+        str, typer.Option("--role", help="Whose message it is; `none` where the text is what the model reads, tags and all.")
+    ] = "system",
     state: StateOption = None,
 ) -> None:
-    """Declare a prefix: a system prompt, a document, rendered as the chat template renders it."""
+    """Declare the beginning of everybody's prompts to be no secret: a system prompt, a document in one."""
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     with opened_state(state) as opened:
-        opened.public.add(name or file.stem, content)
+        opened.public.add(name or file.stem, content, None if role == "none" else role)
 
 
 @public.command("ls")

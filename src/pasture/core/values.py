@@ -22,6 +22,8 @@ Namespace = NewType("Namespace", str)
 """What may share: two requests reuse each other's tokens only inside one namespace."""
 
 DEFAULT_NAMESPACE = Namespace("default")
+PUBLIC_NAMESPACE = Namespace("public")
+"""holds texts that the operator has declared to be no secret"""
 
 
 class Layout(StrEnum):
@@ -98,6 +100,8 @@ class Request:
     """alternatives reported a token; None: no log probabilities at all"""
     deadline_seconds: float | None = None
     """from submission; None: no limit"""
+    public_tokens: int = 0
+    """so many from the prompt's beginning are declared to be no secret: the public namespace may serve them"""
     weight: float = 1.0
     """of its tenant's turn among the tenants in line, against a usual 1"""
     priority: int = 0

@@ -4,6 +4,7 @@
     idle sequence resting      demoted after a while: idle cells cost every step of everyone else
     request swapped out        saved and pinned; it comes back through the same door as a new request
     request starting           live cells first, then what the store has in RAM, the rest is computed
+    declared to be public      restored from the public namespace into cells of its own: what follows is nobody else's
     request waiting            slow tiers are asked for what follows, and lift it into RAM
 
 The store's null form is one with a budget of nothing: it still holds what was swapped out. With sharing off, a request can only
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 from pasture.core.ports import Clock
 from pasture.core.storage import BLOCK_TOKENS, Store
-from pasture.core.values import Namespace, Request, SeqId, Slab
+from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, SeqId, Slab
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
 from pasture.scheduler.task import Task
@@ -126,7 +127,7 @@ class Resting:
         namespace, tokens = self._namespace(task.request), task.tokens[:-1]
         if not task.looked:
             task.looked = True
-            task.stored_tokens = self.store.reach(namespace, tokens)
+            task.stored_tokens = max(self.store.reach(namespace, tokens), self._public_reach(task))
             have = max(task.stored_tokens, self._pool.lookup(task.request.namespace, task.tokens))
             if len(tokens) - have >= MIN_RESTORE_TOKENS:
                 task.lift = self.store.lift(namespace, tokens, have, self._wake)
@@ -142,6 +143,10 @@ class Resting:
         request, pool = task.request, self._pool
         namespace, tokens = self._namespace(request), task.tokens[:-1]
         reach = self.store.reach(namespace, tokens) if self._may_find(task) else 0
+        public = self._public_reach(task)
+        source = namespace
+        if public > reach:
+            source, reach = PUBLIC_NAMESPACE, public
         live = pool.lookup(request.namespace, task.tokens)
         restores = reach - live >= MIN_RESTORE_TOKENS
         if restores and not pool.cuttable:
@@ -150,14 +155,23 @@ class Resting:
             sequence = pool.join(request.namespace, task.tokens, request.request_id)
         if sequence is None:
             return None
-        if restores:
-            slabs = self.store.take(namespace, tokens, sequence.length, reach)
-            if slabs:
-                pool.restore(sequence, tokens[sequence.length : reach], slabs)
-        self.forget(task)
         if pool.shares and not task.n_swaps:
             self.store.arrived(namespace, tokens)
+        if restores:
+            self._put_back(sequence, source, tokens[:reach])
+        self.forget(task)
         return sequence
+
+    def restore(self, sequence: Sequence, tokens: array[int]) -> None:
+        """Put behind a running sequence what RAM has of `tokens`, which it is the beginning of."""
+        reach = self.store.reach(sequence.namespace, tokens)
+        if reach - sequence.length >= MIN_RESTORE_TOKENS:
+            self._put_back(sequence, sequence.namespace, tokens[:reach])
+
+    def _put_back(self, sequence: Sequence, source: Namespace, tokens: array[int]) -> None:
+        slabs = self.store.take(source, tokens, sequence.length, len(tokens))
+        if slabs:
+            self._pool.restore(sequence, tokens[sequence.length :], slabs)
 
     @staticmethod
     def forget(task: Task) -> None:
@@ -175,6 +189,13 @@ class Resting:
         common = self._pool.tree.match(task.request.namespace, task.tokens[:-1]).length
         position = common // BLOCK_TOKENS * BLOCK_TOKENS
         return position if position > task.computed else None
+
+    def _public_reach(self, task: Task) -> int:
+        """How much of a prompt's declared beginning the store has for everybody."""
+        n_tokens = min(task.request.public_tokens, len(task.tokens) - 1)
+        if not n_tokens or not self._pool.shares or not self._pool.cuttable:
+            return 0
+        return self.store.reach(PUBLIC_NAMESPACE, task.tokens[:n_tokens])
 
     def _may_find(self, task: Task) -> bool:
         return self._pool.shares or task.n_swaps > 0

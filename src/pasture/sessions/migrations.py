@@ -28,4 +28,6 @@ _FIRST = (
         name TEXT PRIMARY KEY, content TEXT NOT NULL, created DOUBLE PRECISION NOT NULL)""",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST,)
+_ROLES = ("ALTER TABLE public_prefixes ADD COLUMN role TEXT",)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _ROLES)

@@ -24,11 +24,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True, slots=True)
 class PublicPrefix:
-    """A text that everybody's prompts may begin with, rendered as the model reads it."""
+    """A text that everybody's prompts may begin with."""
 
     name: str
     content: str
     created: float
+    role: str | None
+    """whose message it is; None: the text is as the model reads it, from its first character on"""
 
 
 class PublicPrefixes:
@@ -38,23 +40,24 @@ class PublicPrefixes:
         self._database = database
         self._clock = clock
 
-    def add(self, name: str, content: str) -> PublicPrefix:
+    def add(self, name: str, content: str, role: str | None = "system") -> PublicPrefix:
         """Raises Conflict for a name in use, RequestError for a name or a text that cannot be."""
         if not _NAME.fullmatch(name):
             raise RequestError(f"a public prefix's name is letters, digits, dots, dashes: not {name[:80]!r}")
         if not content or len(content.encode()) > MAX_BYTES:
             raise RequestError(f"a public prefix has 1 to {MAX_BYTES} bytes")
-        row = {"name": name, "content": content, "now": self._clock()}
+        now = self._clock()
+        row = {"name": name, "content": content, "now": now, "role": role}
         try:
             with self._database.write() as connection:
-                connection.execute(text("INSERT INTO public_prefixes VALUES (:name, :content, :now)"), row)
+                connection.execute(text("INSERT INTO public_prefixes VALUES (:name, :content, :now, :role)"), row)
         except IntegrityError:
             raise Conflict(f"there is a public prefix {name} already") from None
-        return PublicPrefix(name, content, row["now"])  # type: ignore[arg-type]  # a float, three lines up
+        return PublicPrefix(name, content, now, role)
 
     def all(self) -> tuple[PublicPrefix, ...]:
         with self._database.read() as connection:
-            rows = connection.execute(text("SELECT name, content, created FROM public_prefixes ORDER BY name")).all()
+            rows = connection.execute(text("SELECT name, content, created, role FROM public_prefixes ORDER BY name")).all()
         return tuple(PublicPrefix(*row) for row in rows)
 
     def remove(self, name: str) -> None:
