@@ -5,8 +5,8 @@ class of waits, and each of a few dozen log-spaced ages, this counts the seconds
 that came there; their quotient is the hazard. What has not returned yet counts with the seconds it has waited so far (censored,
 not ignored), so the estimate is unbiased from the first minute on. Counts are halved now and then: old habits fade.
 
-Little is known of a rare class, and at first of every class: each is drawn towards the average of all classes, scaled to how
-often this class returns at all, and an age nobody has reached yet is expected to be worse than the one before it.
+Little is known of a rare class, and at first of every class: each is drawn towards its group, and each group towards all,
+scaled to how often it returns at all; and an age nobody has reached yet is expected to be worse than the one before it.
 
 From the hazards follow P(return within t | age) and the *index* of an age: the best rate of returns per second of keeping that
 any stopping time achieves (Gittins), which is what a block's second in the cache is worth. Constant memory; knows the past
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ PRIOR_RATE = 0.003
 PRIOR_RETURNS = 4.0
 """how many returns the average must have shown before it outweighs the guess above, at each age"""
 CLASS_RETURNS = 8.0
-"""and a class, before it outweighs the average"""
+"""and a class, before it outweighs its group, or a group all"""
 FLAT_SECONDS = 60.0
 FALL = 1.5
 """beyond FLAT_SECONDS the hazard of an age nobody knows falls with this power of the age"""
@@ -72,9 +73,12 @@ class Wait:
 
 
 class Returns:
-    """See the module. Categories are numbered from 0."""
+    """See the module. Categories are numbered from 0; `group_of` says which group each belongs to."""
 
-    def __init__(self, n_categories: int) -> None:
+    def __init__(self, group_of: Sequence[int]) -> None:
+        n_categories = len(group_of)
+        self._group_of = list(group_of)
+        self._members: Table = np.array([[float(group == mine) for mine in group_of] for group in range(max(group_of) + 1)])
         self._events = np.zeros((n_categories, N_BINS))
         self._seconds = np.zeros((n_categories, N_BINS))
         self._open: list[deque[tuple[Wait, float]]] = [deque() for _ in range(N_BINS)]
@@ -128,12 +132,9 @@ class Returns:
 
     def refresh(self) -> None:
         """Draw the conclusions from what was counted: until then, answers are the old ones. About a millisecond."""
-        average = self._average()
-        expected = self._seconds @ average
-        scale = (self._events.sum(axis=1) + CLASS_RETURNS) / (expected + CLASS_RETURNS)
-        prior = scale[:, None] * average
-        weight = CLASS_RETURNS / np.maximum(prior, 1e-12)
-        self._hazards = (self._events + CLASS_RETURNS) / (self._seconds + weight)
+        members = self._members
+        groups = _drawn(members @ self._events, members @ self._seconds, self._average()[None, :])
+        self._hazards = _drawn(self._events, self._seconds, groups[self._group_of])
         self._index = _indices(self._hazards).tolist()
 
     def index(self, category: int, age_seconds: float) -> float:
@@ -156,6 +157,14 @@ class Returns:
             middle = max(float(_MIDDLES[at]), FLAT_SECONDS)
             hazards[at] = before = (events[at] + PRIOR_RETURNS) / (seconds[at] + PRIOR_RETURNS / expected)
         return hazards
+
+
+def _drawn(events: Table, seconds: Table, towards: Table) -> Table:
+    """Hazards of each row, drawn towards others that are scaled to how often the row returns at all."""
+    scale = (events.sum(axis=1) + CLASS_RETURNS) / ((seconds * towards).sum(axis=1) + CLASS_RETURNS)
+    prior = scale[:, None] * towards
+    drawn: Table = (events + CLASS_RETURNS) / (seconds + CLASS_RETURNS / np.maximum(prior, 1e-12))
+    return drawn
 
 
 def _indices(hazards: Table) -> Table:

@@ -32,7 +32,8 @@ LEFT_BEHIND = 0.05
 """what is left of a block's chances when its conversation went on without it"""
 
 _KINDS = {kind: number for number, kind in enumerate(Kind)}
-N_CATEGORIES = len(_KINDS) * TURNS
+_GROUPS = [kind for kind in _KINDS.values() for _ in range(TURNS)]
+"""category -> kind"""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +70,7 @@ class ReuseModel:
 
     def __init__(self, *, remembered_keys: int = REMEMBERED_KEYS) -> None:
         self._remembered_keys = remembered_keys
-        self._returns = Returns(N_CATEGORIES)
+        self._returns = Returns(_GROUPS)
         self._visits: OrderedDict[BlockKey, Visit] = OrderedDict()
         """block -> the last visit that came through, longest ago first"""
         self._arrivals: OrderedDict[BlockKey, _Arrivals] = OrderedDict()
