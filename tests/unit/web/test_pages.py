@@ -26,7 +26,7 @@ class Wrote(StubService):
 
     def statistics(self) -> ServiceStatistics:
         statistics = super().statistics()
-        head = array("i", SECRET.encode())
+        head = array("i", [*SECRET.encode()])
         prefixes = (
             PrefixStatistics(7, None, DEFAULT_NAMESPACE, 0, 30, 2, 1, 0.0, head),
             PrefixStatistics(9, 7, Namespace("salt-of-a-tenant"), 30, 30, 1, 0, 2.25, head),

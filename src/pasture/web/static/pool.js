@@ -93,35 +93,43 @@ export class PoolPicture {
     return this.#targets[Math.floor(y / this.#size) * this.#columns + Math.floor(x / this.#size)] ?? undefined;
   }
 
+  /** Fade the squares whose colour is not the one they should have; the others are left alone. */
   #animate() {
     cancelAnimationFrame(this.#frame);
+    const goals = this.#targets.map((segment) => this.#colour(segment));
+    const fresh = this.#shown.length !== goals.length;
+    if (fresh) this.#shown = goals.map((goal) => [...goal]);
+    let moving = [...goals.keys()].filter((k) => fresh || goals[k].some((value, i) => value !== this.#shown[k][i]));
     const step = () => {
-      if (this.#paint()) this.#frame = requestAnimationFrame(step);
+      moving = this.#paint(moving, goals);
+      if (moving.length) this.#frame = requestAnimationFrame(step);
     };
     this.#frame = requestAnimationFrame(step);
   }
 
-  /** One frame; whether another is needed. */
-  #paint() {
+  /** One frame of the squares in `moving`; those that have not arrived. */
+  #paint(moving, goals) {
     const context = this.#canvas.getContext("2d");
     const ratio = devicePixelRatio || 1;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.clearRect(0, 0, this.#canvas.width, this.#canvas.height);
     const side = this.#size - GAP;
-    let moving = false;
-    for (let k = 0; k < this.#targets.length; k++) {
-      const target = this.#colour(this.#targets[k]);
-      let shown = this.#shown[k];
-      if (!shown || this.#calm.matches) shown = this.#shown[k] = [...target];
+    return moving.filter((k) => {
+      const goal = goals[k];
+      const shown = this.#shown[k];
+      let arrived = true;
       for (let i = 0; i < 4; i++) {
-        const gap = target[i] - shown[i];
-        shown[i] = Math.abs(gap) < 0.02 * (i === 3 ? 1 : 100) ? target[i] : shown[i] + gap * 0.18;
-        moving ||= shown[i] !== target[i];
+        const gap = goal[i] - shown[i];
+        const near = this.#calm.matches || Math.abs(gap) < (i === 3 ? 0.03 : 6);
+        shown[i] = near ? goal[i] : shown[i] + gap * 0.25;
+        arrived &&= near;
       }
+      const x = (k % this.#columns) * this.#size;
+      const y = Math.floor(k / this.#columns) * this.#size;
+      context.clearRect(x, y, side, side);
       context.fillStyle = `rgb(${shown[0]} ${shown[1]} ${shown[2]} / ${shown[3]})`;
-      context.fillRect((k % this.#columns) * this.#size, Math.floor(k / this.#columns) * this.#size, side, side);
-    }
-    return moving;
+      context.fillRect(x, y, side, side);
+      return !arrived;
+    });
   }
 
   #colour(segment) {
