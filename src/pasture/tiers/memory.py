@@ -32,6 +32,8 @@ HIGH_WATER = 0.97
 """share of the budget above which `trim` evicts"""
 LOW_WATER = 0.93
 """and down to which"""
+PASSING_SHARE = 1 / 16
+"""of the budget: what waits for the writer beside it"""
 SHARED_FORKS = 3
 """paths that begin below a block from which on it counts as shared by many: a system prompt"""
 
@@ -84,6 +86,9 @@ class MemoryTier:
         self._squeezable: LazyHeap[Entry] = LazyHeap(coldest_first, self._can_be_squeezed)
         self._unwritten: dict[BlockKey, Entry] = {}
         """in the order in which they came, parents first"""
+        self._passing: dict[BlockKey, Block] = {}
+        """refused here, and only waiting for the writer to take them"""
+        self._passing_bytes = 0
         self._tick = 0
         self._bytes = 0
         self._pinned_bytes = 0
@@ -157,6 +162,17 @@ class MemoryTier:
         freed: list[Block] = []
         with self._lock:
             return self._insert(block, freed) is not None
+
+    def pass_by(self, block: Block) -> bool:
+        """Show a block that is not kept here to the writer alone; False when there is none, or it has too much to do."""
+        with self._lock:
+            room = PASSING_SHARE * self._budget_bytes - self._passing_bytes
+            if not self._list_unwritten or size_of(block) > room:
+                return False
+            if block.address.key not in self._passing and block.address.key not in self._index:
+                self._passing[block.address.key] = block
+                self._passing_bytes += size_of(block)
+            return True
 
     def insert_pinned(self, block: Block, *, written: bool) -> MemoryPin:
         """Keep the block whatever the budget says, until the pin is released. `written`: the writer need not see it."""
@@ -238,11 +254,15 @@ class MemoryTier:
                 del self._unwritten[key]
                 supersedes, entry.supersedes = tuple(entry.supersedes), []
                 return Unwritten(entry.block, supersedes)
+            for key, block in self._passing.items():
+                del self._passing[key]
+                self._passing_bytes -= size_of(block)
+                return Unwritten(block, ())
             return None
 
     @property
     def unwritten_blocks(self) -> int:
-        return len(self._unwritten)
+        return len(self._unwritten) + len(self._passing)
 
     def next_to_squeeze(self) -> tuple[Block, int] | None:
         """The block that should be squeezed next and the stages it went through; its turn ends with `replace`."""
@@ -277,7 +297,7 @@ class MemoryTier:
                 bytes=self._bytes,
                 budget_bytes=self._budget_bytes,
                 pinned_bytes=self._pinned_bytes,
-                in_flight_bytes=in_flight_bytes,
+                in_flight_bytes=in_flight_bytes + self._passing_bytes,
                 bytes_by_form={form: n_bytes for form, n_bytes in self._bytes_by_form.items() if n_bytes},
                 hit_tokens=self._hit_tokens,
                 missed_tokens=self._missed_tokens,
@@ -301,6 +321,7 @@ class MemoryTier:
                 ("links", self._index.check()),
                 ("budget", self._bytes <= self._budget_bytes or not any(map(self._evictable, entries))),
                 ("unwritten", all(key in self._index for key in self._unwritten)),
+                ("passing bytes", self._passing_bytes == sum(map(size_of, self._passing.values()))),
             ):
                 if not holds:
                     raise InvariantBroken(f"RAM tier: {claim} do not add up")

@@ -135,9 +135,11 @@ class TieredStore:
         return start if self._gate.spill(len(tokens) - start) else len(tokens)
 
     def put(self, namespace: Namespace, tokens: array[int], slab: Slab) -> None:
+        kept = True
         for block in self._missing_blocks(namespace, tokens, slab):
-            if not self._memory.insert(block):
-                break  # what follows could not be reached
+            kept = kept and self._memory.insert(block)  # what follows one that is not kept could not be reached
+            if not kept and not self._memory.pass_by(block):
+                break
         self._written()
 
     def hold(self, namespace: Namespace, tokens: array[int], slab: Slab) -> Pin:
