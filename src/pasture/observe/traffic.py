@@ -128,6 +128,8 @@ def edited_history(requests: Sequence[LoggedRequest]) -> Finding | None:
                     f"line {later.line} goes on from line {earlier.line} without its message {index + 1}",
                     "drop many messages seldom instead of one every turn, or summarise them once",
                 )
+            if not any(message in later.messages[index + 1 :] for message in earlier.messages[index + 1 :]):
+                break  # a branch: nothing of what came after was kept
             return Finding(
                 "edited_history",
                 "a conversation's past was changed between two turns",

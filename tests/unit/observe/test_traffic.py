@@ -100,6 +100,14 @@ def test_an_edited_past_is_found() -> None:
     assert "“Forty.” in line 1" in finding.evidence
 
 
+def test_a_branch_is_no_edit() -> None:
+    found = examine(
+        {"user": "ada", "messages": said("How many sheep?", "Forty.", "Sure?", "Yes.", "Thanks")},
+        {"user": "ada", "messages": said("How many sheep?", "Forty.", "And goats?")},
+    )
+    assert found == []
+
+
 def test_a_past_that_loses_its_beginning_is_found() -> None:
     talk = ["one", "1", "two", "2", "three", "3", "four"]
     found = examine({"user": "ada", "messages": said(*talk[:5])}, {"user": "ada", "messages": said(*talk[2:])})
