@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from pasture.cli.output import out, print_json
 from pasture.core.errors import ConfigError, PastureError
-from pasture.observe import Finding, examine_server, examine_traffic, read_log
+from pasture.observe import Finding, examine_server, examine_traffic, pool_too_small, read_log
 
 if TYPE_CHECKING:
     from pasture.bench.client import Endpoint
@@ -38,19 +38,22 @@ def doctor(
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="PASTURE_API_KEY", help="A key of it; the admin key where it has one.")
     ] = None,
+    kv_cells: Annotated[
+        int | None, typer.Option("--kv-cells", help="For a log: also whether a pool of so many cells would do.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say what is wrong and what to change, in plain words, with evidence. Exit code 3 when something was found.
 
     pasture doctor
-    pasture doctor requests.jsonl --json
+    pasture doctor requests.jsonl --kv-cells 32768 --json
     """
     if target.startswith(("http://", "https://")):
         from pasture.bench.client import Endpoint
 
         findings, seen = examine(Endpoint.parse(target, api_key))
     else:
-        findings, seen = examine_log(Path(target))
+        findings, seen = examine_log(Path(target), kv_cells)
     if as_json:
         print_json({"ok": not findings, "seen": seen, "findings": [asdict(finding) for finding in findings]})
     else:
@@ -59,7 +62,7 @@ def doctor(
         raise typer.Exit(FOUND)
 
 
-def examine_log(file: Path) -> tuple[list[Finding], str]:
+def examine_log(file: Path, kv_cells: int | None = None) -> tuple[list[Finding], str]:
     """What is wrong with a log's requests, and how much was read. Raises ConfigError for a file that is none."""
     try:
         requests = read_log(file.read_text(encoding="utf-8").splitlines())
@@ -67,7 +70,10 @@ def examine_log(file: Path) -> tuple[list[Finding], str]:
         raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    return examine_traffic(requests), f"{len(requests):,} requests in {file}"
+    findings = examine_traffic(requests)
+    if kv_cells is not None and (small := pool_too_small(requests, kv_cells)) is not None:
+        findings.append(small)
+    return findings, f"{len(requests):,} requests in {file}"
 
 
 def examine(endpoint: Endpoint) -> tuple[list[Finding], str]:

@@ -4,5 +4,6 @@ from pasture.observe.findings import Finding
 from pasture.observe.requests import LoggedRequest, Message, read_log
 from pasture.observe.running import examine_server
 from pasture.observe.traffic import examine_traffic
+from pasture.observe.working_set import pool_too_small
 
-__all__ = ["Finding", "LoggedRequest", "Message", "examine_server", "examine_traffic", "read_log"]
+__all__ = ["Finding", "LoggedRequest", "Message", "examine_server", "examine_traffic", "pool_too_small", "read_log"]
