@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import quote
 
 import httpx
 import orjson
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pasture.api import ApiSettings, create_app
+from pasture.api.response_schemas import ResponseBody
 from pasture.api.schemas import ChatBody, CompletionBody
+from pasture.api.session_schemas import ForkBody, NewSession, TargetBody, TruncateBody
+from pasture.sessions.state import State
 from tests.unit.stub_service import StubService
 
 JSON = st.recursive(
@@ -30,7 +34,8 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-NAMES = st.sampled_from(sorted(set(ChatBody.model_fields) | set(CompletionBody.model_fields) | {"suffix", "functions", "junk"}))
+BODIES = (ChatBody, CompletionBody, ResponseBody, NewSession, ForkBody, TruncateBody, TargetBody)
+NAMES = st.sampled_from(sorted({"suffix", "functions", "junk"}.union(*(body.model_fields for body in BODIES))))
 FIELDS = st.dictionaries(NAMES, JSON, max_size=4)
 
 GOOD_CHAT: dict[str, object] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -41,7 +46,17 @@ GOOD: dict[str, dict[str, object]] = {
     "/detokenize": {"tokens": [1]},
     "/apply-template": GOOD_CHAT,
 }
-APP = create_app(StubService(), ApiSettings(max_body_bytes=10_000))
+STATE = State()
+SESSION = STATE.sessions.create(STATE.open_tenant, [{"role": "user", "content": "Hi"}]).session_id
+GOOD |= {
+    "/v1/responses": {"input": "Hi"},
+    "/v1/sessions": {},
+    f"/v1/sessions/{SESSION}/fork": {},
+    f"/v1/sessions/{SESSION}/truncate": {"messages": 1},
+    f"/v1/sessions/{SESSION}/copy": {"target_key": "x"},
+    "/v1/sessions/import": {},
+}
+APP = create_app(StubService(), ApiSettings(max_body_bytes=10_000), state=STATE)
 
 
 def post(path: str, content: bytes) -> httpx.Response:
@@ -53,8 +68,8 @@ def post(path: str, content: bytes) -> httpx.Response:
 
 
 def check(response: httpx.Response) -> None:
-    assert response.status_code in (200, 400, 413), response.text
-    if response.status_code != 200:
+    assert response.status_code in (200, 201, 400, 404, 409, 413, 429), response.text
+    if response.status_code >= 400:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
@@ -68,3 +83,19 @@ def test_any_values_in_known_fields(path: str, fields: dict[str, object]) -> Non
 @given(st.sampled_from(sorted(GOOD)), st.one_of(st.binary(max_size=40), JSON.map(orjson.dumps)))
 def test_any_bytes(path: str, content: bytes) -> None:
     check(post(path, content))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["/v1/sessions", "/v1/chat/completions", "/v1/responses"]), st.integers(1, 1100))
+def test_any_depth(path: str, depth: int) -> None:
+    content = b"[" * depth + b"]" * depth
+    check(
+        post(path, b'{"messages":[{"role":"user","content":%s}],"input":[{"role":"user","content":%s}]}' % (content, content))
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=12), st.sampled_from(["sessions", "responses"]), st.sampled_from(["", "/fork", "/pin", "/export"]))
+def test_any_id(name: str, kind: str, verb: str) -> None:
+    response = post(f"/v1/{kind}/{quote(name, safe='')}{verb}", b"{}")
+    assert response.status_code in (307, 400, 404, 405), response.text

@@ -21,7 +21,7 @@ from pasture.api.callers import Caller
 from pasture.api.schemas import ChatBody
 from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
 from pasture.core.values import Finish, FinishReason
-from pasture.sessions.store import ANY_HEAD, AnyHead, Sessions
+from pasture.sessions.store import ANY_HEAD, MAX_NAME_CHARACTERS, AnyHead, Sessions
 from pasture.sessions.values import Counters, Message, Session, Tenant
 
 _log = logging.getLogger("pasture.api")
@@ -156,8 +156,8 @@ def _wanted(body: ChatBody, header: str | None) -> tuple[str | None, str | None]
     if header is not None and header.startswith(SESSION_PREFIX):
         return header, None
     name = header or body.prompt_cache_key
-    if name is not None and len(name) > 256:
-        raise RequestError("x-session-id has at most 256 characters", param="x-session-id")
+    if name is not None and not (len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
+        raise RequestError(f"a session's name has at most {MAX_NAME_CHARACTERS} printable characters", param="x-session-id")
     return None, name
 
 

@@ -95,7 +95,7 @@ def forget(connection: Connection, row: Row[tuple[object]]) -> None:
 def _row(connection: Connection, tenant: Tenant, response_id: str) -> Row[tuple[object]]:
     row = connection.execute(
         text("SELECT * FROM responses WHERE response_id = :id AND tenant = :tenant"),
-        {"id": response_id, "tenant": tenant.name},
+        {"id": response_id.replace("\0", ""), "tenant": tenant.name},  # no database but SQLite takes a NUL
     ).first()
     if row is None:
         raise NotFound(f"there is no response {response_id[:100]!r}", param="response_id")

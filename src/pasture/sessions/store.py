@@ -60,8 +60,8 @@ class Sessions:
         metadata: Mapping[str, object] | None = None,
     ) -> Session:
         """A session that begins with `messages`. Raises Conflict for a name in use, RateLimited when there are too many."""
-        if name is not None and not 0 < len(name) <= MAX_NAME_CHARACTERS:
-            raise RequestError(f"a session's name has 1 to {MAX_NAME_CHARACTERS} characters", param="name")
+        if name is not None and not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
+            raise RequestError(f"a session's name has 1 to {MAX_NAME_CHARACTERS} printable characters", param="name")
         with self._database.write() as connection:
             self._check_room(connection, tenant, 1)
             head = turns.branch(connection, tenant, None, messages)
@@ -84,6 +84,8 @@ class Sessions:
 
     def named(self, tenant: Tenant, name: str) -> Session | None:
         """The tenant's session of that name."""
+        if not name.isprintable():
+            return None
         with self._database.read() as connection:
             row = connection.execute(
                 text("SELECT * FROM sessions WHERE tenant = :tenant AND name = :name"), {"tenant": tenant.name, "name": name}
@@ -95,7 +97,7 @@ class Sessions:
         with self._database.read() as connection:
             rows = connection.execute(
                 text("SELECT * FROM sessions WHERE tenant = :tenant AND session_id > :after ORDER BY session_id LIMIT :limit"),
-                {"tenant": tenant.name, "after": after or "", "limit": limit},
+                {"tenant": tenant.name, "after": (after or "").replace("\0", ""), "limit": limit},
             ).all()
         return tuple(_as_session(row) for row in rows)
 
@@ -286,7 +288,8 @@ def _count(connection: Connection, tenant: Tenant) -> int:
 
 def _row(connection: Connection, tenant: Tenant, session_id: str) -> Row[tuple[object]]:
     row = connection.execute(
-        text("SELECT * FROM sessions WHERE session_id = :id AND tenant = :tenant"), {"id": session_id, "tenant": tenant.name}
+        text("SELECT * FROM sessions WHERE session_id = :id AND tenant = :tenant"),
+        {"id": session_id.replace("\0", ""), "tenant": tenant.name},  # no database but SQLite takes a NUL
     ).first()
     if row is None:
         raise NotFound(f"there is no session {session_id[:100]!r}", param="session_id")
