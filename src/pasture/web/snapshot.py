@@ -1,14 +1,21 @@
 """The service's statistics as the JSON that the pages draw: small, bounded, without anything that people wrote.
 
-Sequences and prefixes go as rows of numbers, because there may be hundreds of them twice a second; `SEQUENCE_FIELDS` and
-`PREFIX_FIELDS` name the columns. Namespaces are numbered, not named.
+Sequences and prefixes go as rows of numbers, because there may be hundreds of them twice a second; `SEQUENCE_FIELDS`,
+`PREFIX_FIELDS` and `NAMESPACE_FIELDS` name the columns. Namespaces are numbered in the order of their arrival, not named.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from pasture.core.statistics import PoolStatistics, PrefixStatistics, SchedulerStatistics, SequenceStatistics, ServiceStatistics
+from pasture.core.statistics import (
+    NamespaceStatistics,
+    PoolStatistics,
+    PrefixStatistics,
+    SchedulerStatistics,
+    SequenceStatistics,
+    ServiceStatistics,
+)
 from pasture.core.storage import StoreStatistics, TierStatistics
 from pasture.core.values import Namespace
 from pasture.web.latency import Percentiles
@@ -16,6 +23,8 @@ from pasture.web.latency import Percentiles
 Json = dict[str, object]
 
 MAX_SEQUENCES = 256
+MAX_NAMESPACES = 50
+NAMESPACE_FIELDS = ("number", "cells", "shared_cells", "sequences", "hit_tokens", "missed_tokens")
 SEQUENCE_FIELDS = ("sequence", "state", "tokens", "shared_tokens", "idle_seconds", "prefix")
 PREFIX_FIELDS = ("number", "parent", "namespace", "start", "tokens", "holders", "running", "idle_seconds")
 
@@ -125,15 +134,21 @@ def _gate(store: StoreStatistics) -> Json:
 
 def _rows(pool: PoolStatistics) -> Json:
     numbers: dict[Namespace, int] = {}
-    for prefix in pool.prefixes:
-        numbers.setdefault(prefix.namespace, len(numbers))
+    for namespace in (*(row.namespace for row in pool.namespaces), *(prefix.namespace for prefix in pool.prefixes)):
+        numbers.setdefault(namespace, len(numbers) + 1)
+    busiest = sorted(pool.namespaces, key=lambda row: -(row.hit_tokens + row.missed_tokens))[:MAX_NAMESPACES]
     largest = pool.sequences
     if len(largest) > MAX_SEQUENCES:
         largest = tuple(sorted(largest, key=lambda sequence: -sequence.n_tokens)[:MAX_SEQUENCES])
     return {
+        "namespaces": [_namespace(row, numbers[row.namespace]) for row in busiest],
         "sequences": [_sequence(sequence) for sequence in largest],
         "prefixes": [_prefix(prefix, numbers[prefix.namespace]) for prefix in pool.prefixes],
     }
+
+
+def _namespace(row: NamespaceStatistics, number: int) -> list[int]:
+    return [number, row.cells, row.shared_cells, row.sequences, row.hit_tokens, row.missed_tokens]
 
 
 def _sequence(sequence: SequenceStatistics) -> list[object]:

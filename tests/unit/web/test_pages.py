@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from pasture.api import ApiSettings, create_app
-from pasture.core.statistics import PrefixStatistics, ServiceStatistics
+from pasture.core.statistics import NamespaceStatistics, PrefixStatistics, ServiceStatistics
 from pasture.core.values import DEFAULT_NAMESPACE, Namespace
 from pasture.web.routes import static_files
-from pasture.web.snapshot import PREFIX_FIELDS, SEQUENCE_FIELDS
+from pasture.web.snapshot import NAMESPACE_FIELDS, PREFIX_FIELDS, SEQUENCE_FIELDS
 from tests.unit.stub_service import StubService
 
 SECRET = "the password is sheep"
@@ -31,7 +31,13 @@ class Wrote(StubService):
             PrefixStatistics(7, None, DEFAULT_NAMESPACE, 0, 30, 2, 1, 0.0, head),
             PrefixStatistics(9, 7, Namespace("salt-of-a-tenant"), 30, 30, 1, 0, 2.25, head),
         )
-        return dataclasses.replace(statistics, pool=dataclasses.replace(statistics.pool, prefixes=prefixes))
+        namespaces = (
+            NamespaceStatistics(DEFAULT_NAMESPACE, 60, 30, 1, 70, 20),
+            NamespaceStatistics(Namespace("salt-of-a-tenant"), 40, 0, 1, 90, 5),
+        )
+        return dataclasses.replace(
+            statistics, pool=dataclasses.replace(statistics.pool, prefixes=prefixes, namespaces=namespaces)
+        )
 
 
 def client_of(settings: ApiSettings | None = None, service: StubService | None = None) -> httpx.AsyncClient:
@@ -140,7 +146,9 @@ async def test_a_snapshot_has_the_numbers_of_the_statistics() -> None:
     assert snapshot["pool"]["used_cells"] == 100
     assert snapshot["tiers"][0]["bytes_by_form"] == {"raw": 2000, "q8_0": 1000}
     assert dict(zip(SEQUENCE_FIELDS, snapshot["sequences"][1], strict=True))["idle_seconds"] == 2.5
-    assert snapshot["prefixes"] == [[7, None, 0, 0, 30, 2, 1, 0.0], [9, 7, 1, 30, 30, 1, 0, 2.2]]
+    busiest, _ = (dict(zip(NAMESPACE_FIELDS, row, strict=True)) for row in snapshot["namespaces"])
+    assert (busiest["number"], busiest["hit_tokens"]) == (2, 90), "numbered as they came, the busiest first"
+    assert snapshot["prefixes"] == [[7, None, 1, 0, 30, 2, 1, 0.0], [9, 7, 2, 30, 30, 1, 0, 2.2]]
     assert len(PREFIX_FIELDS) == 8
 
 

@@ -68,7 +68,7 @@ const locked = () => html`<p class="notice">This server shows its numbers to tho
 const content = (snapshot) => html`
   ${headline(snapshot)} ${tiles(snapshot)} ${pool(snapshot)} ${tiers(snapshot)}
   <div class="columns">${prefixes()} <div>${detail()} ${happenings(snapshot)}</div></div>
-  ${sequences(snapshot)}`;
+  ${namespaces(snapshot)} ${sequences(snapshot)}`;
 
 const headline = ({ headline: h }) => html`
   <section class="headline" aria-label="Since the server started">
@@ -230,6 +230,14 @@ const happenings = ({ happenings: list }) => html`
   <section aria-labelledby="happenings-title"><h2 id="happenings-title">As it happens</h2>
     ${list.length ? html`<ol class="happenings">${list.slice(0, 14).map(([, ago, kind, amount, unit, text]) => html`
       <li><span class="kind ${kind}">${kind}</span> ${UNITS[unit](amount)} ${text} <span class="note">${seconds(Math.max(ago, 1))} ago</span></li>`)}</ol>` : html`<p class="note">No evictions, no moves between tiers yet.</p>`}
+  </section>`;
+
+const namespaces = ({ namespaces: rows, pool: p }) => rows.length < 2 ? nothing : html`
+  <section aria-labelledby="tenants-title"><h2 id="tenants-title">${plural(p.namespaces, "tenant")}, each sharing with itself alone</h2>
+    <div class="scroll" tabindex="0" role="region" aria-label="Tenants"><table>
+      <thead><tr><th scope="col">Tenant</th><th scope="col">Live cells</th><th scope="col">Shared</th><th scope="col">Sequences</th><th scope="col">Tokens reused</th><th scope="col">Computed</th></tr></thead>
+      <tbody>${rows.map(([number, cells, shared, n, hit, missed]) => html`<tr><th scope="row">${number}</th><td>${count(cells)}</td><td>${percent(shared, cells)}</td><td>${count(n)}</td><td>${compact(hit)} (${percent(hit, hit + missed)})</td><td>${compact(missed)}</td></tr>`)}</tbody>
+    </table></div>
   </section>`;
 
 const sequences = ({ sequences: rows }) => html`
