@@ -179,6 +179,23 @@ def test_a_fork_costs_no_cell_and_its_reply_reuses_what_both_have(browser: Brows
         seen.check()
 
 
+def test_a_users_key_opens_the_chat_and_not_the_numbers(browser: Browser, tmp_path: Path) -> None:
+    server = Server(tmp_path, "-c", "8192", "--admin-key", "root", "--api-key", "theirs")
+    try:
+        with watched(browser, server, "/chat", key="theirs") as seen:
+            chat = seen.page.get_by_role("region", name="Chat 1", exact=True)
+            expect(seen.page.locator(".state")).to_have_text("ready; live numbers need the admin key")
+            seen.page.get_by_label("Longest reply").fill("8")
+            chat.get_by_label("Message to Chat 1").fill("Hi")
+            chat.get_by_label("Message to Chat 1").press("Enter")
+            expect(chat.locator(".badge")).to_be_visible()
+            chat.get_by_role("button", name="Fork here").click()
+            expect(seen.page.locator(".fork-note")).to_contain_text("nothing is copied")
+            seen.check()
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize(
     ("path", "width", "dark"), [("/", 1280, False), ("/", 390, True), ("/chat", 1280, True), ("/chat", 390, False)]
 )

@@ -2,7 +2,7 @@
 // its beginning in the live cache, and the badge on each reply says how much of the prompt was found.
 
 import { html, nothing, render } from "./lit-html.js";
-import { ask, events, follow } from "./server.js";
+import { ask, events, follow, key } from "./server.js";
 import { header, keyDialog, openKey, speak } from "./shell.js";
 import { count, percent, plural, seconds } from "./words.js";
 
@@ -139,7 +139,7 @@ const column = (chat) => html`
       ${view.document.trim() ? html`<label class="note"><input type="checkbox" .checked=${chat.withDocument} @change=${(event) => { chat.withDocument = event.target.checked; }}> document</label>` : nothing}
       <button type="button" class="quiet" @click=${() => close(chat)} aria-label="Close ${chat.name}">Close</button></div>
     ${chat.forked ? html`<p class="fork-note">A fork of ${chat.forked.from} after ${plural(chat.forked.messages, "message")}:
-      <strong class="extra">${chat.forked.extra === null ? "…" : plural(chat.forked.extra, "extra cell")}</strong></p>` : nothing}
+      <strong class="extra">${chat.forked.extra !== null ? plural(chat.forked.extra, "extra cell") : view.state === "live" ? "…" : "nothing is copied"}</strong></p>` : nothing}
     <ol class="messages" tabindex="0" aria-label="Messages of ${chat.name}">${chat.messages.map((message, index) => bubble(chat, message, index))}</ol>
     <form class="say" @submit=${(event) => { event.preventDefault(); send(chat); }}>
       <label class="unseen" for="say-${chat.id}">Message to ${chat.name}</label>
@@ -192,7 +192,8 @@ follow(
     draw();
   },
   (state) => {
-    view.state = state;
+    // a user's key opens the chat, and on a server with an admin key not the numbers
+    view.state = state === "locked" && key() ? "private" : state;
     draw();
   },
 );

@@ -9,6 +9,7 @@ const STATES = {
   lost: "connection lost, trying again",
   ended: "the server ended the stream, trying again",
   locked: "a key is needed",
+  private: "ready; live numbers need the admin key",
 };
 
 export const header = ({ here, model, state, draining }) => html`
