@@ -105,6 +105,29 @@ def test_openai_gets_choices_that_repeat_with_their_seed(client: openai.OpenAI, 
     assert len(set(texts[0])) > 1, "each choice has a seed of its own"
 
 
+def test_openai_goes_on_from_a_response_it_only_names(client: openai.OpenAI, model: str) -> None:
+    first = client.responses.create(model=model, input="Name three colours. " * 20, max_output_tokens=12, temperature=0)
+    events = list(
+        client.responses.create(
+            model=model,
+            input="And three more?",
+            previous_response_id=first.id,
+            max_output_tokens=12,
+            temperature=0,
+            stream=True,
+        )
+    )
+    last = events[-1]
+    assert last.type in ("response.completed", "response.incomplete")
+    usage = last.response.usage
+    assert usage is not None
+    assert usage.input_tokens - usage.input_tokens_details.cached_tokens < 32
+    assert client.responses.retrieve(last.response.id).output_text == last.response.output_text
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model=model, input="more", previous_response_id=first.id)
+
+
 def test_openai_gets_log_probabilities(client: openai.OpenAI, model: str, greedy: str) -> None:
     answer = client.chat.completions.create(
         model=model, messages=QUESTION, temperature=0, max_tokens=16, logprobs=True, top_logprobs=3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TypeVar
 
 import orjson
@@ -13,6 +14,10 @@ from starlette.requests import ClientDisconnect
 from pasture.api.disconnect import ClientGone
 from pasture.api.schemas import refuse_unsupported
 from pasture.core.errors import RequestError
+
+PATIENCE_SECONDS = 30.0
+SLOWEST_BYTES_PER_SECOND = 1 << 20
+"""a body has the patience, and the time that the largest one allowed takes at this rate"""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -31,20 +36,23 @@ async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Bod
 
 
 async def read_bytes(request: Request, max_bytes: int) -> bytes:
-    """The body as it is. Raises HTTPException 413, or ClientGone."""
+    """The body as it is. Raises HTTPException 413 or 408, or ClientGone."""
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
     chunks: list[bytes] = []
     size = 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > max_bytes:
-                raise _too_large(max_bytes)
-            chunks.append(chunk)
+        async with asyncio.timeout(PATIENCE_SECONDS + max_bytes / SLOWEST_BYTES_PER_SECOND):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                chunks.append(chunk)
     except ClientDisconnect as error:
         raise ClientGone from error
+    except TimeoutError as error:
+        raise HTTPException(408, "the body took too long to come", headers={"connection": "close"}) from error
     return b"".join(chunks)
 
 

@@ -7,7 +7,7 @@ body of `cancelled_on_disconnect`, and with it whatever the body awaits, down to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from starlette.types import Receive
@@ -23,12 +23,23 @@ async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
 
     The request's body must have been read. A cancellation from elsewhere passes through as usual.
     """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async with cancelled_after(gone):
+        yield
+
+
+@asynccontextmanager
+async def cancelled_after(news: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Run the body until it ends or `news` does; then it is cancelled and ClientGone raised in its place."""
     loop = asyncio.get_running_loop()
     scope = asyncio.timeout(None)
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await news()
         # a timeout that is due now is the standard library's way to cancel a block, and not the whole task
         scope.reschedule(loop.time())
 

@@ -63,6 +63,7 @@ STATUSES: Mapping[int, Answer] = {
     401: Answer(401, "authentication_error", "invalid_api_key"),
     404: Answer(404, "invalid_request_error", "not_found"),
     405: Answer(405, "invalid_request_error", "method_not_allowed"),
+    408: Answer(408, "timeout_error", "request_timeout"),
     413: Answer(413, "invalid_request_error", "request_too_large"),
     503: Answer(503, "unavailable_error", "unavailable"),
 }

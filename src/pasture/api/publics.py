@@ -52,7 +52,7 @@ class Publics:
         self._read_at = self._clock()
         try:
             found = await asyncio.to_thread(self._declared.all)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, PastureError) as error:
             _log.warning("public prefixes cannot be read: %s", error)
             return
         for prefix in self._tokens.keys() - set(found):

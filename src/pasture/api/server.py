@@ -13,6 +13,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import FrameType
@@ -20,6 +21,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from pasture.api.loiterers import Loiterers
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Service
 
@@ -27,6 +29,7 @@ _log = logging.getLogger("pasture.api")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
+_SWEEP_TICKS = 50
 _LAST_WORDS_SECONDS = 1.0
 
 
@@ -99,6 +102,7 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._signalled = False
+        self._loiterers = Loiterers(time.monotonic)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -112,6 +116,12 @@ class DrainingServer(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         scheme = "https" if self.config.is_ssl else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's, ten times a second: every few seconds, who owes a request for too long is dropped."""
+        if counter % _SWEEP_TICKS == 0:
+            self._loiterers.sweep(self.server_state.connections)
+        return await super().on_tick(counter)
 
     def stop(self) -> None:
         """What the first signal does; the second call does what the second signal does. On the loop's thread."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from time import monotonic
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from pasture.api.disconnect import ClientGone, cancelled_on_disconnect
+from pasture.api.disconnect import ClientGone, cancelled_after, cancelled_on_disconnect
 from pasture.api.errors import problem
 from pasture.api.fanout import interleave
 from pasture.api.formats import Reply, Writer
@@ -25,6 +26,8 @@ from pasture.text.replies import Fragment
 
 OPENING_SECONDS = 1.0
 COMMENT_SECONDS = 15.0
+STUCK_SECONDS = 60.0
+"""a client that takes nothing for so long is taken to be gone"""
 
 Read = Callable[[Choice], AsyncGenerator[Fragment, None]]
 """starts a choice's request and yields the fragments of its reply"""
@@ -76,11 +79,13 @@ class EventStream(Response):
         super().__init__()
         self._events = events
         self._started = False
+        self._waiting_since: float | None = None
+        """when the client was last offered something that it has not taken yet"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with cancelled_on_disconnect(receive), aclosing(self._events):
-                await self._pump(send)
+            async with cancelled_on_disconnect(receive), cancelled_after(self._stuck), aclosing(self._events):
+                await self._pump(self._timed(send))
         except ClientGone:
             return
         except Exception as error:
@@ -90,6 +95,22 @@ class EventStream(Response):
                 return
             await _body(send, b"data: " + trouble.body + b"\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _timed(self, send: Send) -> Send:
+        async def timed(message: Message) -> None:
+            self._waiting_since = monotonic()
+            await send(message)
+            self._waiting_since = None
+
+        return timed
+
+    async def _stuck(self) -> None:
+        """Ends when the client has taken nothing for too long although something waits for it."""
+        while True:
+            since = self._waiting_since
+            if since is not None and monotonic() - since >= STUCK_SECONDS:
+                return
+            await asyncio.sleep(STUCK_SECONDS / 4)
 
     async def _pump(self, send: Send) -> None:
         patience = asyncio.create_task(self._keep_open(send))

@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
-from pasture.core.errors import ConfigError
+from pasture.core.errors import ConfigError, ShuttingDown
 from pasture.sessions.migrations import MIGRATIONS
 
 BUSY_SECONDS = 10.0
@@ -34,6 +34,7 @@ class Database:
         url = _url(location)
         self._engine = _engine(url)
         self._lock = threading.RLock()
+        self._closed = False
         self._in_memory = url.database == ":memory:"
         self.location = url.render_as_string(hide_password=True)
         try:
@@ -45,22 +46,31 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that changes nothing."""
+        """A transaction that changes nothing. Raises ShuttingDown after `close`."""
         if self._in_memory:  # one connection for everybody
-            with self._lock, self._engine.begin() as connection:
+            with self._lock, self._open_engine.begin() as connection:
                 yield connection
             return
-        with self._engine.connect() as connection:
+        with self._open_engine.connect() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction of its own, committed unless the block raises."""
-        with self._lock, self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        """A transaction of its own, committed unless the block raises. Raises ShuttingDown after `close`."""
+        with self._lock, self._open_engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
 
     def close(self) -> None:
-        self._engine.dispose()
+        """Waits for who is in a transaction on the one connection of a database in memory, or writes."""
+        with self._lock:
+            self._closed = True
+            self._engine.dispose()
+
+    @property
+    def _open_engine(self) -> Engine:
+        if self._closed:
+            raise ShuttingDown("the server is shutting down")
+        return self._engine
 
     def _migrate(self) -> None:
         with self.write() as connection:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from pasture.core.errors import ConfigError
+from pasture.core.errors import ConfigError, ShuttingDown
 from pasture.sessions.database import Database
 from pasture.sessions.state import State
 
@@ -30,6 +30,32 @@ def test_what_a_newer_version_wrote_is_left_alone(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(ConfigError, match="newer"):
         Database(file)
+
+
+def test_closing_waits_for_who_reads_and_ends_what_comes_later() -> None:
+    database = Database()
+    entered, leave, order = threading.Event(), threading.Event(), []
+
+    def read() -> None:
+        with database.read() as connection:
+            entered.set()
+            leave.wait(10)
+            order.append(connection.execute(text("SELECT 'read'")).scalar_one())
+
+    def close() -> None:
+        database.close()
+        order.append("closed")
+
+    threads = [threading.Thread(target=read), threading.Thread(target=close)]
+    threads[0].start()
+    entered.wait(10)
+    threads[1].start()
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["read", "closed"]
+    with pytest.raises(ShuttingDown), database.read():
+        pass
 
 
 def test_two_processes_and_many_threads_write_to_one_file(tmp_path: Path) -> None:
