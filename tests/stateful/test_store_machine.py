@@ -8,6 +8,7 @@ token before it, so a block in the wrong place cannot go unnoticed. After every 
 from __future__ import annotations
 
 import threading
+import time
 from array import array
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pasture.core.storage import BLOCK_TOKENS, Pin
 from pasture.core.values import Namespace
+from pasture.foresight.policies import POLICIES
 from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, ladder
 from pasture.tiers.entries import size_of
 from pasture.tiers.gate import OpenGate
@@ -46,6 +48,7 @@ def agreeing(a: array[int], b: array[int]) -> int:
 
 class StoreMachine(RuleBasedStateMachine):
     divisible = True
+    policy = "lru"
 
     damaged = False
 
@@ -61,11 +64,18 @@ class StoreMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         steps = len(ladder(Compression.AUTO))
-        self.memory = MemoryTier(self.budget, divisible=self.divisible, list_unwritten=True, squeeze_stages=steps)
+        policy = POLICIES[self.policy](time.monotonic)
+        self.memory = MemoryTier(
+            self.budget, divisible=self.divisible, policy=policy, list_unwritten=True, squeeze_stages=steps
+        )
         self.store = TieredStore(self.codec, self.memory, OpenGate(), slow=(self.shelf,))
         self.squeezer = Squeezer(self.memory, self.codec, Compression.AUTO, EVERY_FORM)
 
     # Storing and looking
+
+    @rule(name=NAMES, tokens=prompts())
+    def arrive(self, name: Namespace, tokens: array[int]) -> None:
+        self.store.arrived(name, tokens)
 
     @rule(name=NAMES, tokens=prompts())
     def put(self, name: Namespace, tokens: array[int]) -> None:
@@ -207,7 +217,21 @@ class CheckpointMachine(StoreMachine):
     divisible = False
 
 
-@pytest.mark.parametrize("machine", [StoreMachine, CheckpointMachine])
+class ForesightMachine(StoreMachine):
+    policy = "foresight"
+
+
+class ForesightCheckpointMachine(CheckpointMachine):
+    policy = "foresight"
+
+
+class S3FifoMachine(StoreMachine):
+    policy = "s3fifo"
+
+
+@pytest.mark.parametrize(
+    "machine", [StoreMachine, CheckpointMachine, ForesightMachine, ForesightCheckpointMachine, S3FifoMachine]
+)
 def test_the_store_keeps_its_promises(machine: type[StoreMachine]) -> None:
     run_state_machine_as_test(
         machine,

@@ -41,6 +41,8 @@ class ExpectedSaving:
         """(value when it was pushed, turn, entry); an entry may be in it several times"""
         self._fresh: list[Entry] = []
         """offered since the last victim was wanted: most of them are no leaves any more by then"""
+        self._least: tuple[Entry | None, float] = (None, 0.0)
+        """who was the victim last, and with what value"""
         self._turn = count()
         self._next_order = clock()
 
@@ -82,12 +84,14 @@ class ExpectedSaving:
                 continue
             heapq.heappop(heap)
             del leaves[id(entry)]
+            self._least = (entry, value)
             return entry
         return None
 
     def admits(self, newcomer: Entry, victim: Entry) -> bool:
         now = self._clock()
-        return self.value(newcomer, now) > self.value(victim, now)
+        known, value = self._least
+        return self.value(newcomer, now) > (value if known is victim else self.value(victim, now))
 
     def value(self, entry: Entry, now: float) -> float:
         """Seconds of computing saved per second and byte, in units of this machine's speed at depth 0."""
