@@ -193,7 +193,7 @@ follow(
   },
   (state) => {
     // a user's key opens the chat, and on a server with an admin key not the numbers
-    view.state = state === "locked" && key() ? "private" : state;
+    view.state = state === "locked" && key("api") ? "private" : state;
     draw();
   },
 );

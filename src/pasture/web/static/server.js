@@ -1,11 +1,14 @@
 // Talking to the server: the visitor's key, requests, and server-sent events over fetch (EventSource cannot send a key).
-// All paths are relative, so the pages work behind a proxy that puts them in a folder. The key lives as long as the tab.
+// All paths are relative, so the pages work behind a proxy that puts them in a folder. Keys live as long as the tab.
 
-const KEY = "pasture-key";
+/** A kept key: "api" opens the chat, "admin" the numbers where a server has one. */
+export const key = (kind) => sessionStorage.getItem(`pasture-${kind}`) ?? "";
 
-export const key = () => sessionStorage.getItem(KEY) ?? "";
+export const setKey = (kind, value) =>
+  value ? sessionStorage.setItem(`pasture-${kind}`, value) : sessionStorage.removeItem(`pasture-${kind}`);
 
-export const setKey = (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY));
+/** The key that a route asks for, else the other one: a server may have one of them only. */
+const keyFor = (path) => (/^v1\/(live|admin)/.test(path) ? key("admin") || key("api") : key("api"));
 
 export class Refused extends Error {
   constructor(status, message) {
@@ -16,7 +19,8 @@ export class Refused extends Error {
 
 /** A response that went well. Throws Refused with the server's own words otherwise. */
 export async function ask(path, { body, signal } = {}) {
-  const headers = key() ? { authorization: `Bearer ${key()}` } : {};
+  const mine = keyFor(path);
+  const headers = mine ? { authorization: `Bearer ${mine}` } : {};
   if (body !== undefined) headers["content-type"] = "application/json";
   const response = await fetch(path, {
     method: body === undefined ? "GET" : "POST",

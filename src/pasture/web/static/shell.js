@@ -20,18 +20,20 @@ export const header = ({ here, model, state, draining }) => html`
     <nav aria-label="Pages">
       <a href="./" aria-current=${here === "dashboard" ? "page" : nothing}>Dashboard</a>
       <a href="chat" aria-current=${here === "chat" ? "page" : nothing}>Chat</a>
-      <button type="button" class="quiet" @click=${openKey}>Key${key() ? " ✓" : "…"}</button>
+      <button type="button" class="quiet" @click=${openKey}>Keys${key("api") || key("admin") ? " ✓" : "…"}</button>
     </nav>
   </header>`;
 
 export const keyDialog = (changed) => html`
   <dialog id="key" aria-labelledby="key-title">
     <form method="dialog" @submit=${(event) => submit(event, changed)}>
-      <h2 id="key-title">Key</h2>
-      <p>Sent with every request, kept until this tab is closed. The admin key shows the live numbers where a server has
-        one, and what prefixes say.</p>
-      <label for="key-value">API key or admin key</label>
-      <input id="key-value" type="password" autocomplete="off" .value=${key()}>
+      <h2 id="key-title">Keys</h2>
+      <p>Kept until this tab is closed. An API key opens the chat. The admin key opens the live numbers where a server has one,
+        and what prefixes say.</p>
+      <label for="key-api">API key</label>
+      <input id="key-api" type="password" autocomplete="off" .value=${key("api")}>
+      <label for="key-admin">Admin key</label>
+      <input id="key-admin" type="password" autocomplete="off" .value=${key("admin")}>
       <p class="buttons"><button value="save">Use it</button> <button value="cancel" class="quiet" formnovalidate>Cancel</button></p>
     </form>
   </dialog>`;
@@ -43,7 +45,7 @@ export function openKey() {
 
 function submit(event, changed) {
   if (event.submitter?.value === "cancel") return;
-  setKey(document.getElementById("key-value").value.trim());
+  for (const kind of ["api", "admin"]) setKey(kind, document.getElementById(`key-${kind}`).value.trim());
   announceKey();
   changed();
 }
