@@ -79,9 +79,9 @@ def model_settings(options: BenchOptions, **more: object) -> Settings:
 
 def table(measured: Measured) -> Table:
     """One row a form; RAW stands for the lossless form too, and another way to compute the same is the yardstick."""
-    made = Table(title=f"{measured.forms[0].n_tokens:,} held tokens, against the cache as computed; weights {measured.weights}")
+    made = Table(title=f"a token's KV in each form; {measured.forms[0].n_tokens:,} held tokens, weights {measured.weights}")
     names = {Form.RAW.value: "stored f16, lossless", RECOMPUTED: f"computed in {RECOMPUTED}"}
-    for heading in ("form", "bytes/token", "KL mean", "KL p99", "same first choice", "perplexity", "of f16"):
+    for heading in ("form", "bytes", "KL mean", "KL p99", "top-1", "perplexity", "of f16"):
         made.add_column(heading, justify="left" if heading == "form" else "right")
     for form in measured.forms:
         made.add_row(
