@@ -30,6 +30,7 @@ from pasture.core.values import (
     StepPlan,
 )
 from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.kv.radix import token_array
 from pasture.scheduler.scheduler import Delivery, Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
@@ -149,6 +150,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._deliver(self.scheduler.commit(plan, self.engine.execute(plan)))
         pool.rebuilt(self.engine.rebuild(pool.segments(), layout, pool.shape.n_seqs))
 
+    @rule(stem=st.sampled_from(STEMS), tail=st.lists(TOKENS, max_size=12))
+    def anticipate(self, stem: list[int], tail: list[int]) -> None:
+        self.scheduler.ahead.anticipate(Namespace("shared"), token_array(stem + tail))
+
     @rule()
     def demote(self) -> None:
         self.scheduler.resting.demote()
@@ -213,7 +218,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.scheduler.busy:
                 break
             self.step(1)
+        self._deliver(self.scheduler.take_events())
         self.store.close()
+        self.scheduler.ahead.give_way()
         assert not self.live
         assert self.scheduler.pool.locked_cells == 0
         assert not self.scheduler.running

@@ -104,6 +104,7 @@ class StubService:
     broken: bool = False
     drained: bool = False
     closed: bool = False
+    anticipated: list[tuple[int, ...]] = field(default_factory=list)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
@@ -140,6 +141,9 @@ class StubService:
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> StubPin:
         self.pins.append(StubPin((namespace, tuple(tokens))))
         return self.pins[-1]
+
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        self.anticipated.append(tuple(tokens))
 
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         return b"kv of %d" % len(tokens)
@@ -229,6 +233,7 @@ _SCHEDULER = SchedulerStatistics(
     prefill_budget_tokens=192,
     prefill_tokens_per_second=330.0,
     layout_moves_total=0,
+    ahead_tokens_total=0,
     shifts_total=0,
     invariant_failures_total=0,
 )

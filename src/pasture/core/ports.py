@@ -126,6 +126,10 @@ class Service(Protocol):
         """Keep in RAM what there is of these tokens, live or in RAM. The pin may be released on any thread."""
         ...
 
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        """Compute these tokens when nobody asks for anything: somebody's next prompt will probably begin with them."""
+        ...
+
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         """The KV of these tokens, as far as it is at hand, for `restore` of a service with the same model; may be empty."""
         ...

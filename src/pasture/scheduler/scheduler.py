@@ -35,6 +35,7 @@ from pasture.kv.eviction import POLICIES
 from pasture.kv.pool import Pool
 from pasture.scheduler.accounts import Accounts
 from pasture.scheduler.admission import Admission
+from pasture.scheduler.ahead import Ahead
 from pasture.scheduler.resting import Resting
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.shaping import StepShaper
@@ -63,6 +64,7 @@ class Scheduler:
             policy=POLICIES[settings.policy],
         )
         self.resting = Resting(self.pool, store, clock, settings.idle_live_seconds, wake)
+        self.ahead = Ahead(self.pool, self.resting)
         self.admission = Admission(self.pool, self.resting, settings, clock)
         self.waiting = self.admission.waiting
         self.running: dict[RequestId, Task] = {}
@@ -104,9 +106,12 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step. A plan without works still has operations to carry out."""
         self._expire()
+        self._planned, self._n_streams = [], 0
+        if not self._tasks and (plan := self.ahead.next()) is not None:
+            return plan
+        self.ahead.give_way()
         if self._suspects:
             return self._plan_suspect()
-        self._planned = []
         works = [self._work(task, 1) for task in self._streams()]
         self._n_streams = len(works)
         self._resume(len(works))
@@ -130,7 +135,9 @@ class Scheduler:
         """Book a step's result; returns what readers get, in order."""
         self.resting.store.observe(result.transfers)
         self.resting.saved(result.saved)
-        if result.outcome is Outcome.DONE:
+        if plan.works and not self._planned:
+            self.ahead.book(plan, result)
+        elif result.outcome is Outcome.DONE:
             self._book(plan, result)
             self._suspects = [task for task in self._suspects if task not in self._planned]
         elif plan.works:
@@ -146,6 +153,7 @@ class Scheduler:
             task.sequence = None
             self._end(task, reason, error)
         self._suspects, self._planned = [], []
+        self.ahead.forget()
         self.pool.reset(self._engine.shape)
         return self.take_events()
 
@@ -320,8 +328,9 @@ class Scheduler:
             assert sequence is not None
             task.n_failures = 0
             self.pool.extend(sequence, task.tokens[work.start : work.start + len(work.tokens)])
-            if sequence.length == task.save_at:
-                self.resting.save(sequence)
+            if task.save_at is not None and sequence.length >= task.save_at:
+                if sequence.length == task.save_at:  # a task alone under suspicion may have passed it
+                    self.resting.save(sequence)
                 task.save_at = None
             sample = result.samples.get(work.sequence)
             if sample is not None:
@@ -406,7 +415,6 @@ class Scheduler:
         self.waiting.push(task)
 
     def _plan_suspect(self) -> StepPlan:
-        self._planned, self._n_streams = [], 0
         works: list[Work] = []
         suspects = [t for t in self._suspects if t.request.request_id in self._tasks and not t.swapped]
         self._suspects = suspects
@@ -440,6 +448,7 @@ class Scheduler:
             prompt_tokens_total=accounts.prompt_tokens,
             cached_tokens_total=accounts.cached_tokens,
             computed_tokens_total=accounts.computed_tokens,
+            ahead_tokens_total=self.ahead.computed_tokens,
             generated_tokens_total=accounts.generated_tokens,
             steps_total=accounts.steps,
             step_seconds_total=accounts.step_seconds,

@@ -128,6 +128,12 @@ class LocalService:
         pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path))
         return keeping.SafePin(pin, self._tell)
 
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        """See `pasture.core.ports.Service.anticipate`. Without effect on a server that ends."""
+        expected = token_array(tokens)
+        with contextlib.suppress(ShuttingDown):
+            self._loop.ask(lambda scheduler: scheduler.ahead.anticipate(namespace, expected))
+
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         """See `pasture.core.ports.Service.export`."""
         path = token_array(tokens)
