@@ -197,6 +197,7 @@ def api_settings(settings: Settings) -> ApiSettings:
         ),
         chat_template=chat_template_of(settings),
         deadline_seconds=settings.timeout,
+        turn_ahead=settings.turn_ahead,
         log_level=settings.log_level,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from pasture.api import create_app
+from pasture.api import ApiSettings, create_app
 from pasture.api.server import DrainingServer, ServerOptions, bind
 from pasture.core.values import Layout, PoolShape
 from pasture.engine.fake import FakeEngine
@@ -65,6 +65,29 @@ async def test_whole_and_streamed_alone_and_together_the_text_is_the_same(client
     again = await client.post(CHAT, json=body(questions[0]))
     usage = again.json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+
+FORGETFUL = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content[-60:] if m.role == 'assistant' else m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""shows only the end of a reply once it is history, as templates do that strip reasoning"""
+
+
+async def test_a_reply_that_is_shown_differently_later_is_computed_before_the_next_turn(service: LocalService) -> None:
+    app = create_app(service, ApiSettings(chat_template=FORGETFUL))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(base_url="http://pasture", transport=transport) as client:
+        turn = body("What is a flock?", max_tokens=500)
+        reply = (await client.post(CHAT, json=turn)).json()["choices"][0]["message"]["content"]
+        for _ in range(5000):
+            if service.statistics().scheduler.ahead_tokens_total:
+                break
+            await asyncio.sleep(0.001)
+        said = [*turn["messages"], {"role": "assistant", "content": reply}, {"role": "user", "content": "And a herd?"}]  # type: ignore[misc]
+        usage = (await client.post(CHAT, json={**turn, "messages": said, "max_tokens": 4})).json()["usage"]
+    new_text = len("<|user|>And a herd?\n<|assistant|>")
+    assert usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] <= new_text + 8
 
 
 async def test_a_stop_string_reports_what_was_cached(client: httpx.AsyncClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from pasture.api.expecting import Expecting
 from pasture.api.jobs import Jobs
 from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
@@ -38,6 +39,10 @@ class Gateway:
     @cached_property
     def jobs(self) -> Jobs:
         return Jobs(self.service, self.prompts, self.settings, self.publics)
+
+    @cached_property
+    def expecting(self) -> Expecting:
+        return Expecting(self.service, self.jobs, enabled=self.settings.turn_ahead)
 
     @property
     def model_name(self) -> str:

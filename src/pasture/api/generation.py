@@ -25,7 +25,7 @@ def generation_routes(gateway: Gateway) -> APIRouter:
         caller = caller_of(request, gateway.state)
         body, joined = await gateway.members.join(body, caller, request.headers.get("x-session-id"))
         job = await gateway.jobs.chat(body, caller)
-        return await _answer(gateway, Run(gateway, caller, job, joined), ChatShape(), request)
+        return await _answer(gateway, Run(gateway, caller, job, joined, body), ChatShape(), request)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:

@@ -15,6 +15,7 @@ from pasture.api.formats import Json, Reply, Writer
 from pasture.api.gateway import Gateway
 from pasture.api.jobs import Choice, Job
 from pasture.api.joining import Joined
+from pasture.api.schemas import ChatBody
 from pasture.api.streams import OnComplete, chunks, collect
 from pasture.core.values import TokenEvent, Usage, Whereabouts
 from pasture.sessions.gate import Passage
@@ -24,8 +25,12 @@ from pasture.text.replies import Fragment, read_reply
 class Run:
     """A job with whose it is, and the session that it is in."""
 
-    def __init__(self, gateway: Gateway, caller: Caller, job: Job, joined: Joined | None = None) -> None:
+    def __init__(
+        self, gateway: Gateway, caller: Caller, job: Job, joined: Joined | None = None, chat: ChatBody | None = None
+    ) -> None:
+        """`chat`: what the job answers, where that is a conversation that may go on."""
         self.job = job
+        self._chat = chat
         self._gateway = gateway
         self._caller = caller
         self._joined = joined
@@ -43,7 +48,7 @@ class Run:
 
     async def chunks(self, writer: Writer) -> AsyncGenerator[bytes, None]:
         """The events of a stream, as bytes."""
-        keep: OnComplete | None = self._keep if self._joined is not None else None
+        keep: OnComplete | None = self._keep if self._joined is not None or self._chat is not None else None
         with self._gateway.members.alone(self._joined):
             async with (
                 self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
@@ -82,10 +87,12 @@ class Run:
         return read_reply(timed, gateway.service.vocabulary, self.job.stops, len(choice.request.prompt), clock=gateway.clock)
 
     async def _keep(self, replies: Sequence[Reply]) -> None:
+        reply, finish = "".join(replies[0].text), replies[0].finish
+        assert finish is not None  # a reply without one has raised
         if self._joined is not None:
-            finish = replies[0].finish
-            assert finish is not None  # a reply without one has raised
-            await self._joined.go_on("".join(replies[0].text), finish)
+            await self._joined.go_on(reply, finish)
+        if self._chat is not None and len(replies) == 1:
+            self._gateway.expecting.answered(self._chat, self._caller, reply)
 
 
 async def _counted(

@@ -26,4 +26,6 @@ class ApiSettings:
     """jinja source that replaces the model's own template"""
     deadline_seconds: float | None = None
     """how long a request that does not say may take; None: no limit"""
+    turn_ahead: bool = True
+    """whether what a next turn will need is computed while nobody asks"""
     log_level: str = "info"

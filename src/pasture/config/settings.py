@@ -232,6 +232,10 @@ class Settings(BaseSettings):
         description="A key for what shows everybody's doing (/metrics, /slots, /v1/admin); safer in the environment.",
     )
 
+    turn_ahead: Annotated[bool, Flag(("--turn-ahead",), SERVER, off="--no-turn-ahead")] = Field(
+        default=True,
+        description="Compute a conversation as its next turn will show it (reasoning stripped, ...) while nobody asks.",
+    )
     host: Annotated[str, Flag(("--host",), SERVER, "ADDRESS")] = Field(
         default="127.0.0.1", description="The address to listen on; 0.0.0.0 is every interface."
     )

@@ -22,6 +22,8 @@ MAX_ANTICIPATED = 64
 """prompts on the list; the oldest are forgotten"""
 MIN_STEP_TOKENS = 64
 """of one step where the engine has no tiles"""
+MIN_MISSING_TOKENS = 16
+"""fewer are computed along with the next prompt"""
 _NOBODY = RequestId("ahead")
 
 
@@ -46,7 +48,8 @@ class Ahead:
 
     def anticipate(self, namespace: Namespace, tokens: array[int]) -> None:
         """Compute these tokens when there is time; they should be the beginning of somebody's next prompt."""
-        if self._pool.shares and 0 < len(tokens) < self._pool.shape.cells_per_sequence:
+        missing = len(tokens) - self._pool.lookup(namespace, tokens)
+        if self._pool.shares and missing >= MIN_MISSING_TOKENS and len(tokens) < self._pool.shape.cells_per_sequence:
             self.give_way()
             self._prompts.append(_Prompt(namespace, tokens))
 

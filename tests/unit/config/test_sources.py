@@ -43,6 +43,8 @@ def test_every_setting_can_be_set_in_the_environment_and_in_the_file(monkeypatch
         "itl_target": "50ms",
         "kv_layout": "streams",
         "kv_compress": "q8_0",
+        "kv_policy": "lru",
+        "share": "all",
         "log_level": "debug",
         "timeout": "5s",
     }
