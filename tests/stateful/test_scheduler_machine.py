@@ -162,7 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def copy_idle(self) -> None:
         self.scheduler.resting.copy_idle()
 
-    @precondition(lambda self: not self.recurrent and self.layout is Layout.UNIFIED)
+    @precondition(lambda self: self.share and not self.recurrent and self.layout is Layout.UNIFIED)
     @rule(form=st.sampled_from([Form.RAW, Form.Q8_0]))
     def rewrite(self, form: Form) -> None:
         pool, raw = self.scheduler.pool, self.n_cells

@@ -47,7 +47,8 @@ class LayoutKeeper:
         self._moves = settings.layout is LayoutChoice.AUTO and scheduler.pool.joins and engine.shape.layout is Layout.UNIFIED
         self._until_shift = LOOK_STEPS
         self._raw_cells = engine.shape.n_cells
-        self._shifter = Shifter(settings.shift_to, engine.shape.n_cells)
+        self._shifts = settings.shift_to is not None and scheduler.pool.joins  # else a rebuild would share what is not
+        self._shifter = Shifter(settings.shift_to if self._shifts else None, engine.shape.n_cells)
         self._traffic: Traffic | None = None
         self._looked_at = -1
         self._steps_since = 0
@@ -86,7 +87,7 @@ class LayoutKeeper:
         """The form that the cells should be rewritten in before the next step; None to stay."""
         scheduler = self._scheduler
         self._until_shift -= 1
-        if scheduler.settings.shift_to is None or self._until_shift > 0:
+        if not self._shifts or self._until_shift > 0:
             return None
         self._until_shift = LOOK_STEPS
         demand = Demand(scheduler.short_of_cells, self._needed_cells())
