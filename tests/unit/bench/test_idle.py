@@ -101,7 +101,7 @@ async def test_active_users_decode_and_a_conversation_goes_on(engine: FakeEngine
     rest(store, resting, CONVERSATIONS, True, lambda _: None, 30)
     service = LocalService(engine, store)
     try:
-        assert await decode_gaps(service, 24, seed=1) > 0
+        assert await decode_gaps(service, 150, seed=1) > 0
         resumed = await resume(service, resting.tokens[1], seed=1)
     finally:
         service.close()
