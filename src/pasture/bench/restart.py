@@ -6,15 +6,16 @@
     another      started again: somebody else with the same system prompt
     both         started again: its owner and somebody else in the same instant; the wait of the one who waited longer
 
-Each line is the first request of a fresh start, after a warm-up that shares nothing with it. llama-server keeps a slot only if
-somebody saves it before the end and restores it after the start: the benchmark does both for it, for every slot. One event
-loop, in the caller's thread.
+Each line is the first request of a fresh start, after a warm-up that shares nothing with it, on the state that the cold run
+left: what later phases add is put away again. llama-server keeps a slot only if somebody saves it before the end and restores
+it after the start: the benchmark does both for it, for every slot. One event loop, in the caller's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import tempfile
 from asyncio import CancelledError
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -39,6 +40,8 @@ from pasture.core.errors import ConfigError, PastureError
 SYSTEM_TOKENS = 2080
 LONGEST_TOKENS = 2560
 SLOTS = 2
+SHORT_REPLY_TOKENS = 4
+"""of what is asked after a restart: only the first one is timed"""
 COLD, NEXT_TURN, SAME, ANOTHER, BOTH = "cold", "next turn", "same request", "another user", "both at once"
 PHASES = (COLD, NEXT_TURN, SAME, ANOTHER, BOTH)
 
@@ -78,8 +81,8 @@ async def _main(options: BenchOptions, console: Console) -> int:
     waits: list[Wait] = []
     with progress_bar(console) as progress:
         for number in range(options.repeat):
-            for system in systems(options, folder / f"state-{number + 1}", repack=repack):
-                waits += await measure(system, options, folder, progress, f"{system.label}, run {number + 1}")
+            for system, state in systems(options, folder / f"state-{number + 1}", repack=repack):
+                waits += await measure(system, state, options, progress, f"{system.label}, run {number + 1}")
     answer = {"settings": describe(options), "machine": machine(), "waits": [asdict(wait) for wait in waits]}
     if options.out is not None:
         (options.out / "result.json").write_text(json.dumps(answer, indent=2))
@@ -90,34 +93,37 @@ async def _main(options: BenchOptions, console: Console) -> int:
     return 0
 
 
-def systems(options: BenchOptions, state: Path, *, repack: bool) -> list[System]:
-    """pasture with a cache directory, and what it is compared with, each with a directory of its own in `state`."""
+def systems(options: BenchOptions, state: Path, *, repack: bool) -> list[tuple[System, Path]]:
+    """pasture, and what it is compared with, each with a directory of its own in `state` that outlives it."""
     size = Size(SLOTS, LONGEST_TOKENS, options.cells)
-    cache, slots = state / "pasture", state / "slots"
-    for directory in (cache, slots):
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    cache = _private(state / "pasture")
     ours = variants(PASTURE, size, replace(options, serve_flags=("--kv-cache", str(cache), *options.serve_flags)))
+    found = [(system, cache) for system in ours]
     theirs = [system for peer in options.against for system in variants(peer, size, options, repack=repack)]
     for index, system in enumerate(theirs):
-        (slots / str(index)).mkdir(exist_ok=True)
-        theirs[index] = replace(system, command=(*system.command, "--slot-save-path", f"{slots / str(index)}/"))
-    return [*ours, *theirs]
+        slots = _private(state / f"slots-{index + 1}")
+        found.append((replace(system, command=(*system.command, "--slot-save-path", f"{slots}/")), slots))
+    return found
 
 
-async def measure(system: System, options: BenchOptions, folder: Path, progress: Progress, label: str) -> list[Wait]:
+async def measure(system: System, state: Path, options: BenchOptions, progress: Progress, label: str) -> list[Wait]:
     """Every phase once. Raises SystemFailed when a request is not answered."""
     task = progress.add_task(label, total=len(PHASES))
     opening: Message = {"role": "system", "content": "You know this text.\n\n" + passage(Random(options.seed), SYSTEM_TOKENS)}
     first = (opening, _user(_FIRST))
     waits = []
-    async with _fresh(system, options, folder) as up:
+    log = state.with_suffix(".log")
+    async with _fresh(system, options, log) as up:
         asked = await _ask(up, options, {"Ada": first})
         waits.append(wait(system.label, COLD, asked))
         await _all_slots(system, "save")
         progress.advance(task)
+    kept = state.with_suffix(".kept")
+    shutil.copytree(state, kept)
     said: Message = {"role": "assistant", "content": asked[0].reply}
     again: dict[str, tuple[Message, ...]] = {"Ada": (*first, said, _user(_SECOND))}
     somebody_else: dict[str, tuple[Message, ...]] = {"Bruno": (opening, _user(_OTHERS))}
+    brief = replace(options, max_tokens=SHORT_REPLY_TOKENS)
     phases: dict[str, dict[str, tuple[Message, ...]]] = {
         NEXT_TURN: again,
         SAME: {"Ada": first},
@@ -125,10 +131,13 @@ async def measure(system: System, options: BenchOptions, folder: Path, progress:
         BOTH: again | somebody_else,
     }
     for phase, requests in phases.items():
-        async with _fresh(system, options, folder) as up:
+        shutil.rmtree(state)
+        shutil.copytree(kept, state)
+        async with _fresh(system, options, log) as up:
             await _all_slots(system, "restore")
-            waits.append(wait(system.label, phase, await _ask(up, options, requests)))
+            waits.append(wait(system.label, phase, await _ask(up, brief, requests)))
             progress.advance(task)
+    shutil.rmtree(kept)
     return waits
 
 
@@ -139,22 +148,25 @@ def wait(label: str, phase: str, exchanges: Sequence[Exchange]) -> Wait:
 
 
 def table(waits: Sequence[Wait]) -> Table:
-    """One row a phase, medians over the runs; ratios are to the same system's cold start."""
+    """One row a phase and system, medians over the runs; ratios are to the same system's cold start."""
     labels = list(dict.fromkeys(wait.system for wait in waits))
     runs = sum(wait.phase == COLD and wait.system == labels[0] for wait in waits)
     made = Table(title="time to the first token after a restart" + (f", medians of {runs} runs" if runs > 1 else ""))
-    made.add_column("")
-    for label in labels:
-        made.add_column(label, justify="right")
-        made.add_column("known", justify="right")
-        made.add_column("of cold", justify="right", style="bold")
+    for heading in ("", "system", "first token", "of cold", "known tokens"):
+        made.add_column(heading, justify="left" if heading in ("", "system") else "right")
     for phase in PHASES:
-        cells = [phase]
         for label in labels:
             cold, here = (_median(waits, label, which) for which in (COLD, phase))
             ratio = "" if phase == COLD else f"1/{cold.ttft_seconds / here.ttft_seconds:.0f}"
-            cells += [seconds(here.ttft_seconds), f"{here.cached_tokens:,} of {here.prompt_tokens:,}", ratio]
-        made.add_row(*cells)
+            known = f"{here.cached_tokens:,} of {here.prompt_tokens:,}"
+            made.add_row(
+                phase if label == labels[0] else "",
+                label,
+                seconds(here.ttft_seconds),
+                ratio,
+                known,
+                end_section=label == labels[-1],
+            )
     return made
 
 
@@ -164,10 +176,10 @@ def _median(waits: Sequence[Wait], label: str, phase: str) -> Wait:
 
 
 @asynccontextmanager
-async def _fresh(system: System, options: BenchOptions, folder: Path) -> AsyncGenerator[Running]:
-    async with running(system, folder / f"{system.label.split(' ')[0]}-restart.log") as up:
+async def _fresh(system: System, options: BenchOptions, log: Path) -> AsyncGenerator[Running]:
+    async with running(system, log) as up:
         warm_up = ({"role": "system", "content": "~"}, _user("0123456789"))
-        await _ask(up, options, {"warm-up": warm_up})
+        await _ask(up, replace(options, max_tokens=SHORT_REPLY_TOKENS), {"warm-up": warm_up})
         yield up
 
 
@@ -193,6 +205,11 @@ async def _all_slots(system: System, action: str) -> None:
 async def _slot(endpoint: Endpoint, slot: int, action: str) -> bool:
     status, _ = await call(endpoint, f"/slots/{slot}?action={action}", {"filename": f"slot-{slot}.bin"}, timeout_seconds=60)
     return status == 200
+
+
+def _private(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return directory
 
 
 def _user(text: str) -> Message:

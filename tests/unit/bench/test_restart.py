@@ -29,13 +29,14 @@ def test_every_system_has_a_directory_that_survives_it(tmp_path: Path) -> None:
     program.write_text("")
     program.chmod(0o700)
     options = BenchOptions(model=tmp_path / "m.gguf", llama_server=program, against=("llama-server",), serve_flags=("-x",))
-    ours, *theirs = systems(options, tmp_path / "state", repack=False)
+    (ours, cache), *theirs = systems(options, tmp_path / "state", repack=False)
     at = ours.command.index("--kv-cache")
-    assert Path(ours.command[at + 1]).is_dir()
+    assert Path(ours.command[at + 1]) == cache
     assert ours.command[at + 2] == "-x", "flags of the caller come behind, and win"
-    folders = [system.command[system.command.index("--slot-save-path") + 1] for system in theirs]
-    assert len(set(folders)) == len(theirs) == 2
-    assert all(Path(folder).is_dir() and folder.endswith("/") for folder in folders)
+    folders = [cache, *(state for _, state in theirs)]
+    assert len(set(folders)) == 3
+    assert all(folder.is_dir() and folder.stat().st_mode & 0o077 == 0 for folder in folders)
+    assert all(f"{state}/" in system.command for system, state in theirs)
 
 
 def test_the_table_compares_with_the_same_systems_cold_start() -> None:
