@@ -164,7 +164,7 @@ def rest(
 ) -> None:
     """Put conversations to rest, no faster than the store squeezes them; returns when it has come to rest itself.
 
-    Raises EngineError where the store does not keep them.
+    Raises EngineError where a store in RAM alone does not keep them; on disk, `expected_blocks` tells how many there should be.
     """
     store.observe_prefill(resting.prefill_tokens_per_second)
     deadline = time.monotonic() + limit_seconds
@@ -173,7 +173,7 @@ def rest(
         p0 = store.gap(DEFAULT_NAMESPACE, tokens, 0)
         if p0 < N_TOKENS:
             store.put(DEFAULT_NAMESPACE, tokens, slab.cut(p0, N_TOKENS))
-        if store.reach(DEFAULT_NAMESPACE, tokens) < N_TOKENS:
+        if not store.persistent and store.reach(DEFAULT_NAMESPACE, tokens) < N_TOKENS:
             raise EngineError(f"conversation {index + 1} was not kept: no room, or computing it again is cheaper")
         on_progress(index + 1)
         _wait(lambda: not squeezes or _raw_bytes(store) < UNSQUEEZED_BYTES, deadline)
@@ -181,6 +181,12 @@ def rest(
             store.flush(max(1.0, deadline - time.monotonic()))
     store.flush(max(1.0, deadline - time.monotonic()))
     _wait(lambda: not squeezes or _raw_bytes(store) == 0, deadline)
+
+
+def expected_blocks(conversations: int) -> int:
+    """That a store holds when it holds all of them."""
+    n_shared = SHARED_TOKENS // BLOCK_TOKENS
+    return n_shared + conversations * (-(-N_TOKENS // BLOCK_TOKENS) - n_shared)
 
 
 # With the scheduler

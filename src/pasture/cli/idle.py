@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from pasture.bench.idle import (
     Resumed,
     compute,
     decode_gaps,
+    expected_blocks,
     form_costs,
     rest,
     resume,
@@ -53,6 +55,8 @@ REST_SECONDS = 1800.0
 RAM_MARGIN = 1.2
 """of the RAM budget, over what is expected to rest there"""
 RAM_BESIDE_DISK = 256 << 20
+PICTURE_SECONDS = 1.5
+"""until a slow tier's figures are up to date"""
 FREE_SHARE = 0.8
 """of the machine's free memory that may rest"""
 _SHARES = {Form.RAW: 1.0, Form.LOSSLESS: 1.0, Form.Q8_0: 34 / 64, Form.Q4_0: 18 / 64}
@@ -70,6 +74,8 @@ class Found:
     store: StoreStatistics
     resident_bytes: int
     """that the process grew by while they were put to rest"""
+    kept_blocks: int
+    """in the last tier, before anybody was active"""
 
     @property
     def slowdown(self) -> float:
@@ -133,7 +139,7 @@ def _measure(options: BenchOptions, settings: Settings, console: Console) -> Fou
             raise
         alone = settings.model_copy(update={"kv_cache": None})
         empty = stack.enter_context(closing(service_over(start_engine(alone), alone)))
-        service, grown = filled.service, filled.resident_bytes
+        service, grown, kept = filled.service, filled.resident_bytes, filled.kept_blocks
         rounds = max(MIN_ROUNDS, options.repeat)
         task = progress.add_task(f"{ACTIVE_USERS} users decode", total=2 * rounds)
         without: list[float] = []
@@ -144,7 +150,7 @@ def _measure(options: BenchOptions, settings: Settings, console: Console) -> Fou
                 progress.advance(task)
         resumed = [asyncio.run(resume(service, tokens, number)) for number, tokens in enumerate(resting.tokens)]
         store = service.statistics().store
-        return Found(tuple(costs), tuple(without), tuple(with_them), tuple(resumed), store, grown)
+        return Found(tuple(costs), tuple(without), tuple(with_them), tuple(resumed), store, grown, kept)
 
 
 def _computed(engine: Engine, options: BenchOptions, progress: Progress) -> tuple[Resting, Sequence[FormCost]]:
@@ -160,6 +166,7 @@ def _computed(engine: Engine, options: BenchOptions, progress: Progress) -> tupl
 class _Filled:
     service: Service
     resident_bytes: int
+    kept_blocks: int
 
     def close(self) -> None:
         self.service.close()
@@ -175,7 +182,9 @@ def _filled(engine: Engine, settings: Settings, options: BenchOptions, resting: 
         rest(store, resting, options.conversations, options.form is not Form.RAW, update, REST_SECONDS)
 
     service = service_over(engine, settings, prepare)
-    return _Filled(service, process.memory_info().rss - before)
+    time.sleep(PICTURE_SECONDS)
+    kept = service.statistics().store.tiers[-1].blocks
+    return _Filled(service, process.memory_info().rss - before, kept)
 
 
 def form_table(found: Found, options: BenchOptions) -> Table:
@@ -205,6 +214,7 @@ def speed_table(found: Found, options: BenchOptions) -> Table:
     table.add_row(f"between tokens, {ACTIVE_USERS} users, none idle", seconds(without), "")
     table.add_row(f"between tokens, {ACTIVE_USERS} users, with them", seconds(with_them), "")
     table.add_row("slower by", f"{found.slowdown - 1:+.1%}", "at most 5 %")
+    table.add_row("blocks of theirs at rest", f"{found.kept_blocks:,}", f"{expected_blocks(options.conversations):,}")
     for tier in found.store.tiers:
         table.add_row(f"{tier.name}: {tier.blocks:,} blocks", format_bytes(tier.bytes), "")
         table.add_row("  a conversation", format_bytes(round(tier.bytes / options.conversations)), "")

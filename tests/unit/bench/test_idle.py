@@ -16,12 +16,12 @@ from pasture.bench.idle import (
     Resumed,
     compute,
     decode_gaps,
+    expected_blocks,
     form_costs,
     rest,
     resume,
 )
 from pasture.core.errors import EngineError
-from pasture.core.storage import BLOCK_TOKENS
 from pasture.core.values import Form, PoolShape
 from pasture.engine.fake import FakeEngine
 from pasture.scheduler.service import LocalService
@@ -68,8 +68,7 @@ def test_what_rests_is_there_once_and_squeezed(store: TieredStore, resting: Rest
     rest(store, resting, CONVERSATIONS, True, done.append, 30)
     assert done == list(range(1, CONVERSATIONS + 1))
     ram = store.statistics().tiers[0]
-    own = -(-N_TOKENS // BLOCK_TOKENS) - SHARED_TOKENS // BLOCK_TOKENS
-    assert ram.blocks == CONVERSATIONS * own + SHARED_TOKENS // BLOCK_TOKENS
+    assert ram.blocks == expected_blocks(CONVERSATIONS) == CONVERSATIONS * 7 + 9
     assert set(ram.bytes_by_form) == {Form.Q8_0}
 
 
