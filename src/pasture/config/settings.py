@@ -155,8 +155,8 @@ class Settings(BaseSettings):
         default=0.01, ge=0, description="How far auto may take the answers from the exact ones (KL divergence; 0: not at all)."
     )
     kv_policy: Annotated[Policy, Flag(("--kv-policy",), STORE, "POLICY")] = Field(
-        default="foresight",
-        description="What leaves RAM first: foresight (the least expected saving), lru (the longest unused) or s3fifo.",
+        default="lru",
+        description="What leaves RAM first: lru (the longest unused), foresight (the least expected saving) or s3fifo.",
     )
     idle_live: Annotated[Seconds, Flag(("--idle-live",), STORE, "TIME")] = Field(
         default=5.0, description="How long an idle conversation stays in the live cache before it rests in RAM alone."
@@ -283,6 +283,8 @@ class Settings(BaseSettings):
             raise ValueError("kv_cells and kv_memory both size the cache: give one of them")
         if (self.ssl_key_file is None) != (self.ssl_cert_file is None):
             raise ValueError("ssl_key_file and ssl_cert_file go together: HTTPS needs both")
+        if self.kv_cache is not None and self.kv_ram == 0:
+            raise ValueError("kv_cache is written through RAM: give kv_ram some room, 256MiB at least is sensible")
         if self.kv_key_file is not None and self.kv_cache is None:
             raise ValueError("kv_key_file encrypts the directory of kv_cache: give that too")
         if self.chat_template is not None and self.chat_template_file is not None:

@@ -90,6 +90,11 @@ class Store(Protocol):
     """
 
     @property
+    def retains(self) -> bool:
+        """Whether what is put stays at all; what is held does in any case."""
+        ...
+
+    @property
     def persistent(self) -> bool:
         """Whether what is put outlives the process."""
         ...

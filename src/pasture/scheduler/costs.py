@@ -23,6 +23,10 @@ import numpy as np
 from pasture.core.values import Layout, PoolShape
 
 FORGETTING = 0.98
+RATE_KEPT = 0.95
+"""share of the past that stays in the prefill rate with every step that computes prompts"""
+PRIOR_TOKENS_PER_SECOND = 300.0
+"""a small model on two cores"""
 MIN_PROMPT_TOKENS = 32
 """prefill never stops altogether: a full house of streams must not shut out newcomers"""
 QUIET_FACTOR = 4.0
@@ -94,11 +98,16 @@ class StepCosts:
         self._row_by_row = _Linear([0.008, 0.0035, 0.013], [0.01, 0.003, 0.01])
         self._tiled = _Linear([0.008, 0.0035, 0.02], [0.01, 0.003, 0.02])
         self._streams = _Linear([0.008, 0.0035, 0.0035, 0.013], [0.01, 0.003, 0.003, 0.01])
+        self._prompt_tokens = self._prompt_seconds = 0.0
+        """of the latest prompts, fading"""
 
     def observe(self, shape: PoolShape, load: Load, pad_to: int, seconds: float) -> None:
         """One step's measured seconds."""
         model, features = self._regime(shape, load, max(load.n_tokens, pad_to))
         model.learn(features, seconds)
+        if load.prompt_tokens:
+            self._prompt_tokens = RATE_KEPT * self._prompt_tokens + load.prompt_tokens
+            self._prompt_seconds = RATE_KEPT * self._prompt_seconds + seconds * load.prompt_tokens / load.n_tokens
 
     def expected_seconds(self, shape: PoolShape, load: Load, pad_to: int = 0) -> float:
         model, features = self._regime(shape, load, max(load.n_tokens, pad_to))
@@ -164,10 +173,12 @@ class StepCosts:
         load = Load(streams.rows, n_tokens, streams.attended_cells + attended, joined, cells)
         return self.expected_seconds(shape, load)
 
-    def tokens_per_second(self, shape: PoolShape) -> float:
-        """Prefill rate of a quiet server at the start of a conversation, as learnt so far."""
-        n = 4 * shape.tile_tokens if shape.tile_tokens > 1 else 256
-        return n / max(1e-6, self.expected_seconds(shape, Load(0, n, n * n // 2, n, n)))
+    @property
+    def tokens_per_second(self) -> float:
+        """What prompts were computed at lately, tokens over their share of the steps; a guess before the first one."""
+        if not self._prompt_seconds:
+            return PRIOR_TOKENS_PER_SECOND
+        return self._prompt_tokens / self._prompt_seconds
 
     def _regime(self, shape: PoolShape, load: Load, n_rows: int) -> tuple[_Linear, tuple[float, ...]]:
         if shape.layout is Layout.STREAMS:

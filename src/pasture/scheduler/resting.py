@@ -57,7 +57,7 @@ class Resting:
 
     def save(self, sequence: Sequence) -> bool:
         """Have the next operations save what the store lacks of a sequence; False when it lacks nothing worth keeping."""
-        if not self._pool.shares or not sequence.length:
+        if not self._pool.shares or not self.store.retains or not sequence.length:
             return False
         tokens = sequence.tokens()
         p0 = self.store.gap(sequence.namespace, tokens, 0)

@@ -321,7 +321,7 @@ class Scheduler:
     def _book(self, plan: StepPlan, result: StepResult) -> None:
         now = self._clock()
         self.shaper.learn(plan, self._n_streams, result)
-        self.resting.store.observe_prefill(self.shaper.costs.tokens_per_second(self.pool.shape))
+        self.resting.store.observe_prefill(self.shaper.costs.tokens_per_second)
         self.accounts.computed_tokens += plan.n_tokens - self._n_streams
         for task, work in zip(self._planned, plan.works, strict=True):
             sequence = task.sequence
@@ -455,7 +455,7 @@ class Scheduler:
             decode_seconds_total=accounts.decode_seconds,
             sample_seconds_total=accounts.sample_seconds,
             prefill_budget_tokens=self._budget_tokens,
-            prefill_tokens_per_second=self.shaper.costs.tokens_per_second(self.pool.shape),
+            prefill_tokens_per_second=self.shaper.costs.tokens_per_second,
             layout_moves_total=accounts.layout_moves,
             shifts_total=accounts.shifts,
             invariant_failures_total=accounts.invariant_failures,

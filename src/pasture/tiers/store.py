@@ -84,6 +84,10 @@ class TieredStore:
         """to find and unpack one block, lately"""
 
     @property
+    def retains(self) -> bool:
+        return self._memory.budget_bytes > 0
+
+    @property
     def persistent(self) -> bool:
         return bool(self._slow)
 

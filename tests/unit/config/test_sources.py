@@ -97,6 +97,7 @@ def test_a_flag_replaces_the_files_other_way_to_say_the_size() -> None:
         ({"port": "eighty"}, r"^--port: .*integer"),
         ({"kv_memory": "2G"}, r"^--kv-memory: '2G' is not a size: write 2GiB or 2GB$"),
         ({"kv_memory": "1GiB", "kv_cells": "4096"}, "give one of them"),
+        ({"kv_cache": "kv", "kv_ram": "0"}, "written through RAM"),
         ({"ssl_key_file": "key.pem"}, "go together"),
         ({"flash_attn": "off", "cache_type_v": "q8_0"}, "needs flash attention"),
         ({"max_running": "256"}, "^--max-running: .*255"),

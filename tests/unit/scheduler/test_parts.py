@@ -246,3 +246,12 @@ def test_a_move_that_cost_time_is_not_repeated() -> None:
         advisor.advise(streams, private)
         advisor.moved()
     pytest.fail("moved four times to a layout that takes twice the time")
+
+
+def test_the_prefill_rate_is_what_prompts_really_took() -> None:
+    costs = StepCosts(0.2)
+    for i in range(50):
+        costs.observe(PoolShape(32768, 64), Load(0, 500 + i, 0, 1000, 1000), 0, (500 + i) / 200_000)
+    assert costs.tokens_per_second == pytest.approx(200_000, rel=0.01)
+    costs.observe(PoolShape(32768, 64), Load(16, 0, 16_000, 1000, 0), 0, 5.0)  # streams alone say nothing about prompts
+    assert costs.tokens_per_second == pytest.approx(200_000, rel=0.01)

@@ -19,6 +19,7 @@ from pasture.core.values import (
     Request,
     RequestId,
     SamplingParams,
+    Save,
     StepPlan,
     StepResult,
 )
@@ -318,3 +319,22 @@ async def test_a_pool_that_stays_short_of_cells_is_rewritten_smaller_and_every_t
     for r, (tokens, _) in zip(asked, results, strict=True):
         assert tokens == expected_reply(r.prompt, r.max_tokens, GREEDY)
     assert reply == expected_reply(last.prompt, 60, GREEDY)
+
+
+async def test_nothing_is_saved_where_nothing_can_be_kept() -> None:
+    engine = FakeEngine(PoolShape(512, 8))
+    service = LocalService(engine, store_for(engine, ram_bytes=0), SchedulerSettings(check_invariants=True))
+    saves = 0
+    execute = engine.execute
+
+    def counting(plan: StepPlan) -> StepResult:
+        nonlocal saves
+        saves += sum(isinstance(operation, Save) for operation in plan.operations)
+        return execute(plan)
+
+    engine.execute = counting  # type: ignore[method-assign]
+    for i in range(6):
+        await collect(service, request(f"u{i}", (i, *range(150))))
+    service.close()
+    assert service.statistics().pool.evicted_cells
+    assert saves == 0
