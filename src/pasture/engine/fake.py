@@ -11,6 +11,7 @@ more cells with the same content: what its codec calls Q8_0 is smaller and loses
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -147,6 +148,7 @@ class FakeEngine:
         return FakeSampler(params)
 
     def execute(self, plan: StepPlan) -> StepResult:
+        time.sleep(0)  # lets other threads run, as the real engine does while it computes
         saved: dict[int, Slab] = {}
         transfers = tuple(filter(None, [self._operate(operation, saved) for operation in plan.operations]))
         if plan.n_tokens > self._shape.n_batch:
