@@ -222,6 +222,37 @@ def test_sequence_ids_are_capped(models: Path, name: str, expected: int) -> None
     engine.close()
 
 
+@pytest.mark.parametrize("n_apart", [0, 1, 2])
+def test_works_apart_draw_what_works_together_draw(models: Path, n_apart: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = open_small(models / "llama.gguf", n_cells=1024)
+    hand = Hand(engine)
+    expected = []
+    for sequence, tokens in enumerate(([5, 6, 7], [8, 9], [10, 11, 12, 13])):
+        hand.feed(sequence, tokens, 0)
+        expected.append(hand.look(sequence, [20 + sequence], len(tokens)))
+        hand.remove(sequence, len(tokens))
+    sizes: list[int] = []
+    decode = Context.decode
+
+    def counted(context: Context, pieces: list[Piece], pad_to: int = 0) -> tuple[int, float]:
+        sizes.append(len(pieces))
+        return decode(context, pieces, pad_to)
+
+    monkeypatch.setattr(Context, "decode", counted)
+    n_vocab = engine.model.n_vocab
+    works = tuple(Work(SeqId(i), [20 + i], n, engine.sampler(GREEDY, []), n_vocab) for i, n in enumerate((3, 2, 4)))
+    result = engine.execute(StepPlan((), works, n_apart))
+    assert sizes == ([n_apart, 3 - n_apart] if n_apart else [3])
+    assert (result.apart_seconds > 0) == (n_apart > 0)
+    assert result.apart_seconds < result.decode_seconds
+    for sequence, wanted in enumerate(expected):
+        logprobs = result.samples[SeqId(sequence)].logprobs
+        assert logprobs is not None
+        found = np.array([dict(logprobs.top)[token] for token in range(n_vocab)])
+        assert np.abs(found - wanted).max() < OTHER_KERNEL
+    engine.close()
+
+
 @pytest.mark.parametrize("layout", list(Layout))
 def test_padding_is_read_by_nobody_and_leaves_nothing(models: Path, layout: Layout) -> None:
     engine = open_small(models / "llama.gguf", n_cells=1024)
@@ -232,7 +263,7 @@ def test_padding_is_read_by_nobody_and_leaves_nothing(models: Path, layout: Layo
     hand.remove(0, 4)
     pads = 60 if layout is Layout.STREAMS else 0
     work = Work(SeqId(0), [9, 10, 11], 4, engine.sampler(GREEDY, []), engine.model.n_vocab, pads)
-    result = engine.execute(StepPlan((), (work,), 0 if pads else 64))
+    result = engine.execute(StepPlan((), (work,), pad_to=0 if pads else 64))
     logprobs = result.samples[SeqId(0)].logprobs
     assert logprobs is not None
     found = np.array([dict(logprobs.top)[token] for token in range(engine.model.n_vocab)])
