@@ -58,15 +58,6 @@ class Load:
         return self.rows + self.prompt_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a step should be put together."""
-
-    prompt_tokens: int
-    apart: bool
-    """whether the streams should be a batch of their own"""
-
-
 class _Linear:
     """Recursive least squares with forgetting; coefficients never below zero."""
 
@@ -131,8 +122,8 @@ class StepCosts:
         tiled = self._streams.predict((0.0, 0.0, tile, 0.0))
         return tile - n_tokens if tiled < row_by_row * PAD_GAIN else 0
 
-    def step(self, shape: PoolShape, streams: Load, prompt: Load) -> Shape:
-        """How many prompt tokens a step with `streams` should take, and whether in their batch.
+    def step(self, shape: PoolShape, streams: Load, prompt: Load) -> int:
+        """How many prompt tokens a step with `streams` should take, in their batch or in one of its own.
 
         `prompt` is a first token of the prompt that goes next: its cells, and (distinct) those of it and the streams together.
         """
@@ -140,13 +131,13 @@ class StepCosts:
         target = max(self._target, alone * BUSY_FACTOR) if streams.rows else self._target * QUIET_FACTOR
         together = self._grow(shape, streams, prompt, target, apart=False)
         if not streams.rows or not shape.can_pad or shape.layout is Layout.STREAMS:
-            return Shape(together, apart=False)
+            return together
         apart = self._grow(shape, streams, prompt, target, apart=True)
         gain = [
             (self._with_prompt(shape, streams, prompt, n, apart=is_apart) - alone) / max(1, n)
             for n, is_apart in ((together, False), (apart, True))
         ]
-        return Shape(apart, apart=True) if gain[1] < gain[0] * APART_GAIN else Shape(together, apart=False)
+        return apart if gain[1] < gain[0] * APART_GAIN else together
 
     def _grow(self, shape: PoolShape, streams: Load, prompt: Load, target: float, *, apart: bool) -> int:
         """Prompt tokens in whole tiles: one at least, more while the step stays within the target."""

@@ -243,7 +243,7 @@ class Scheduler:
                 may_start = self._swap_out_unread()
                 continue
             if budget is None:
-                budget = self._budget_tokens = self.shaper.prompt_share(works[: self._n_streams], task).prompt_tokens
+                budget = self._budget_tokens = self.shaper.prompt_share(works[: self._n_streams], task)
             n = min(self._chunk(task, budget), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pasture.core.values import Layout, StepPlan, StepResult, Work
 from pasture.kv.pool import Pool
-from pasture.scheduler.costs import APART_GAIN, Load, Shape, StepCosts
+from pasture.scheduler.costs import APART_GAIN, Load, StepCosts
 from pasture.scheduler.task import Task
 
 
@@ -20,7 +20,7 @@ class StepShaper:
         self.costs = StepCosts(itl_target_seconds)
         self._pool = pool
 
-    def prompt_share(self, streams: Sequence[Work], prompt: Task) -> Shape:
+    def prompt_share(self, streams: Sequence[Work], prompt: Task) -> int:
         """How many prompt tokens to put beside the streams, if `prompt` goes next; it has its sequence."""
         assert prompt.sequence is not None
         pool = self._pool

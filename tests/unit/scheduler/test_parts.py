@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from pasture.core.values import Layout, PoolShape, Request, RequestId, SamplingParams
-from pasture.scheduler.costs import Load, Shape, StepCosts
+from pasture.scheduler.costs import Load, StepCosts
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.layout import SETTLE_STEPS, LayoutAdvisor, Target, Traffic
 from pasture.scheduler.task import Task
@@ -146,18 +146,17 @@ def prompt(own: int, joined: int) -> Load:
 
 def test_prompts_bring_a_step_up_to_a_tile_and_no_further_than_the_target() -> None:
     costs, streams = learnt(), Load(16, 0, 16_000, 2000, 0)
-    assert costs.step(UNIFIED, streams, prompt(1000, 2000)) == Shape(48, apart=False)
-    assert learnt(2.0).step(UNIFIED, streams, prompt(1000, 2000)).prompt_tokens > 200
+    assert costs.step(UNIFIED, streams, prompt(1000, 2000)) == 48
+    assert learnt(2.0).step(UNIFIED, streams, prompt(1000, 2000)) > 200
     small = PoolShape(1000, 4, n_batch=20, tile_tokens=64)
-    assert costs.step(small, streams, prompt(1000, 2000)) == Shape(4, apart=False)
+    assert costs.step(small, streams, prompt(1000, 2000)) == 4
 
 
 def test_streams_over_other_cells_than_the_prompt_get_a_batch_of_their_own() -> None:
     costs = learnt()
     few = Load(2, 0, 2 * 500, 1000, 0)
-    assert costs.step(UNIFIED, few, prompt(200, 12_000)) == Shape(64, apart=True)
-    assert not costs.step(UNIFIED, few, prompt(200, 300)).apart
-    assert not costs.step(PoolShape(32768, 64), few, prompt(200, 12_000)).apart
+    assert costs.step(UNIFIED, few, prompt(200, 12_000)) == 64
+    assert costs.step(UNIFIED, few, prompt(200, 300)) == 62, "beside them it fills their tile"
 
 
 def test_a_step_is_filled_up_where_that_is_cheaper() -> None:
@@ -193,7 +192,7 @@ def test_without_a_cliff_the_target_alone_decides() -> None:
     for i in range(200):
         load = Load(i % 17, (i * 37) % 400, 0, 2000, 2000)
         costs.observe(shape, load, 0, 0.02 + 0.001 * load.n_tokens)
-    assert costs.step(shape, Load(16, 0, 0, 2000, 0), prompt(2000, 2000)).prompt_tokens == pytest.approx(164, abs=40)
+    assert costs.step(shape, Load(16, 0, 0, 2000, 0), prompt(2000, 2000)) == pytest.approx(164, abs=40)
 
 
 def traffic(rows: int, shared: int, own: int, n_ids: int = 0, longest: int = 0) -> Traffic:
