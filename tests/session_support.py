@@ -27,6 +27,7 @@ class WatchedService(LocalService):
     def __init__(self, engine: FakeEngine) -> None:
         super().__init__(engine, store_for(engine), SchedulerSettings(check_invariants=True, max_running=32))
         self.seen: dict[str, list[list[int]]] = {}
+        self.expected: dict[Namespace, list[Sequence[int]]] = {}
         self.namespaces: set[Namespace] = set()
         self.foreign_hits: list[tuple[Request, int, int]] = []
         self.hit_tokens = 0
@@ -43,14 +44,19 @@ class WatchedService(LocalService):
                 if event.token is not None:
                     mine.append(event.token)
                 if event.finish is not None:
-                    others = (line for line in own if line is not mine)
-                    possible = max((_common(line, request.prompt) for line in others), default=0)
+                    left = [*(line for line in own if line is not mine), *self.expected.get(request.namespace, ())]
+                    possible = max((_common(line, request.prompt) for line in left), default=0)
                     possible = max(possible, request.public_tokens)
                     found = event.finish.usage.cached_tokens
                     self.hit_tokens += found
                     if found > possible:
                         self.foreign_hits.append((request, found, possible))
                 yield event
+
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        """What is computed ahead of a tenant's next turn is in the cache too, though no request of it said so yet."""
+        self.expected.setdefault(namespace, []).append(tokens)
+        super().anticipate(namespace, tokens)
 
 
 def _common(one: Sequence[int], two: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -18,7 +18,7 @@ import pytest
 
 from pasture.core.values import PUBLIC_NAMESPACE, PoolShape
 from pasture.sessions.values import Share
-from tests.session_support import World, answer_to, rendered, world
+from tests.session_support import GREEDY, World, answer_to, rendered, world
 
 N_TENANTS = 50
 N_OPERATIONS = int(os.environ.get("PASTURE_TEST_OPERATIONS", "1200"))
@@ -213,7 +213,8 @@ async def test_nobody_reaches_or_feels_anybody_else(declared: bool) -> None:
 
 
 async def test_the_watch_sees_hits_on_others_where_everybody_shares() -> None:
-    async with world(["one", "two"], share=Share.ALL) as at:
+    settings = replace(GREEDY, turn_ahead=False)
+    async with world(["one", "two"], share=Share.ALL, settings=settings) as at:
         for name in ("one", "two"):
             async with at.http(name) as client:
                 await client.post("/chat/completions", json={"messages": [SYSTEM, QUESTIONS[0]], "max_tokens": 2})
