@@ -177,7 +177,7 @@ def _prefixes(snapshot: Json) -> Table:
     """The stretches that sharing saves most by."""
     shared = sorted((row for row in snapshot["prefixes"] if row[5] > 1), key=lambda row: -row[4] * (row[5] - 1))[:5]
     table = Table.grid(padding=(0, 2))
-    for index, (_, _, _, start, tokens, holders, running, _) in enumerate(shared):
+    for index, (_, _, _, start, tokens, holders, running, *_) in enumerate(shared):
         table.add_row(
             "" if index else "shared most", f"tokens {start:,} to {start + tokens:,}: {holders} hold it, {running} running"
         )

@@ -48,8 +48,10 @@ class PrefixStatistics:
     """of the holders, those that are not idle"""
     idle_seconds: float
     """since anybody last used it; 0 while somebody runs on it"""
-    head: array[int] = field(repr=False)
-    """its first tokens: what people wrote, so it goes nowhere but to an administrator"""
+    hits: int
+    """requests that found it in the live cache when they came"""
+    tokens: array[int] = field(repr=False)
+    """a copy: what people wrote, so it goes nowhere but to an administrator"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pasture.kv.sequence import Sequence
 
 MAX_PREFIXES = 200
-HEAD_TOKENS = 160
 
 
 def draw(pool: Pool) -> PoolStatistics:
@@ -85,7 +84,8 @@ def _prefix(namespace: Namespace, node: Node[Sequence], now: float) -> PrefixSta
         holders=len(node.holders),
         running=node.running,
         idle_seconds=0.0 if node.running else max(0.0, now - node.last_used),
-        head=node.tokens[:HEAD_TOKENS],
+        hits=node.hits,
+        tokens=node.tokens[:],
     )
 
 

@@ -178,6 +178,8 @@ class Pool:
         else:
             self._take_over(found, request_id)
         self._touch(found)
+        for step in node.path():
+            step.hits += 1
         self._count(namespace, source, match.length, len(prompt) - match.length)
         return found
 

@@ -53,7 +53,7 @@ def common_prefix(a: array[int], a0: int, b: array[int], b0: int) -> int:
 class Node(Generic[H]):
     """Tokens at the positions `[start, end)` that follow the parent's."""
 
-    __slots__ = ("breaks", "children", "holders", "last_used", "number", "parent", "running", "start", "tokens")
+    __slots__ = ("breaks", "children", "hits", "holders", "last_used", "number", "parent", "running", "start", "tokens")
 
     def __init__(self, parent: Node[H] | None, start: int, tokens: array[int]) -> None:
         self.parent = parent
@@ -64,6 +64,8 @@ class Node(Generic[H]):
         self.running = 0
         """holders that are not idle"""
         self.last_used = 0.0
+        self.hits = 0
+        """requests that found it here when they came; both parts of a divided node keep the count"""
         self.breaks: list[int] = []
         """positions whose cell does not follow the cell of the position before, ascending"""
         self.number = next(_NUMBERS)
@@ -155,6 +157,7 @@ class RadixTree(Generic[H]):
         upper.holders = set(node.holders)
         upper.running = node.running
         upper.last_used = node.last_used
+        upper.hits = node.hits
         upper.number, node.number = node.number, upper.number
         cut_position = node.start + offset
         upper.breaks = [p for p in node.breaks if p < cut_position]

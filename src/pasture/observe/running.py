@@ -57,7 +57,7 @@ def _layout(live: Json) -> Iterator[Finding]:
     pool = live["pool"]
     if pool["layout"] != "streams" or not pool["used_cells"]:
         return
-    twice = sum(tokens * (holders - 1) for _, _, _, _, tokens, holders, _, _ in live["prefixes"])
+    twice = sum(tokens * (holders - 1) for _, _, _, _, tokens, holders, *_ in live["prefixes"])
     if twice > 0.5 * pool["used_cells"]:
         yield Finding(
             "wrong_layout",

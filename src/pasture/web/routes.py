@@ -7,6 +7,7 @@ them. What a prefix says is the one thing here that people wrote: it has a route
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from pasture.core.ports import Service
+from pasture.core.statistics import PrefixStatistics
 from pasture.web.live import Live
 
 _TYPES = {
@@ -25,6 +27,8 @@ _TYPES = {
     "svg": "image/svg+xml",
     "LICENSE": "text/plain; charset=utf-8",
 }
+SHOWN_TOKENS = 320
+"""of a prefix's text: enough to recognise it by"""
 _SECURITY = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -82,19 +86,34 @@ def web_routes(service: Service, live: Live) -> APIRouter:
 
     @router.get("/v1/admin/prefixes/{number}")
     async def prefix(number: int) -> Response:
-        for node in service.statistics().pool.prefixes:
-            if node.number == number:
-                text = b"".join(service.vocabulary.piece(token, special=True) for token in node.head)
-                answer = {
-                    "number": number,
-                    "text": text.decode(errors="replace"),
-                    "tokens_shown": len(node.head),
-                    "tokens": node.n_tokens,
-                }
-                return Response(orjson.dumps(answer), media_type="application/json", headers={"cache-control": "no-store"})
-        raise HTTPException(404, "no such prefix is in the live cache now")
+        path = path_to(number, service.statistics().pool.prefixes)
+        if not path:
+            raise HTTPException(404, "no such prefix is in the live cache now")
+        node = path[-1]
+        found = await service.locate(node.namespace, [token for step in path for token in step.tokens])
+        shown = node.tokens[:SHOWN_TOKENS]
+        text = b"".join(service.vocabulary.piece(token, special=True) for token in shown)
+        answer = {
+            "number": number,
+            "text": text.decode(errors="replace"),
+            "tokens_shown": len(shown),
+            "tokens": node.n_tokens,
+            "ram_tokens": min(node.n_tokens, max(0, found.ram_tokens - node.start)),
+        }
+        return Response(orjson.dumps(answer), media_type="application/json", headers={"cache-control": "no-store"})
 
     return router
+
+
+def path_to(number: int, prefixes: Sequence[PrefixStatistics]) -> list[PrefixStatistics]:
+    """The prefix of that number and what comes before it, the beginning first; empty where there is none."""
+    known = {prefix.number: prefix for prefix in prefixes}
+    path: list[PrefixStatistics] = []
+    step = known.get(number)
+    while step is not None:
+        path.append(step)
+        step = None if step.parent is None else known[step.parent]
+    return path[::-1]
 
 
 def _file(file: StaticFile, request: Request) -> Response:

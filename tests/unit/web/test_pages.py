@@ -28,8 +28,8 @@ class Wrote(StubService):
         statistics = super().statistics()
         head = array("i", [*SECRET.encode()])
         prefixes = (
-            PrefixStatistics(7, None, DEFAULT_NAMESPACE, 0, 30, 2, 1, 0.0, head),
-            PrefixStatistics(9, 7, Namespace("salt-of-a-tenant"), 30, 30, 1, 0, 2.25, head),
+            PrefixStatistics(7, None, DEFAULT_NAMESPACE, 0, 30, 2, 1, 0.0, 5, head),
+            PrefixStatistics(9, 7, Namespace("salt-of-a-tenant"), 30, 30, 1, 0, 2.25, 0, head),
         )
         namespaces = (
             NamespaceStatistics(DEFAULT_NAMESPACE, 60, 30, 1, 70, 20),
@@ -131,7 +131,7 @@ async def test_what_a_prefix_says_is_told_to_the_administrator_alone() -> None:
         assert (await client.get(path)).status_code == 401
         assert (await client.get(path, headers=bearer("theirs"))).status_code == 401
         shown = await client.get(path, headers=bearer("root"))
-        assert shown.json() == {"number": 7, "text": SECRET, "tokens_shown": len(SECRET), "tokens": 30}
+        assert shown.json() == {"number": 7, "text": SECRET, "tokens_shown": len(SECRET), "tokens": 30, "ram_tokens": 5}
         assert (await client.get("/v1/admin/prefixes/8", headers=bearer("root"))).status_code == 404
     async with client_of() as client:
         assert (await client.get(path)).status_code == 404, "without an admin key the route does not exist"
@@ -148,8 +148,8 @@ async def test_a_snapshot_has_the_numbers_of_the_statistics() -> None:
     assert dict(zip(SEQUENCE_FIELDS, snapshot["sequences"][1], strict=True))["idle_seconds"] == 2.5
     busiest, _ = (dict(zip(NAMESPACE_FIELDS, row, strict=True)) for row in snapshot["namespaces"])
     assert (busiest["number"], busiest["hit_tokens"]) == (2, 90), "numbered as they came, the busiest first"
-    assert snapshot["prefixes"] == [[7, None, 1, 0, 30, 2, 1, 0.0], [9, 7, 2, 30, 30, 1, 0, 2.2]]
-    assert len(PREFIX_FIELDS) == 8
+    assert snapshot["prefixes"] == [[7, None, 1, 0, 30, 2, 1, 0.0, 5], [9, 7, 2, 30, 30, 1, 0, 2.2, 0]]
+    assert len(PREFIX_FIELDS) == 9
 
 
 async def test_the_stream_ends_when_the_server_drains() -> None:
