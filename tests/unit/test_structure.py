@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv": {"core"},
     "tiers": {"core"},
     "foresight": {"core", "kv", "tiers"},
+    "cluster": {"core", "foresight"},
     "scheduler": {"core", "kv"},
     "text": {"core"},
     "sessions": {"core"},
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": {"core", "config", "tiers", "foresight"},
     "server": {"core", "config", "engine", "stores", "scheduler", "text", "sessions", "api"},
     "herd": {"core", "config", "engine", "scheduler", "text", "api", "server"},
-    "cli": {"core", "config", "engine", "tiers", "foresight", "sessions", "server", "bench", "observe"},
+    "cli": {"core", "config", "engine", "tiers", "foresight", "sessions", "server", "bench", "observe", "cluster"},
     "__init__": {"core", "config", "herd"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,257 @@
+"""The router: which replica a request goes to, and what that one should fetch instead of recomputing.
+
+    its session is at home at a replica          there, until it is saturated
+    enough of its prompt is known somewhere      there, until it is saturated
+    neither                                      by the ring, over its first blocks, to the first within the load bound
+    saturated                                    where it begins soonest, pulling its blocks from who has them if that pays
+
+A replica is saturated when the uncached tokens in flight there are more than it can prefill in the tolerated time to the first
+token. Policy and nothing else: no clock, no I/O, no randomness; the same calls give the same answers, so ingresses that see the
+same events decide alike, and the simulator drives this very class. `place` only asks; `started` and the rest tell. One thread.
+Sources: bounded load after Mirrokni, Thorup, Zadimoghaddam (2018); what one sees is in the docs, "More than one machine".
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pasture.cluster.catalogue import Catalogue
+from pasture.cluster.loads import Loads
+from pasture.cluster.ring import Ring
+from pasture.cluster.values import (
+    Capacity,
+    Decision,
+    Delta,
+    Epoch,
+    Placement,
+    Pull,
+    Reason,
+    ReplicaId,
+    RouterStatistics,
+    SessionKey,
+    Snapshot,
+    SnapshotRequest,
+)
+from pasture.core.storage import BLOCK_TOKENS
+from pasture.core.values import RequestId
+
+PullSeconds = Callable[[int], float | None]
+"""Seconds that fetching so many tokens' KV from another replica takes; None where recomputing wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    tolerated_ttft_seconds: float = 2.0
+    load_bound: float = 1.25
+    """a new conversation goes to nobody with more than so many times the mean load"""
+    ring_tokens: int = 1024
+    """of a prompt's beginning that place a new conversation on the ring"""
+    prefix_tokens: int = 1024
+    """known somewhere, they are reason enough to go there"""
+    max_sessions: int = 100_000
+    """whose home is remembered; the least recently used are forgotten"""
+    block_tokens: int = BLOCK_TOKENS
+
+
+def never_pull(n_tokens: int) -> float | None:
+    """Nothing can be fetched from another replica."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    replica: ReplicaId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What a request would find at one replica."""
+
+    replica: ReplicaId
+    cached_tokens: int
+    uncached_tokens: int
+    seconds: float
+    """until it has begun: what is before it, its pull and its own prefill"""
+    pull: Pull | None
+
+
+class Router:
+    """See the module. `pull_seconds` is the cost gate's judgement of moving blocks between replicas."""
+
+    def __init__(self, settings: RouterSettings | None = None, pull_seconds: PullSeconds = never_pull) -> None:
+        self._settings = settings or RouterSettings()
+        self._pull_seconds = pull_seconds
+        self._catalogue = Catalogue()
+        self._loads = Loads()
+        self._ring = Ring()
+        self._capacities: dict[ReplicaId, Capacity] = {}
+        """of who can be given requests"""
+        self._draining: set[ReplicaId] = set()
+        self._homes: OrderedDict[SessionKey, _Home] = OrderedDict()
+        self._decisions: Counter[Reason] = Counter()
+        self._pulls = 0
+
+    # Who there is
+
+    def join(self, replica: ReplicaId, epoch: Epoch, capacity: Capacity) -> None:
+        """It takes requests from now on. Again in the same epoch: its capacity has changed. An older epoch changes nothing."""
+        if self._begin(replica, epoch):
+            self._capacities[replica] = capacity
+            self._lay_out()
+
+    def attach(self, pool: ReplicaId, epoch: Epoch) -> None:
+        """It holds blocks and serves nobody: a shared pool, which blocks are pulled from."""
+        self._begin(pool, epoch)
+
+    def drain(self, replica: ReplicaId) -> None:
+        """It gets no more requests; what it holds can be pulled until it leaves."""
+        self._draining.add(replica)
+        self._lay_out()
+
+    def leave(self, replica: ReplicaId) -> None:
+        """It is gone, with all it held and all that was in flight there; nothing happens when it is unknown."""
+        self._catalogue.drop(replica)
+        self._loads.forget(replica)
+        self._capacities.pop(replica, None)
+        self._draining.discard(replica)
+        self._lay_out()
+
+    def replicas(self) -> list[ReplicaId]:
+        """Who can be given requests."""
+        return [replica for replica in self._capacities if replica not in self._draining]
+
+    # What they tell
+
+    def observe(self, event: Delta | Snapshot) -> SnapshotRequest | None:
+        """Learn from an event; says when a snapshot has to be asked for. Events of strangers are dropped."""
+        if event.replica not in self._catalogue:
+            return None
+        self._begin(event.replica, event.epoch)
+        wanted = self._catalogue.apply(event)
+        if event.load is not None and event.epoch == self._catalogue.epoch(event.replica):
+            self._loads.reported(event.replica, event.load)
+        return wanted
+
+    # What is asked
+
+    def place(self, placement: Placement) -> Decision | None:
+        """Where it should go; None when nobody can take it. Changes nothing but the figures."""
+        offers = self._offers(placement)
+        if not offers:
+            return None
+        wanted, reason = self._wanted(placement, offers)
+        if self._is_saturated(wanted):
+            soonest = min(offers.values(), key=lambda offer: (offer.seconds, offer.replica != wanted.replica))
+            reason = Reason.BUSY if soonest.replica == wanted.replica else Reason.SPILLED
+            wanted = soonest
+        self._decisions[reason] += 1
+        self._pulls += wanted.pull is not None
+        return Decision(wanted.replica, reason, wanted.cached_tokens, wanted.uncached_tokens, wanted.pull)
+
+    # What has become of it
+
+    def started(self, request: RequestId, placement: Placement, decision: Decision) -> None:
+        """It was sent where the decision says; its session is at home there from now on."""
+        self._loads.started(request, decision.replica, decision.uncached_tokens)
+        epoch = self._catalogue.epoch(decision.replica)
+        if placement.session is not None and epoch is not None:
+            self._homes[placement.session] = _Home(decision.replica, epoch)
+            self._homes.move_to_end(placement.session)
+            if len(self._homes) > self._settings.max_sessions:
+                self._homes.popitem(last=False)
+
+    def progress(self, request: RequestId, uncached_tokens: int) -> None:
+        """So many of its prompt's tokens are left to compute; 0 from its first token on."""
+        self._loads.progress(request, uncached_tokens)
+
+    def finished(self, request: RequestId) -> None:
+        """It has ended, however; nothing happens when it is unknown."""
+        self._loads.finished(request)
+
+    def statistics(self) -> RouterStatistics:
+        return RouterStatistics(
+            decisions=dict(self._decisions),
+            pulls=self._pulls,
+            gaps=self._catalogue.gaps,
+            stale_events=self._catalogue.stale,
+            sessions=len(self._homes),
+            known_blocks=len(self._catalogue),
+            uncached_tokens={replica: self._loads.of(replica) for replica in self._capacities},
+        )
+
+    # Choosing
+
+    def _wanted(self, placement: Placement, offers: Mapping[ReplicaId, _Offer]) -> tuple[_Offer, Reason]:
+        """Where it belongs, whatever the load there."""
+        home = self._homes.get(placement.session) if placement.session is not None else None
+        if home is not None and home.replica in offers and self._catalogue.epoch(home.replica) == home.epoch:
+            return offers[home.replica], Reason.SESSION
+        best = max(offers.values(), key=lambda offer: (offer.cached_tokens, -offer.seconds))
+        if best.cached_tokens >= self._settings.prefix_tokens:
+            return best, Reason.PREFIX
+        return self._by_ring(placement, offers), Reason.RING
+
+    def _by_ring(self, placement: Placement, offers: Mapping[ReplicaId, _Offer]) -> _Offer:
+        settings = self._settings
+        if not placement.path:
+            return min(offers.values(), key=lambda offer: offer.seconds)
+        depth = min(len(placement.path), max(1, settings.ring_tokens // settings.block_tokens))
+        rates = {replica: self._capacities[replica].prefill_tokens_per_second for replica in offers}
+        total = sum(map(self._loads.of, offers)) + placement.n_tokens
+        bound_seconds = settings.load_bound * total / sum(rates.values())
+        order = [replica for replica in self._ring.order(placement.path[depth - 1]) if replica in offers]
+        fitting = (replica for replica in order if self._loads.of(replica) / rates[replica] <= bound_seconds)
+        return offers[next(fitting)]
+
+    def _offers(self, placement: Placement) -> dict[ReplicaId, _Offer]:
+        leading = self._catalogue.leading(placement.path)
+        owner = max(leading, key=lambda holder: leading[holder], default=None)
+        most = leading[owner] if owner is not None else 0
+        offers: dict[ReplicaId, _Offer] = {}
+        for replica in self.replicas():
+            if replica in placement.avoid:
+                continue
+            has = leading.get(replica, 0)
+            pull = Pull(owner, has, most) if owner is not None and most > has else None
+            offers[replica] = self._offer(placement, replica, has, pull)
+        return offers
+
+    def _offer(self, placement: Placement, replica: ReplicaId, n_blocks: int, pull: Pull | None) -> _Offer:
+        cached = self._tokens(placement, n_blocks)
+        rate = self._capacities[replica].prefill_tokens_per_second
+        pulled, pulling = 0, 0.0
+        if pull is not None:
+            pulled = self._tokens(placement, pull.last) - cached
+            seconds = self._pull_seconds(pulled)
+            if seconds is None:
+                pull, pulled = None, 0
+            else:
+                pulling = seconds
+        uncached = placement.n_tokens - cached - pulled
+        return _Offer(replica, cached, uncached, (self._loads.of(replica) + uncached) / rate + pulling, pull)
+
+    def _tokens(self, placement: Placement, n_blocks: int) -> int:
+        """That leading blocks save; the last token of a prompt is always computed."""
+        return min(n_blocks * self._settings.block_tokens, max(0, placement.n_tokens - 1))
+
+    def _is_saturated(self, offer: _Offer) -> bool:
+        can = self._capacities[offer.replica].prefill_tokens_per_second * self._settings.tolerated_ttft_seconds
+        return self._loads.of(offer.replica) > can
+
+    # Members
+
+    def _begin(self, replica: ReplicaId, epoch: Epoch) -> bool:
+        """Whether this epoch is the one that counts now; a new one begins with nothing in flight."""
+        before = self._catalogue.epoch(replica)
+        if not self._catalogue.begin(replica, epoch):
+            return False
+        if before is not None and epoch > before:
+            self._loads.forget(replica)
+            self._draining.discard(replica)
+        return True
+
+    def _lay_out(self) -> None:
+        self._ring.set_members(self.replicas())
