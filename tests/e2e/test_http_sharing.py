@@ -116,7 +116,13 @@ async def test_clients_that_vanish_leave_nothing_behind(client: httpx.AsyncClien
         except TimeoutError:
             pass
 
-    await asyncio.gather(*[ask_and_leave(i) for i in range(60)])
+    async def leave_in_the_middle() -> None:
+        asked = body("Questions?", stream=True, max_tokens=5000)
+        async with client.stream("POST", CHAT, json=asked) as response:
+            async for _ in response.aiter_lines():
+                return
+
+    await asyncio.gather(leave_in_the_middle(), *[ask_and_leave(i) for i in range(60)])
     assert (await client.post(CHAT, json=body("Still there?"))).status_code == 200
     await idle(service)
     scheduler = service.statistics().scheduler
