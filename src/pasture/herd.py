@@ -47,6 +47,7 @@ class OpenOptions(TypedDict, total=False):
     kv_compress: Literal["auto", "off", "lossless", "q8_0", "q4_0"]
     kv_quality: float
     kv_policy: Literal["foresight", "lru", "s3fifo"]
+    prefetch: bool
     idle_live: str | float
     max_running: int
     max_queue: int

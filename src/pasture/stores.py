@@ -41,6 +41,7 @@ def store_for(settings: Settings, codec: SlabCodec, model: ModelInfo, available:
         allowed=allowed_forms(settings),
         available=available,
         policy=POLICIES[settings.kv_policy](time.monotonic),
+        prefetch=settings.prefetch,
     )
 
 

@@ -105,6 +105,8 @@ class StubService:
     drained: bool = False
     closed: bool = False
     anticipated: list[tuple[int, ...]] = field(default_factory=list)
+    lifted: list[tuple[int, ...]] = field(default_factory=list)
+    """what was to be brought into RAM"""
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
@@ -144,6 +146,9 @@ class StubService:
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
         self.anticipated.append(tuple(tokens))
+
+    async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        self.lifted.append(tuple(tokens))
 
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         return b"kv of %d" % len(tokens)

@@ -60,6 +60,26 @@ def store_metrics(store: StoreStatistics) -> Iterator[Metric]:
     for kind, count in store.gate_refusals.items():
         refusals.add_metric([kind], count)
     yield refusals
+    yield from _foresight(store)
+
+
+def _foresight(store: StoreStatistics) -> Iterator[Metric]:
+    """What was brought into RAM before anybody asked, what became of it, and what guessing costs."""
+    prefetch = store.prefetch
+    asked = CounterMetricFamily("pasture_prefetch_conversations", "Brought from slow tiers into RAM ahead", labels=["why"])
+    asked.add_metric(["hint"], prefetch.hints)
+    asked.add_metric(["guess"], prefetch.guesses)
+    yield asked
+    for name, text, value in (
+        ("pasture_prefetch_cancelled", "Times that it stopped because real work came", prefetch.cancelled),
+        ("pasture_prefetch_issued_blocks", "Blocks brought into RAM ahead", prefetch.issued_blocks),
+        ("pasture_prefetch_issued_bytes", "Their bytes", prefetch.issued_bytes),
+        ("pasture_prefetch_used_bytes", "Of them, what a request used", prefetch.used_bytes),
+        ("pasture_prefetch_wasted_bytes", "Of them, what left RAM unused", prefetch.wasted_bytes),
+        ("pasture_prefetch_cpu_seconds", "CPU time of the thread that does it", prefetch.cpu_seconds),
+        ("pasture_policy_cpu_seconds", "CPU time that choosing what stays in RAM took", store.policy_seconds),
+    ):
+        yield CounterMetricFamily(name, text, value)
 
 
 def _forms(store: StoreStatistics) -> Metric:

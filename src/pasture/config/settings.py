@@ -158,6 +158,10 @@ class Settings(BaseSettings):
         default="lru",
         description="What leaves RAM first: lru (the longest unused), foresight (the least expected saving) or s3fifo.",
     )
+    prefetch: Annotated[bool, Flag(("--prefetch",), STORE, off="--no-prefetch")] = Field(
+        default=True,
+        description="With foresight, bring conversations from disk into RAM shortly before they are expected to go on.",
+    )
     idle_live: Annotated[Seconds, Flag(("--idle-live",), STORE, "TIME")] = Field(
         default=5.0, description="How long an idle conversation stays in the live cache before it rests in RAM alone."
     )

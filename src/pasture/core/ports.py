@@ -130,6 +130,13 @@ class Service(Protocol):
         """Compute these tokens when nobody asks for anything: somebody's next prompt will probably begin with them."""
         ...
 
+    async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        """Bring what slow tiers have of these tokens into RAM, and keep it there for a while; returns when it is there.
+
+        What is asked for meanwhile goes first. Cancelling stops the waiting alone. Raises ShuttingDown.
+        """
+        ...
+
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         """The KV of these tokens, as far as it is at hand, for `restore` of a service with the same model; may be empty."""
         ...

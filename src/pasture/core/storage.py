@@ -13,13 +13,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NewType, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pasture.core.values import Form, Namespace, Slab, Transfer
+from pasture.core.values import Form, Kind, Namespace, Slab, Transfer
 
 Bytes = NDArray[np.uint8]
 """a flat buffer, read only by agreement"""
@@ -28,17 +27,6 @@ BLOCK_TOKENS = 64
 
 BlockKey = NewType("BlockKey", bytes)
 """32 bytes: a prefix of tokens in one namespace on one model"""
-
-
-class Kind(StrEnum):
-    """What is expected after a request: it says how soon its blocks may be wanted again, if ever."""
-
-    CHAT = "chat"
-    """a person reads, thinks and types"""
-    TOOL = "tool"
-    """the reply calls a tool, whose result comes back"""
-    BATCH = "batch"
-    """nothing: one prompt of many, and the next one is another"""
 
 
 class SlabCodec(Protocol):
@@ -101,6 +89,17 @@ class Store(Protocol):
 
     def arrived(self, namespace: Namespace, tokens: array[int]) -> None:
         """A request with this prompt begins, whatever it will find: this is what the future is guessed from."""
+        ...
+
+    def finished(self, namespace: Namespace, tokens: array[int], kind: Kind) -> None:
+        """A request has ended with these tokens, its reply included; `kind` is what is expected next."""
+        ...
+
+    def prefetch(self, namespace: Namespace, tokens: array[int], ready: Callable[[], None]) -> None:
+        """Somebody will ask for what begins with these tokens: bring them into RAM, and keep them for a while.
+
+        `ready` is called once, from any thread, when what can be had is there or nobody needs it any more.
+        """
         ...
 
     def reach(self, namespace: Namespace, tokens: array[int]) -> int:
@@ -183,6 +182,26 @@ class TierStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchStatistics:
+    """What was brought into RAM before anybody asked for it; counters since start."""
+
+    hints: int = 0
+    """conversations that somebody said would go on"""
+    guesses: int = 0
+    """conversations that were expected to go on"""
+    cancelled: int = 0
+    """times that it stopped because real work came"""
+    issued_blocks: int = 0
+    issued_bytes: int = 0
+    used_bytes: int = 0
+    """of those issued, what a request has used"""
+    wasted_bytes: int = 0
+    """of those issued, what left RAM unused"""
+    cpu_seconds: float = 0.0
+    """of the thread that does it"""
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStatistics:
     """Every tier below the live cache, fastest first, and what the cost gate goes by."""
 
@@ -192,3 +211,6 @@ class StoreStatistics:
     restore_bytes_per_second: float
     gate_refusals: Mapping[str, int]
     """transfers that were not made because recomputing is cheaper, by kind: fetch, spill"""
+    prefetch: PrefetchStatistics = PrefetchStatistics()
+    policy_seconds: float = 0.0
+    """CPU time that the choice of what stays in RAM has taken"""

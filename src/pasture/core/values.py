@@ -48,6 +48,17 @@ class Form(StrEnum):
     """ggml's blocks of 32 with 4 bits a value"""
 
 
+class Kind(StrEnum):
+    """What is expected after a request: it says how soon its blocks may be wanted again, if ever."""
+
+    CHAT = "chat"
+    """a person reads, thinks and types"""
+    TOOL = "tool"
+    """the reply calls a tool, whose result comes back"""
+    BATCH = "batch"
+    """nothing: one prompt of many, and the next one is another"""
+
+
 class FinishReason(StrEnum):
     """Why a reply ended."""
 
@@ -106,6 +117,8 @@ class Request:
     """of its tenant's turn among the tenants in line, against a usual 1"""
     priority: int = 0
     """among its own tenant's requests in line, the higher go first"""
+    expects: Kind = Kind.CHAT
+    """what will probably follow the reply"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from itertools import count
 from math import inf
 
-from pasture.core.storage import BlockKey, Kind
+from pasture.core.storage import BlockKey
+from pasture.core.values import Kind
 from pasture.foresight.replay import key_of
 from pasture.foresight.traces import TRACE_BLOCK_TOKENS, TraceRequest
 from pasture.tiers.entries import Entry
@@ -55,6 +56,9 @@ class Belady:
 
     def admits(self, newcomer: Entry, victim: Entry) -> bool:
         return self._next_use(newcomer) < self._next_use(victim)
+
+    def expects(self, key: BlockKey) -> float:
+        return 0.0
 
     def _next_use(self, entry: Entry) -> float:
         uses = self._future[entry.block.address.key]

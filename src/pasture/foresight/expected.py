@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from itertools import count
 
 from pasture.core.ports import Clock
-from pasture.core.storage import BlockKey, Kind
+from pasture.core.storage import BlockKey
+from pasture.core.values import Kind
 from pasture.foresight.reuse import ReuseModel
 from pasture.tiers.entries import Entry
 from pasture.tiers.eviction import Wanted
 
-ORDER_SECONDS = 5.0
+ORDER_SECONDS = 1.0
 """between two orders"""
 LEAVES_A_SECOND = 200
 """orders come more rarely when there are more leaves than this allows"""
@@ -92,6 +93,12 @@ class ExpectedSaving:
         now = self._clock()
         known, value = self._least
         return self.value(newcomer, now) > (value if known is victim else self.value(victim, now))
+
+    def expects(self, key: BlockKey) -> float:
+        now = self._clock()
+        if now >= self._next_order:
+            self._make_order(now)
+        return self.model.rate(key, now)
 
     def value(self, entry: Entry, now: float) -> float:
         """Seconds of computing saved per second and byte, in units of this machine's speed at depth 0."""

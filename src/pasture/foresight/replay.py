@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pasture.core.ports import Clock
-from pasture.core.storage import BLOCK_TOKENS, BlockKey, Kind
-from pasture.core.values import Form
+from pasture.core.storage import BLOCK_TOKENS, BlockKey
+from pasture.core.values import Form, Kind
 from pasture.foresight.traces import TRACE_BLOCK_TOKENS, TraceRequest
 from pasture.tiers.block import Block
 from pasture.tiers.entries import BLOCK_OVERHEAD_BYTES

@@ -17,7 +17,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pasture.core.storage import BlockKey, Kind
+from pasture.core.storage import BlockKey
+from pasture.core.values import Kind
 from pasture.foresight.returns import Returns, Wait
 
 REMEMBERED_KEYS = 1 << 17
@@ -100,10 +101,17 @@ class ReuseModel:
         return visit
 
     def finished(self, path: Sequence[BlockKey], kind: Kind, now: float) -> None:
-        """The last request over these blocks has ended: from here on `kind` is waited for."""
-        visit = self._visits.get(path[-1]) if path else None
+        """The last request over these blocks has ended: from here on `kind` is waited for. What its reply added is its own."""
+        visit, n_new = None, 0
+        for key in reversed(path):
+            visit = self._visits.get(key)
+            if visit is not None:
+                break
+            n_new += 1
         if visit is None or visit.wait.over:
             return
+        for key in path[len(path) - n_new :]:
+            self._visits[key] = visit
         visit.kind = kind
         visit.valued_at = 0
         visit.wait.category = _category(kind, visit.turn)

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-from pasture.core.storage import BlockKey, Kind
+from pasture.core.storage import BlockKey
+from pasture.core.values import Kind
 from pasture.tiers.entries import Entry
 from pasture.tiers.eviction import Wanted
 
@@ -103,3 +104,6 @@ class S3Fifo:
 
     def admits(self, newcomer: Entry, victim: Entry) -> bool:
         return True
+
+    def expects(self, key: BlockKey) -> float:
+        return 0.0

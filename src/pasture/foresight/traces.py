@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pasture.core.errors import ConfigError
-from pasture.core.storage import Kind
+from pasture.core.values import Kind
 
 TRACE_BLOCK_TOKENS = 512
 SESSION_SECONDS = 60.0
@@ -41,6 +41,8 @@ class TraceRequest:
     """when the reply ended, where the trace says so"""
     expects: Kind = Kind.CHAT
     """what the reply waits for"""
+    n_reply_tokens: int = 0
+    """of its reply"""
 
 
 def read_trace(file: Path, *, session_seconds: float = SESSION_SECONDS) -> list[TraceRequest]:
@@ -59,7 +61,8 @@ def read_trace(file: Path, *, session_seconds: float = SESSION_SECONDS) -> list[
 
 
 def _mooncake(row: _Fields) -> TraceRequest:
-    return TraceRequest(float(row["timestamp"]) / 1000, int(row["input_length"]), tuple(map(int, row["hash_ids"])))
+    blocks, n_reply = tuple(map(int, row["hash_ids"])), int(row.get("output_length", 0))
+    return TraceRequest(float(row["timestamp"]) / 1000, int(row["input_length"]), blocks, n_reply_tokens=n_reply)
 
 
 def _coding(rows: Sequence[_Fields], session_seconds: float) -> Iterator[TraceRequest]:
@@ -88,4 +91,4 @@ def _session(
             continue
         finished_at = at + float(row["api_time"]) if "api_time" in row else None
         expects = Kind.TOOL if row["stop"] == "tool_use" else Kind.CHAT
-        yield TraceRequest(at, int(row["in"]), joined(row["hash_ranges"]), finished_at, expects)
+        yield TraceRequest(at, int(row["in"]), joined(row["hash_ranges"]), finished_at, expects, int(row.get("out", 0)))

@@ -134,6 +134,18 @@ class LocalService:
         with contextlib.suppress(ShuttingDown):
             self._loop.ask(lambda scheduler: scheduler.ahead.anticipate(namespace, expected))
 
+    async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        """See `pasture.core.ports.Service.prefetch`."""
+        path, loop = token_array(tokens), asyncio.get_running_loop()
+        there = asyncio.Event()
+
+        def ready() -> None:
+            with contextlib.suppress(RuntimeError):  # a loop that is closed waits for nothing
+                loop.call_soon_threadsafe(there.set)
+
+        await self._ask(lambda scheduler: scheduler.resting.store.prefetch(namespace, path, ready))
+        await there.wait()
+
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         """See `pasture.core.ports.Service.export`."""
         path = token_array(tokens)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pasture.core.storage import BlockKey, Kind
+from pasture.core.storage import BlockKey
+from pasture.core.values import Kind
 from pasture.tiers.entries import Entry, LazyHeap, SortKey
 
 Wanted = Callable[[Entry], bool]
@@ -25,7 +26,7 @@ class EvictionPolicy(Protocol):
         ...
 
     def finished(self, path: Sequence[BlockKey], kind: Kind) -> None:
-        """A request whose prompt began with these blocks has ended; `kind` is what is expected next."""
+        """A request over these blocks, its reply's included, has ended; `kind` is what is expected next."""
         ...
 
     def entered(self, entry: Entry) -> None:
@@ -52,6 +53,10 @@ class EvictionPolicy(Protocol):
         """Whether a block that is not here yet is worth more than `victim`; a refused newcomer has not `entered`."""
         ...
 
+    def expects(self, key: BlockKey) -> float:
+        """Uses a second that are expected of a block, here or not; 0 from a policy that does not learn."""
+        ...
+
 
 PolicyMaker = Callable[[Wanted], EvictionPolicy]
 
@@ -76,6 +81,9 @@ class Ordered:
 
     def admits(self, newcomer: Entry, victim: Entry) -> bool:
         return True
+
+    def expects(self, key: BlockKey) -> float:
+        return 0.0
 
 
 def ordered_by(key: Callable[[Entry], SortKey]) -> PolicyMaker:

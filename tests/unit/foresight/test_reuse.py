@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pasture.core.storage import BlockKey, Kind
+from pasture.core.storage import BlockKey
+from pasture.core.values import Kind
 from pasture.foresight.reuse import LEFT_BEHIND, ReuseModel
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pasture.core.errors import ConfigError
-from pasture.core.storage import Kind
+from pasture.core.values import Kind
 from pasture.foresight.traces import TraceRequest, read_trace
 
 
@@ -36,7 +36,8 @@ def test_mooncake_comes_out_in_order_of_time(tmp_path: Path, name: str) -> None:
         {"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [0, 2]},
         {"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]},
     ]
-    assert read_trace(write(tmp_path / name, rows)) == [TraceRequest(0.0, 700, (0, 1)), TraceRequest(3.0, 600, (0, 2))]
+    first, second = TraceRequest(0.0, 700, (0, 1), n_reply_tokens=5), TraceRequest(3.0, 600, (0, 2), n_reply_tokens=5)
+    assert read_trace(write(tmp_path / name, rows)) == [first, second]
 
 
 def test_coding_sessions_are_staggered_and_their_blocks_joined_and_chained(tmp_path: Path) -> None:
