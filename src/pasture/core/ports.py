@@ -67,8 +67,12 @@ class Engine(Protocol):
     @property
     def shape(self) -> PoolShape: ...
 
-    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
-        """A fresh sampler; `prompt` fills its penalty window."""
+    def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> Sampler:
+        """A fresh sampler; `prompt` fills its penalty window.
+
+        `n_drawn`: so many tokens of the reply were drawn elsewhere, with equal `params`; with a seed it draws what that
+        sampler would have drawn next (mirostat begins anew).
+        """
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -120,6 +120,11 @@ class Request:
     expects: Kind = Kind.CHAT
     """what will probably follow the reply"""
 
+    session: str | None = None
+    """what its client says that it belongs to: what belongs together is served in one place, where there are several"""
+    drawn_tokens: int = 0
+    """so many of the last tokens of the prompt are the beginning of this very reply, drawn by another engine"""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:

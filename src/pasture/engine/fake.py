@@ -67,9 +67,9 @@ def _mix(*parts: int) -> int:
 class FakeSampler(Sampler):
     """Greedy at temperature 0; else a choice that depends on the seed and on how often it was asked, as a generator's would."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, n_drawn: int = 0) -> None:
         self.params = params
-        self.n_drawn = 0
+        self.n_drawn = n_drawn
 
     def draw(self, mark: int, n_vocab: int) -> int:
         salt = 0 if self.params.temperature == 0 else (self.params.seed or 0) * 1_000_003 + self.n_drawn + 1
@@ -144,8 +144,8 @@ class FakeEngine:
         """The next decodes end with these outcomes instead of DONE."""
         self._decodes_to_fail.extend(outcomes)
 
-    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> FakeSampler:
-        return FakeSampler(params)
+    def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> FakeSampler:
+        return FakeSampler(params, n_drawn)
 
     def execute(self, plan: StepPlan) -> StepResult:
         time.sleep(0)  # lets other threads run, as the real engine does while it computes

@@ -294,7 +294,8 @@ class Scheduler:
         """Make its sampler; False when its parameters do not allow one, which ends the task."""
         if task.sampler is None:
             try:
-                task.sampler = self._engine.sampler(task.request.sampling, task.request.prompt)
+                request = task.request
+                task.sampler = self._engine.sampler(request.sampling, request.prompt, request.drawn_tokens)
             except RequestError as error:
                 self._end(task, FinishReason.ERROR, error)
                 return False
