@@ -100,9 +100,9 @@ class LlamaEngine:
     def codec(self) -> LlamaCodec:
         return self._codec
 
-    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
+    def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> Sampler:
         """A fresh sampler whose penalty windows hold the end of `prompt`. Raises RequestError on impossible parameters."""
-        return LlamaSampler(params, prompt, self.vocabulary, self.shape.n_cells)
+        return LlamaSampler(params, prompt, self.vocabulary, self.shape.n_cells, n_drawn)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Operations in order, then every work. Raises EngineError when the plan is impossible."""

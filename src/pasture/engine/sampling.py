@@ -73,7 +73,15 @@ def log_probabilities(row: Logits, token: int, n_top: int) -> TokenLogprobs:
 class LlamaSampler(Sampler):
     """One request's sampler. `prompt` fills the penalty and DRY windows. Raises RequestError on impossible parameters."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocabulary: LlamaVocabulary, n_context: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocabulary: LlamaVocabulary,
+        n_context: int,
+        n_drawn: int = 0,
+    ) -> None:
+        """`n_drawn`: draws that another sampler with these parameters has made; this one makes those that follow."""
         self._chain: Any = None
         if params.mirostat not in (0, 1, 2):
             raise RequestError(f"there is no mirostat version {params.mirostat}", param="mirostat")
@@ -86,7 +94,7 @@ class LlamaSampler(Sampler):
         self.is_greedy = params.temperature <= 0 and not window
         """argmax of the row (and its bias) is all there is to do"""
         if not self.is_greedy:
-            self._make_chain(params, vocabulary, n_context)
+            self._make_chain(params, vocabulary, n_context, n_drawn)
             for token in self._recent or ():
                 lib.llama_sampler_accept(self._chain, token)
 
@@ -139,7 +147,7 @@ class LlamaSampler(Sampler):
         candidates["p"] = 0
         return candidates
 
-    def _make_chain(self, params: SamplingParams, vocabulary: LlamaVocabulary, n_context: int) -> None:
+    def _make_chain(self, params: SamplingParams, vocabulary: LlamaVocabulary, n_context: int, n_drawn: int) -> None:
         seed = secrets.randbits(32) if params.seed is None else params.seed & 0xFFFFFFFF
         links: list[Any] = []
         if self._recent is not None:
@@ -159,7 +167,7 @@ class LlamaSampler(Sampler):
             if params.min_p > 0:
                 links.append(lib.llama_sampler_init_min_p(params.min_p, 1))
             links.append(lib.llama_sampler_init_temp(params.temperature))
-            links.append(lib.llama_sampler_init_dist(seed))
+            links.append(_drawing(seed, n_drawn))
         chain_params = lib.llama_sampler_chain_default_params()
         chain_params.no_perf = True
         self._chain = lib.llama_sampler_chain_init(chain_params)
@@ -210,6 +218,18 @@ def _penalties(params: SamplingParams, vocabulary: LlamaVocabulary, n_context: i
             len(_DRY_BREAKERS),
         ),
     ]
+
+
+def _drawing(seed: int, n_drawn: int) -> Any:
+    """The link that draws, behind `n_drawn` draws: each takes one random number, however many candidates are left."""
+    link = lib.llama_sampler_init_dist(seed)
+    candidates = np.zeros(1, _CANDIDATE)
+    array = lib.llama_token_data_array()
+    array.data = ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p)
+    for _ in range(n_drawn):
+        array.size, array.selected = 1, 0
+        lib.llama_sampler_apply(link, ctypes.byref(array))
+    return link
 
 
 def _mirostat(params: SamplingParams, n_vocab: int, seed: int) -> Any:
