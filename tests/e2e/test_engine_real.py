@@ -164,6 +164,28 @@ def test_fewer_candidates_draw_the_same_tokens(
 
 
 @pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=3),
+        SamplingParams(seed=3, top_p=0.1),
+        SamplingParams(seed=3, temperature=1.5, repeat_penalty=1.3, frequency_penalty=0.5, repeat_last_n=30),
+        SamplingParams(seed=3, dry_multiplier=1.0, dry_allowed_length=1),
+        SamplingParams(temperature=0, presence_penalty=1.0),
+    ],
+    ids=["default", "often one candidate", "penalties", "dry", "greedy with a penalty"],
+)
+def test_a_sampler_goes_on_where_another_stopped(engine: LlamaEngine, tokens: list[int], params: SamplingParams) -> None:
+    rows = np.random.default_rng(1).standard_normal((40, engine.model.n_vocab)).astype(np.float32) * 4
+    whole = engine.sampler(params, tokens)
+    assert isinstance(whole, LlamaSampler)
+    drawn = [whole.draw(row) for row in rows]
+    for at in (1, 17):
+        resumed = engine.sampler(params, [*tokens, *drawn[:at]], at)
+        assert isinstance(resumed, LlamaSampler)
+        assert [resumed.draw(row) for row in rows[at:]] == drawn[at:]
+
+
+@pytest.mark.parametrize(
     "params", [SamplingParams(top_k=0, seed=1), SamplingParams(mirostat=1, seed=1), SamplingParams(mirostat=2, seed=1)]
 )
 def test_samplers_that_look_at_everything(engine: LlamaEngine, params: SamplingParams) -> None:

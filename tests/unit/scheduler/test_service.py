@@ -180,7 +180,7 @@ async def test_a_deadline_ends_the_request() -> None:
 
 async def test_impossible_sampling_ends_only_that_request() -> None:
     class Picky(FakeEngine):
-        def sampler(self, params: SamplingParams, prompt: object) -> object:  # type: ignore[override]
+        def sampler(self, params: SamplingParams, prompt: object, n_drawn: int = 0) -> object:  # type: ignore[override]
             if params.top_k == 13:
                 raise RequestError("no thirteen", param="top_k")
             return super().sampler(params, ())
