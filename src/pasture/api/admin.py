@@ -11,8 +11,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from pasture.api.answers import PublicPrefixBody, PublicPrefixGone, PublicPrefixList, TenantBody, TenantList
 from pasture.api.bodies import read_body
 from pasture.api.gateway import Gateway
+from pasture.api.openapi import described
 from pasture.sessions.values import Tenant
 
 
@@ -46,29 +48,37 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(prefix="/v1/admin")
     state, limit = gateway.state, gateway.settings.max_body_bytes
 
-    @router.get("/tenants")
+    @router.get("/tenants", **described("Operator", "Tenants and their limits", TenantList))
     async def tenants() -> Response:
         found = await asyncio.to_thread(state.tenants.all)
         return _json({"object": "list", "data": [_tenant(tenant) for tenant in found]})
 
-    @router.post("/tenants/{name}/limits")
+    @router.post(
+        "/tenants/{name}/limits",
+        **described(
+            "Operator", "Change a tenant's limits; those that are not named stay", TenantBody, body=LimitsBody, errors=(404,)
+        ),
+    )
     async def change(name: str, request: Request) -> Response:
         body = await read_body(request, LimitsBody, limit)
         changes = body.model_dump(exclude_unset=True)
         return _json(_tenant(await asyncio.to_thread(lambda: state.tenants.limit(name, **changes))))
 
-    @router.get("/public")
+    @router.get("/public", **described("Operator", "Public prefixes", PublicPrefixList))
     async def public() -> Response:
         found = await asyncio.to_thread(state.public.all)
         return _json({"object": "list", "data": [{"name": one.name, "bytes": len(one.content.encode())} for one in found]})
 
-    @router.post("/public")
+    @router.post(
+        "/public",
+        **described("Operator", "Declare a public prefix", PublicPrefixBody, body=PublicBody, status=201, errors=(409,)),
+    )
     async def declare(request: Request) -> Response:
         body = await read_body(request, PublicBody, limit)
         made = await asyncio.to_thread(state.public.add, body.name, body.content, body.role)
         return _json({"name": made.name, "bytes": len(made.content.encode())}, 201)
 
-    @router.delete("/public/{name}")
+    @router.delete("/public/{name}", **described("Operator", "Withdraw a public prefix", PublicPrefixGone, errors=(404,)))
     async def withdraw(name: str) -> Response:
         await asyncio.to_thread(state.public.remove, name)
         return _json({"name": name, "deleted": True})

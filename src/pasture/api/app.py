@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from pasture.api import errors
+from pasture.api import errors, openapi
 from pasture.api.admin import admin_routes
 from pasture.api.diagnosis import diagnosis_routes
 from pasture.api.disconnect import ClientGone
@@ -39,7 +39,7 @@ def create_app(
     settings = settings or ApiSettings()
     state = state or State(keys=settings.api_keys)
     _check_template(settings)
-    app = FastAPI(title="pasture", version=version("pasture"), docs_url=None, redoc_url=None)
+    app = FastAPI(title="pasture", version=version("pasture"), docs_url=None, redoc_url=None, redirect_slashes=False)
     gateway = Gateway(service, state, settings, clock)
     app.state.service = service
     app.state.gateway = gateway
@@ -55,6 +55,7 @@ def create_app(
     ):
         app.include_router(routes(gateway))
     app.include_router(web_routes(service, gateway.live))
+    openapi.install(app, admin=settings.admin_key is not None)
     errors.install(app)
     app.add_exception_handler(ClientGone, _nobody_listens)
     # added last is outermost: ids on every answer, CORS before keys since browsers ask first without one

@@ -16,7 +16,9 @@ import orjson
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from pasture.api.answers import Diagnosis
 from pasture.api.gateway import Gateway
+from pasture.api.openapi import described
 from pasture.core.errors import InvariantBroken
 from pasture.core.statistics import ServiceStatistics
 
@@ -39,7 +41,10 @@ def diagnosis_routes(gateway: Gateway) -> APIRouter:
     """Routes over the gateway's service and state."""
     router = APIRouter()
 
-    @router.get("/v1/diagnosis")
+    @router.get(
+        "/v1/diagnosis",
+        **described("Operator", "Low hit rate, interference, memory growth: each checked now", Diagnosis, errors=(503,)),
+    )
     async def diagnosis() -> Response:
         broken = None
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -52,7 +53,7 @@ ANSWERS: Mapping[type[PastureError], Answer] = {
     NotFound: Answer(404, "invalid_request_error", "not_found"),
     Conflict: Answer(409, "conflict_error", "conflict"),
     Forbidden: Answer(403, "permission_error", "forbidden"),
-    DeadlineExceeded: Answer(504, "timeout_error", "deadline_exceeded"),
+    DeadlineExceeded: Answer(408, "timeout_error", "deadline_exceeded"),
     ShuttingDown: Answer(503, "unavailable_error", "shutting_down"),
     EngineError: Answer(500, "server_error", "engine_error"),
     PastureError: Answer(500, "server_error", "internal_error"),
@@ -91,6 +92,10 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, ValidationError):
         message, param = explain(error)
         return _problem(STATUSES[400], message, param)
+    if isinstance(error, RequestValidationError):  # of a path, a query or a header: bodies are read elsewhere
+        first = error.errors()[0]
+        param = ".".join(str(step) for step in first["loc"][1:])
+        return _problem(STATUSES[400], f"{param}: {first['msg']}", param)
     if not isinstance(error, PastureError):
         _log.error("a request failed: %s", error, exc_info=error)
         return _problem(_INTERNAL, "the server failed on this request")
@@ -115,7 +120,7 @@ def install(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> Response:
         return problem(error).response()
 
-    for kind in (HTTPException, PastureError, ValidationError):
+    for kind in (HTTPException, PastureError, ValidationError, RequestValidationError):
         app.add_exception_handler(kind, answer)
 
 

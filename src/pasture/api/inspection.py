@@ -12,10 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from pasture.api.answers import Content, Health, ModelBody, ModelList, Props, RenderedPrompt, SlotList, Tokens
 from pasture.api.bodies import read_body
 from pasture.api.formats import FINGERPRINT, Json
 from pasture.api.gateway import Gateway
 from pasture.api.offload import off_loop
+from pasture.api.openapi import described
 from pasture.api.schemas import DetokenizeBody, TemplateBody, TokenizeBody
 from pasture.core.statistics import SequenceState, SequenceStatistics
 from pasture.core.storage import StoreStatistics
@@ -27,27 +29,30 @@ def inspection_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter()
     started = int(time.time())
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", **described("Inspection", "The model served", ModelList))
     async def models() -> Response:
         return _json({"object": "list", "data": [_model(gateway, started)]})
 
-    @router.get("/v1/models/{model:path}")
+    @router.get("/v1/models/{model:path}", **described("Inspection", "The model served, by its name", ModelBody, errors=(404,)))
     async def model(model: str) -> Response:
         if model != gateway.model_name:
             raise HTTPException(404, f"the model {model[:100]!r} does not exist here; {gateway.model_name!r} does")
         return _json(_model(gateway, started))
 
-    @router.get("/props")
+    @router.get(
+        "/props",
+        **described("Inspection", "The model, the pool, the tiers, the default sampling parameters, the chat template", Props),
+    )
     async def props() -> Response:
         return _json(_props(gateway))
 
-    @router.get("/slots")
+    @router.get("/slots", **described("Operator", "Every sequence in the live cache", SlotList))
     async def slots() -> Response:
         statistics = gateway.service.statistics()
         longest = gateway.service.max_conversation_tokens
         return _json([_slot(sequence, longest) for sequence in statistics.pool.sequences])
 
-    @router.get("/metrics")
+    @router.get("/metrics", **described("Operator", "Prometheus' metrics", media="text/plain"))
     async def metrics() -> Response:
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -59,7 +64,7 @@ def text_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter()
     limit = gateway.settings.max_body_bytes
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", **described("Text", "Text to tokens", Tokens, body=TokenizeBody))
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeBody, limit)
         vocabulary = gateway.service.vocabulary
@@ -69,12 +74,14 @@ def text_routes(gateway: Gateway) -> APIRouter:
             return _json({"tokens": tokens})
         return _json({"tokens": [{"id": token, "piece": _piece(vocabulary.piece(token, special=True))} for token in tokens]})
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", **described("Text", "Tokens to text", Content, body=DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, limit)
         return _json({"content": await off_loop(len(body.tokens), partial(gateway.prompts.detokenize, body.tokens))})
 
-    @router.post("/apply-template")
+    @router.post(
+        "/apply-template", **described("Text", "What the chat template makes of messages", RenderedPrompt, body=TemplateBody)
+    )
     async def apply_template(request: Request) -> Response:
         body = await read_body(request, TemplateBody, limit)
         return _json({"prompt": gateway.jobs.render(body)})
@@ -86,12 +93,12 @@ def health_routes(gateway: Gateway) -> APIRouter:
     """Liveness (the process answers) and readiness (it takes requests)."""
     router = APIRouter()
 
-    @router.get("/health/live")
+    @router.get("/health/live", **described("Inspection", "Whether the process answers", Health))
     async def live() -> Response:
         return _json({"status": "ok"})
 
-    @router.get("/health")
-    @router.get("/health/ready")
+    @router.get("/health", **described("Inspection", "Whether requests are taken", Health, errors=(503,)))
+    @router.get("/health/ready", **described("Inspection", "Whether requests are taken", Health, errors=(503,)))
     async def ready() -> Response:
         if not gateway.service.ready:
             raise HTTPException(503, "the server is loading its model or shutting down", headers={"retry-after": "1"})

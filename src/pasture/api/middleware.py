@@ -84,16 +84,16 @@ class ApiKeys:
         self._admin_key = None if admin_key is None else admin_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(scope["path"]):
+        if scope["type"] == "http" and not is_open(scope["path"]):
             presented = _presented(Headers(scope=scope))
-            refusal = self._refused(presented) if self._is_admins(scope["path"]) else await self._unknown(scope, presented)
+            refusal = self._refused(presented) if self._wants_admin(scope["path"]) else await self._unknown(scope, presented)
             if refusal is not None:
                 await problem(refusal).response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _is_admins(self, path: str) -> bool:
-        return path.startswith(ADMIN_PREFIX) or (self._admin_key is not None and path in ADMIN_PATHS)
+    def _wants_admin(self, path: str) -> bool:
+        return path.startswith(ADMIN_PREFIX) or (self._admin_key is not None and is_admins(path))
 
     def _refused(self, presented: bytes) -> Exception | None:
         if self._admin_key is None:
@@ -114,8 +114,14 @@ class ApiKeys:
         return None
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+
+
+def is_admins(path: str) -> bool:
+    """Whether a path tells of everybody's doing."""
+    return path.startswith(ADMIN_PREFIX) or path in ADMIN_PATHS
 
 
 def _needs_key(presented: bytes, what: str) -> HTTPException:

@@ -16,10 +16,12 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from pasture.api.answers import Deleted, StoredResponseBody
 from pasture.api.bodies import read_body
 from pasture.api.callers import Caller, caller_of
 from pasture.api.disconnect import cancelled_on_disconnect
 from pasture.api.gateway import Gateway
+from pasture.api.openapi import GENERATES, described
 from pasture.api.response_formats import Json, ResponseWriter
 from pasture.api.response_schemas import ResponseBody, as_chat, check, new_messages
 from pasture.api.runs import Run
@@ -36,7 +38,17 @@ def response_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(prefix="/v1/responses")
     state = gateway.state
 
-    @router.post("")
+    @router.post(
+        "",
+        **described(
+            "Responses",
+            "A reply that the server keeps; the next request names it and sends only what is new",
+            StoredResponseBody,
+            body=ResponseBody,
+            errors=(404, *GENERATES),
+            streams=True,
+        ),
+    )
     async def create(request: Request) -> Response:
         body = await read_body(request, ResponseBody, gateway.settings.max_body_bytes)
         check(body)
@@ -46,12 +58,12 @@ def response_routes(gateway: Gateway) -> APIRouter:
         async with cancelled_on_disconnect(request.receive):
             return _json(await answering.whole())
 
-    @router.get("/{response_id}")
+    @router.get("/{response_id}", **described("Responses", "A kept reply", StoredResponseBody, errors=(404,)))
     async def show(response_id: str, request: Request) -> Response:
         found = await asyncio.to_thread(state.responses.get, caller_of(request, state).tenant, response_id)
         return _json(dict(found.body))
 
-    @router.delete("/{response_id}")
+    @router.delete("/{response_id}", **described("Responses", "Forget a kept reply", Deleted, errors=(404,)))
     async def delete(response_id: str, request: Request) -> Response:
         await asyncio.to_thread(state.responses.delete, caller_of(request, state).tenant, response_id)
         return _json({"id": response_id, "object": "response", "deleted": True})

@@ -102,7 +102,20 @@ def _unlimited(value: object) -> object:
     return None if value == -1 else value
 
 
-MaxTokens = Annotated[int | None, Field(ge=1), BeforeValidator(_unlimited)]
+_AtLeastOne = Annotated[int, Field(ge=1)]
+MaxTokens = Annotated[
+    int | None, Field(ge=1), BeforeValidator(_unlimited, json_schema_input_type=_AtLeastOne | Literal[-1] | None)
+]
+
+_StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+_StopInput = _StopString | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS)] | None
+_BiasInput = (
+    dict[Annotated[str, Field(pattern="^[0-9]{1,11}$")], float | Literal[False]]
+    | list[tuple[int | str, float | Literal[False]]]
+    | None
+)
+_TokenIds = Annotated[list[int], Field(min_length=1)]
+_PromptInput = str | _TokenIds | Annotated[list[str | _TokenIds], Field(min_length=1)]
 
 
 class _Body(BaseModel):
@@ -125,7 +138,7 @@ class GenerationBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings, json_schema_input_type=_StopInput)] = ()
     max_tokens: MaxTokens = None
     user: str | None = None
     ignore_eos: bool | None = None
@@ -152,7 +165,7 @@ class GenerationBody(_Body):
     mirostat_tau: Annotated[float, Field(ge=0)] | None = None
     mirostat_eta: Annotated[float, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = {}
+    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=_BiasInput)] = {}
 
 
 class TemplateBody(_Body):
@@ -176,7 +189,7 @@ class ChatBody(GenerationBody, TemplateBody):
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts, json_schema_input_type=_PromptInput)]
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from pasture.api.answers import Deleted, ImportedSession, Prefetched, SessionBody, SessionList, SessionPage, SessionView
 from pasture.api.bodies import read_body, read_bytes
 from pasture.api.callers import caller_of
 from pasture.api.gateway import Gateway
 from pasture.api.keepers import Keepers
+from pasture.api.openapi import GENERATES, described
 from pasture.api.session_schemas import ForkBody, NewSession, TargetBody, TruncateBody
-from pasture.core.errors import RequestError
 
 MAX_PAGE = 1000
 MAX_IMPORT_BYTES = 1 << 30
 
-_YES, _NO = frozenset({"1", "true", "yes"}), frozenset({"", "0", "false", "no"})
+_TAG = "Sessions"
+_FILE = "application/vnd.pasture.session"
+_SENDS = (404, 409, 429)
+
+_Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
 def session_routes(gateway: Gateway) -> APIRouter:
@@ -27,17 +33,18 @@ def session_routes(gateway: Gateway) -> APIRouter:
     keepers = Keepers(gateway)
     _whole_routes(router, gateway, keepers)
     _branch_routes(router, gateway, keepers)
+    _travel_routes(router, gateway, keepers)
     _cache_routes(router, gateway, keepers)
     return router
 
 
 def _whole_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None:
     """Make, look, delete."""
-    state, limit = gateway.state, gateway.settings.max_body_bytes
+    state, max_bytes = gateway.state, gateway.settings.max_body_bytes
 
-    @router.post("")
+    @router.post("", **described(_TAG, "A new session", SessionBody, body=NewSession, status=201, errors=(409, 429)))
     async def create(request: Request) -> Response:
-        body = await read_body(request, NewSession, limit)
+        body = await read_body(request, NewSession, max_bytes)
         caller = caller_of(request, state)
         session = await asyncio.to_thread(
             lambda: state.sessions.create(
@@ -46,21 +53,19 @@ def _whole_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None
         )
         return _json(keepers.describe(caller.tenant, session), 201)
 
-    @router.get("")
-    async def page(request: Request) -> Response:
+    @router.get("", **described(_TAG, "The tenant's sessions, by id", SessionPage))
+    async def page(request: Request, limit: _Limit = 100, after: str | None = None) -> Response:
         caller = caller_of(request, state)
-        n = _number(request, "limit", 100, MAX_PAGE)
-        after = request.query_params.get("after")
-        found = await asyncio.to_thread(lambda: state.sessions.page(caller.tenant, limit=n + 1, after=after))
-        data = [keepers.describe(caller.tenant, session) for session in found[:n]]
-        return _json({"object": "list", "data": data, "has_more": len(found) > n})
+        found = await asyncio.to_thread(lambda: state.sessions.page(caller.tenant, limit=limit + 1, after=after))
+        data = [keepers.describe(caller.tenant, session) for session in found[:limit]]
+        return _json({"object": "list", "data": data, "has_more": len(found) > limit})
 
-    @router.get("/{session_id}")
-    async def show(session_id: str, request: Request) -> Response:
-        shown, messages = await keepers.show(caller_of(request, state), session_id)
-        return _json(shown | {"messages": messages} if _flag(request, "messages") else shown)
+    @router.get("/{session_id}", **described(_TAG, "A session, where its KV is, and what was said", SessionView, errors=(404,)))
+    async def show(session_id: str, request: Request, messages: bool = False) -> Response:
+        shown, said = await keepers.show(caller_of(request, state), session_id)
+        return _json(shown | {"messages": said} if messages else shown)
 
-    @router.delete("/{session_id}")
+    @router.delete("/{session_id}", **described(_TAG, "Forget a session", Deleted, errors=(404,)))
     async def delete(session_id: str, request: Request) -> Response:
         await asyncio.to_thread(state.sessions.delete, caller_of(request, state).tenant, session_id)
         keepers.let_go(session_id)
@@ -71,41 +76,26 @@ def _branch_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
     """Sessions out of sessions."""
     state, limit = gateway.state, gateway.settings.max_body_bytes
 
-    @router.post("/import")
-    async def take_in(request: Request) -> Response:
-        caller = caller_of(request, state)
-        data = await read_bytes(request, MAX_IMPORT_BYTES)
-        session, n_tokens = await keepers.take_in(caller, data, adopt=_flag(request, "adopt"))
-        return _json(keepers.describe(caller.tenant, session) | {"restored_tokens": n_tokens}, 201)
-
-    @router.post("/{session_id}/export")
-    async def export(session_id: str, request: Request) -> Response:
-        data = await keepers.export(caller_of(request, state), session_id, blocks=_flag(request, "blocks", usual=True))
-        return Response(data, media_type="application/vnd.pasture.session")
-
-    @router.post("/{session_id}/fork")
+    @router.post(
+        "/{session_id}/fork",
+        **described(
+            _TAG,
+            "Sessions with the same past, which share its cells until they differ",
+            SessionList,
+            body=ForkBody,
+            status=201,
+            errors=(404, 429),
+        ),
+    )
     async def fork(session_id: str, request: Request) -> Response:
         body = await read_body(request, ForkBody, limit)
         caller = caller_of(request, state)
         made = await asyncio.to_thread(state.sessions.fork, caller.tenant, session_id, body.n)
         return _json({"object": "list", "data": [keepers.describe(caller.tenant, session) for session in made]}, 201)
 
-    @router.post("/{session_id}/copy")
-    async def copy(session_id: str, request: Request) -> Response:
-        body = await read_body(request, TargetBody, limit)
-        caller, target = caller_of(request, state), await keepers.target(body.target_key)
-        made = await asyncio.to_thread(state.sessions.copy, caller.tenant, session_id, target)
-        return _json(keepers.describe(target, made), 201)
-
-    @router.post("/{session_id}/move")
-    async def move(session_id: str, request: Request) -> Response:
-        body = await read_body(request, TargetBody, limit)
-        caller, target = caller_of(request, state), await keepers.target(body.target_key)
-        made = await asyncio.to_thread(state.sessions.move, caller.tenant, session_id, target)
-        keepers.let_go(session_id)
-        return _json(keepers.describe(target, made), 201)
-
-    @router.post("/{session_id}/truncate")
+    @router.post(
+        "/{session_id}/truncate", **described(_TAG, "Keep the first messages", SessionBody, body=TruncateBody, errors=(404,))
+    )
     async def truncate(session_id: str, request: Request) -> Response:
         body = await read_body(request, TruncateBody, limit)
         caller = caller_of(request, state)
@@ -113,40 +103,93 @@ def _branch_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
         return _json(keepers.describe(caller.tenant, session))
 
 
+def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None:
+    """Sessions that go elsewhere, or come from there."""
+    state, limit = gateway.state, gateway.settings.max_body_bytes
+
+    @router.post(
+        "/import",
+        **described(
+            _TAG, "A session out of an exported file", ImportedSession, upload=_FILE, status=201, errors=(409, 413, 429, 503)
+        ),
+    )
+    async def take_in(request: Request, adopt: bool = False) -> Response:
+        caller = caller_of(request, state)
+        data = await read_bytes(request, MAX_IMPORT_BYTES)
+        session, n_tokens = await keepers.take_in(caller, data, adopt=adopt)
+        return _json(keepers.describe(caller.tenant, session) | {"restored_tokens": n_tokens}, 201)
+
+    @router.post(
+        "/{session_id}/export",
+        **described(_TAG, "A session as one file: what was said, its tokens, its KV", media=_FILE, errors=(404, 503)),
+    )
+    async def export(session_id: str, request: Request, blocks: bool = True) -> Response:
+        data = await keepers.export(caller_of(request, state), session_id, blocks=blocks)
+        return Response(data, media_type=_FILE)
+
+    @router.post(
+        "/{session_id}/copy",
+        **described(
+            _TAG,
+            "The session as another tenant's, which shares nothing with this one",
+            SessionBody,
+            body=TargetBody,
+            status=201,
+            errors=_SENDS,
+        ),
+    )
+    async def copy(session_id: str, request: Request) -> Response:
+        body = await read_body(request, TargetBody, limit)
+        caller, target = caller_of(request, state), await keepers.target(body.target_key)
+        made = await asyncio.to_thread(state.sessions.copy, caller.tenant, session_id, target)
+        return _json(keepers.describe(target, made), 201)
+
+    @router.post(
+        "/{session_id}/move",
+        **described(_TAG, "The same, and it is gone from here", SessionBody, body=TargetBody, status=201, errors=_SENDS),
+    )
+    async def move(session_id: str, request: Request) -> Response:
+        body = await read_body(request, TargetBody, limit)
+        caller, target = caller_of(request, state), await keepers.target(body.target_key)
+        made = await asyncio.to_thread(state.sessions.move, caller.tenant, session_id, target)
+        keepers.let_go(session_id)
+        return _json(keepers.describe(target, made), 201)
+
+
 def _cache_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None:
     """What happens to a session's KV."""
     state = gateway.state
 
-    @router.post("/{session_id}/pin")
+    @router.post(
+        "/{session_id}/pin",
+        **described(
+            _TAG,
+            "A pinned session does not expire, and what there is of its KV stays in RAM",
+            SessionBody,
+            errors=(404, 429, 503),
+        ),
+    )
     async def pin(session_id: str, request: Request) -> Response:
         caller = caller_of(request, state)
         return _json(keepers.describe(caller.tenant, await keepers.pin(caller, session_id)))
 
-    @router.post("/{session_id}/unpin")
+    @router.post("/{session_id}/unpin", **described(_TAG, "The session may expire again", SessionBody, errors=(404,)))
     async def unpin(session_id: str, request: Request) -> Response:
         caller = caller_of(request, state)
         return _json(keepers.describe(caller.tenant, await keepers.unpin(caller, session_id)))
 
-    @router.post("/{session_id}/prefetch")
-    async def prefetch(session_id: str, request: Request) -> Response:
-        return _json(await keepers.prefetch(caller_of(request, state), session_id))
+    @router.post(
+        "/{session_id}/prefetch",
+        **described(
+            _TAG,
+            "Bring a session's KV into the live cache, or only into RAM, before anybody asks",
+            Prefetched,
+            errors=(400, 404, *GENERATES),
+        ),
+    )
+    async def prefetch(session_id: str, request: Request, live: bool = True) -> Response:
+        return _json(await keepers.prefetch(caller_of(request, state), session_id, live=live))
 
 
 def _json(value: object, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
-
-
-def _flag(request: Request, name: str, *, usual: bool = False) -> bool:
-    value = request.query_params.get(name)
-    if value is None:
-        return usual
-    if value.lower() not in _YES | _NO:
-        raise RequestError(f"{name} is true or false", param=name)
-    return value.lower() in _YES
-
-
-def _number(request: Request, name: str, usual: int, most: int) -> int:
-    value = request.query_params.get(name, str(usual))
-    if not (value.isascii() and value.isdecimal() and len(value) < 10 and 1 <= int(value) <= most):
-        raise RequestError(f"{name} is a number from 1 to {most}", param=name)
-    return int(value)

@@ -38,6 +38,10 @@ _SECURITY = {
 }
 
 
+class _Events(StreamingResponse):
+    media_type = "text/event-stream"
+
+
 @dataclass(frozen=True, slots=True)
 class StaticFile:
     content: bytes
@@ -61,30 +65,35 @@ def web_routes(service: Service, live: Live) -> APIRouter:
     router = APIRouter()
     shipped = static_files()
 
-    @router.get("/")
+    @router.get("/", include_in_schema=False)
     async def dashboard(request: Request) -> Response:
         return _file(shipped["index.html"], request)
 
-    @router.get("/chat")
+    @router.get("/chat", include_in_schema=False)
     async def chat(request: Request) -> Response:
         return _file(shipped["chat.html"], request)
 
-    @router.get("/web/{name}")
+    @router.get("/web/{name}", include_in_schema=False)
     async def asset(name: str, request: Request) -> Response:
         if name not in shipped:
             raise HTTPException(404, "there is no such file")
         return _file(shipped[name], request)
 
-    @router.get("/v1/live")
+    @router.get("/v1/live", tags=["Operator"], response_class=_Events, summary="The dashboard's numbers, two a second")
     async def stream() -> Response:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(live.events(), media_type="text/event-stream", headers=headers)
+        return _Events(live.events(), headers=headers)
 
-    @router.get("/v1/live/now")
+    @router.get("/v1/live/now", tags=["Operator"], summary="The dashboard's numbers, once")
     async def now() -> Response:
         return Response(live.snapshot(), media_type="application/json", headers={"cache-control": "no-store"})
 
-    @router.get("/v1/admin/prefixes/{number}")
+    @router.get(
+        "/v1/admin/prefixes/{number}",
+        tags=["Operator"],
+        summary="The beginning of a cached prefix",
+        responses={404: {"description": "No such prefix is in the live cache now"}},
+    )
     async def prefix(number: int) -> Response:
         path = path_to(number, service.statistics().pool.prefixes)
         if not path:
