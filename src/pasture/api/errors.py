@@ -24,6 +24,7 @@ from pasture.core.errors import (
     DeadlineExceeded,
     EngineError,
     Forbidden,
+    NoReplica,
     NotFound,
     PastureError,
     PromptTooLong,
@@ -55,6 +56,7 @@ ANSWERS: Mapping[type[PastureError], Answer] = {
     Forbidden: Answer(403, "permission_error", "forbidden"),
     DeadlineExceeded: Answer(408, "timeout_error", "deadline_exceeded"),
     ShuttingDown: Answer(503, "unavailable_error", "shutting_down"),
+    NoReplica: Answer(503, "unavailable_error", "no_replica"),
     EngineError: Answer(500, "server_error", "engine_error"),
     PastureError: Answer(500, "server_error", "internal_error"),
 }
@@ -132,6 +134,6 @@ def _problem(answer: Answer, message: str, param: str | None = None, headers: Ma
 def _retry(error: PastureError) -> dict[str, str]:
     if isinstance(error, QueueFull):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))}
-    if isinstance(error, ShuttingDown):
+    if isinstance(error, ShuttingDown | NoReplica):
         return {"retry-after": "5"}
     return {}

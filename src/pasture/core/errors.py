@@ -12,7 +12,8 @@
     │   ├── Conflict            the thing is in use, or is not what the request takes it for
     │   ├── Forbidden           the key does not open this
     │   ├── DeadlineExceeded    the request's own time limit passed
-    │   └── ShuttingDown        the server is draining
+    │   ├── ShuttingDown        the server is draining
+    │   └── NoReplica           of several machines none can take it now; try again
     ├── EngineError             the engine failed; the request is lost, the server goes on
     └── InvariantBroken         a conservation law does not hold: a bug, never the caller's fault
 
@@ -80,6 +81,10 @@ class DeadlineExceeded(RequestError):
 
 class ShuttingDown(RequestError):
     """The server drains: it finishes what runs and takes nothing new."""
+
+
+class NoReplica(RequestError):
+    """There are several machines, and none of them can take the request at present."""
 
 
 class EngineError(PastureError):
