@@ -51,6 +51,11 @@ def locate(scheduler: Scheduler, namespace: Namespace, tokens: array[int]) -> Wh
     return Whereabouts(match.length, shared, scheduler.resting.store.reach(namespace, tokens))
 
 
+def live(scheduler: Scheduler) -> list[tuple[Namespace, array[int]]]:
+    """Engine thread: what every sequence in the live cache holds, those that run included."""
+    return [(sequence.namespace, sequence.tokens()) for sequence in scheduler.pool.sequences.values() if sequence.length]
+
+
 def save(scheduler: Scheduler, namespace: Namespace, tokens: array[int]) -> None:
     """Engine thread: have what is live of these tokens saved, if somebody idle holds it."""
     match = scheduler.pool.tree.match(namespace, tokens)

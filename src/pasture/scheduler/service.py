@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 
@@ -120,6 +121,10 @@ class LocalService:
         """See `pasture.core.ports.Service.locate`."""
         path = token_array(tokens)
         return await self._ask(lambda scheduler: keeping.locate(scheduler, namespace, path))
+
+    async def live(self) -> Sequence[tuple[Namespace, array[int]]]:
+        """The tokens of every sequence in the live cache, as far as they are computed. Raises ShuttingDown."""
+        return await self._ask(keeping.live)
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
         """See `pasture.core.ports.Service.pin`."""
