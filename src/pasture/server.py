@@ -21,13 +21,14 @@ from pasture.core.storage import Store
 from pasture.core.values import Form, Layout, ModelInfo, PoolShape, SamplingParams
 from pasture.engine import EngineSettings, open_engine, probe_model
 from pasture.engine.fake import FakeEngine
+from pasture.engine.paced import Pace, PacedEngine
 from pasture.engine.gguf_header import read_header
 from pasture.engine.memory import MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
 from pasture.sessions.state import State
 from pasture.sessions.values import Limits, Share
-from pasture.stores import allowed_forms, store_for
+from pasture.stores import PolicyMaker, allowed_forms, store_for
 
 MAX_SEQUENCES = 256
 """of llama.cpp; pasture asks for two a running request, so that idle conversations stay, and not for all: each costs logits"""
@@ -51,10 +52,18 @@ def start_service(settings: Settings) -> Service:
     return service_over(start_engine(settings), settings)
 
 
-def service_over(engine: Engine, settings: Settings, prepare: Prepare = lambda engine, store: None) -> Service:
-    """A service with this engine, which is its own from here on. `prepare` may use engine and store before it starts."""
+def service_over(
+    engine: Engine,
+    settings: Settings,
+    prepare: Prepare = lambda engine, store: None,
+    watch: Callable[[PolicyMaker], PolicyMaker] = lambda policy: policy,
+) -> LocalService:
+    """A service with this engine, which is its own from here on. `prepare` may use engine and store before it starts.
+
+    `watch` wraps the policy of the RAM tier, which hears what enters and leaves it.
+    """
     try:
-        store = store_for(settings, engine.codec, engine.model, available_bytes)
+        store = store_for(settings, engine.codec, engine.model, available_bytes, watch)
         try:
             prepare(engine, store)
         except BaseException:
@@ -217,7 +226,8 @@ def start_engine(settings: Settings) -> Engine:
     n_seqs = min(MAX_SEQUENCES, 2 * settings.max_running)
     if _start_layout(settings) is Layout.STREAMS:
         n_seqs = stream_sequences(n_seqs, n_cells)
-    return FakeEngine(PoolShape(n_cells, n_seqs, _start_layout(settings), settings.batch_size))
+    shape = PoolShape(n_cells, n_seqs, _start_layout(settings), settings.batch_size)
+    return PacedEngine(shape, Pace(*settings.fake_pace)) if settings.fake_pace else FakeEngine(shape)
 
 
 def _start_layout(settings: Settings) -> Layout:

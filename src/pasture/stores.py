@@ -16,6 +16,7 @@ from pasture.core.values import Form, ModelInfo
 from pasture.foresight.policies import POLICIES
 from pasture.tiers.compression import Compression
 from pasture.tiers.disk import DiskTier
+from pasture.tiers.eviction import PolicyMaker
 from pasture.tiers.ports import SlowTier
 from pasture.tiers.sealed import SealedWire, read_secret
 from pasture.tiers.store import open_store
@@ -29,8 +30,17 @@ DIVERGENCE = {Form.RAW: 0.0, Form.LOSSLESS: 0.0, Form.Q8_0: 0.005, Form.Q4_0: 0.
 up because other models were not measured"""
 
 
-def store_for(settings: Settings, codec: SlabCodec, model: ModelInfo, available: Callable[[], int]) -> Store:
-    """The store, its threads running. `available`: bytes of memory that the process can still take."""
+def store_for(
+    settings: Settings,
+    codec: SlabCodec,
+    model: ModelInfo,
+    available: Callable[[], int],
+    watch: Callable[[PolicyMaker], PolicyMaker] = lambda policy: policy,
+) -> Store:
+    """The store, its threads running. `available`: bytes of memory that the process can still take.
+
+    `watch` wraps the policy of the RAM tier, which hears what enters and leaves it.
+    """
     return open_store(
         codec,
         ram_bytes(settings, available()),
@@ -40,7 +50,7 @@ def store_for(settings: Settings, codec: SlabCodec, model: ModelInfo, available:
         compression=Compression(settings.kv_compress),
         allowed=allowed_forms(settings),
         available=available,
-        policy=POLICIES[settings.kv_policy](time.monotonic),
+        policy=watch(POLICIES[settings.kv_policy](time.monotonic)),
         prefetch=settings.prefetch,
     )
 

@@ -111,6 +111,10 @@ class Settings(BaseSettings):
         default=False, description="Serve without a model, from an engine that invents tokens at once: measures HTTP alone."
     )
 
+    fake_pace: Annotated[Shares, Flag(("--fake-pace",), MODEL, "STEP,TOKEN", hidden=True)] = Field(
+        default=(), max_length=2, description="Seconds that a step, and a token of a prompt, take that engine."
+    )
+
     kv_cells: Annotated[int | None, Flag(("-c", "--kv-cells", "--ctx-size"), CACHE, "N")] = Field(
         default=None,
         ge=64,
