@@ -28,7 +28,7 @@ from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
 from pasture.sessions.state import State
 from pasture.sessions.values import Limits, Share
-from pasture.stores import PolicyMaker, allowed_forms, store_for
+from pasture.stores import Watch, allowed_forms, store_for, unwatched
 
 MAX_SEQUENCES = 256
 """of llama.cpp; pasture asks for two a running request, so that idle conversations stay, and not for all: each costs logits"""
@@ -56,7 +56,7 @@ def service_over(
     engine: Engine,
     settings: Settings,
     prepare: Prepare = lambda engine, store: None,
-    watch: Callable[[PolicyMaker], PolicyMaker] = lambda policy: policy,
+    watch: Watch = unwatched,
 ) -> LocalService:
     """A service with this engine, which is its own from here on. `prepare` may use engine and store before it starts.
 

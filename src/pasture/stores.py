@@ -30,12 +30,20 @@ DIVERGENCE = {Form.RAW: 0.0, Form.LOSSLESS: 0.0, Form.Q8_0: 0.005, Form.Q4_0: 0.
 up because other models were not measured"""
 
 
+Watch = Callable[[PolicyMaker], PolicyMaker]
+"""makes of the RAM tier's policies such that somebody else hears too"""
+
+
+def unwatched(policy: PolicyMaker) -> PolicyMaker:
+    return policy
+
+
 def store_for(
     settings: Settings,
     codec: SlabCodec,
     model: ModelInfo,
     available: Callable[[], int],
-    watch: Callable[[PolicyMaker], PolicyMaker] = lambda policy: policy,
+    watch: Watch = unwatched,
 ) -> Store:
     """The store, its threads running. `available`: bytes of memory that the process can still take.
 
