@@ -6,6 +6,7 @@ Needs a Chromium of the system's (PASTURE_CHROMIUM, or `chromium` on the path) a
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -20,6 +21,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from pasture.bench.client import Endpoint
+from pasture.bench.drive import Target, play
+from pasture.bench.options import BenchOptions
+from pasture.bench.workloads import build
 from tests.e2e.test_serve_command import Server
 
 CHROMIUM = os.environ.get("PASTURE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -28,6 +33,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 SYSTEM = "You look after the sheep on a common pasture, and answer everybody. " * 20
 USERS = 6
 _WAIT_MS = 20_000
+expect.set_options(timeout=_WAIT_MS)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +119,28 @@ def crowd(server: Server) -> Iterator[None]:
             thread.join()
 
 
+@contextmanager
+def team(server: Server) -> Iterator[None]:
+    """The workload of `pasture bench team`, one run after the other until the block ends."""
+    ended = threading.Event()
+    workload = build(BenchOptions(users=USERS, turns=3, max_tokens=64, think_time=0.2))
+
+    def run() -> None:
+        while not ended.is_set():
+            exchanges = asyncio.run(play(workload, Target(Endpoint.parse(server.url, None), "default", 30.0)))
+            errors.extend(exchange.error for exchange in exchanges if exchange.error is not None)
+
+    errors: list[str] = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert errors == []
+
+
 def painted(page: Page) -> int:
     """Squares' pixels of the pool's picture that are neither empty nor free cells."""
     found: int = page.locator("canvas").evaluate(
@@ -131,6 +159,27 @@ def test_the_dashboard_moves_while_people_chat(browser: Browser, server: Server)
         expect(page.get_by_text(re.compile(r"of 8,192 cells"))).to_be_visible()
         assert painted(page) > 100
         seen.check()
+
+
+def test_the_dashboard_draws_a_live_team_run(browser: Browser, tmp_path: Path) -> None:
+    """The benchmarks' own `team`, over and over until the page has shown it."""
+    server = Server(tmp_path, "-c", "32768", "--admin-key", "root")
+    try:
+        with team(server), watched(browser, server, "/", key="root") as seen:
+            page = seen.page
+            expect(page.locator(".factor strong")).to_have_text(re.compile(r"^([2-9]|[1-9]\d)\.\d×$"))
+            shared = page.locator("button.node.shared").first
+            expect(shared).to_have_text(re.compile(r"[1-9],\d\d\d tokens\s*[1-9]\d* share it"))
+            assert painted(page) > 100
+            shared.click()
+            hits = page.locator("#detail dd").nth(3)
+            expect(hits).to_have_text(re.compile(r"[1-9]\d* requests found it here"))
+            page.get_by_role("button", name="Show what it says").click()
+            expect(page.locator("#detail pre")).to_contain_text("You are the help desk for the Python language")
+            expect(page.locator("#detail dd").nth(1)).to_contain_text("in RAM")
+            seen.check()
+    finally:
+        server.close()
 
 
 def test_a_prefix_opens_and_says_what_it_says_to_the_admin_key(browser: Browser, server: Server) -> None:
@@ -167,7 +216,9 @@ def test_a_fork_costs_no_cell_and_its_reply_reuses_what_both_have(browser: Brows
         expect(one.locator(".badge")).to_be_visible()
         two.get_by_label("Message to Chat 2").fill("Which breeds?")
         two.get_by_label("Message to Chat 2").press("Enter")
-        expect(two.locator(".badge")).to_have_text(re.compile(r"reused 9\d\d of"))
+        expect(two.locator(".badge")).to_have_text(
+            re.compile(r"reused 9\d\d of [\d,]+ tokens, live in the cache · first token")
+        )
         one.get_by_role("button", name="Fork here").click()
         three = page.get_by_role("region", name="Chat 3", exact=True)
         expect(three.locator(".fork-note")).to_contain_text("0 extra cells")

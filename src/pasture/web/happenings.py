@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import TierStatistics
+from pasture.core.values import Form
 
 _EVICTED = {
     "cells": "evicted: the pool was full",
@@ -63,6 +64,10 @@ def _of_tier(before: TierStatistics, after: TierStatistics) -> Iterator[Happenin
     yield Happening(
         "evicted", after.evicted_blocks - before.evicted_blocks, "blocks", f"dropped by {name}: its budget is used up"
     )
+    for form, size in after.bytes_by_form.items():
+        if form is not Form.RAW:
+            grown = size - before.bytes_by_form.get(form, 0)
+            yield Happening("squeezed", grown, "bytes", f"more in {name} as {form.value}, to make room")
     yield Happening("damaged", after.damaged_blocks - before.damaged_blocks, "blocks", f"damaged in {name}, dropped")
 
 

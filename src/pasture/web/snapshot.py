@@ -74,6 +74,8 @@ def _headline(statistics: ServiceStatistics) -> Json:
         "computed_tokens": scheduler.computed_tokens_total,
         "reused_tokens": scheduler.cached_tokens_total,
         "generated_tokens": scheduler.generated_tokens_total,
+        "ahead_tokens": scheduler.ahead_tokens_total,
+        "restored_tokens": statistics.pool.hit_tokens.get("stored", 0),
         "saved_seconds": round(scheduler.cached_tokens_total / rate, 1) if rate > 0 else None,
         "prefill_tokens_per_second": round(rate, 1),
     }

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from pasture.core.statistics import ServiceStatistics
-from pasture.core.values import SeqId
+from pasture.core.values import Form, SeqId
 from pasture.web import Live, Recent
 from pasture.web.snapshot import MAX_SEQUENCES
 from tests.unit.stub_service import StubService
@@ -39,6 +39,11 @@ class Growing:
 
     def evict(self, **cells: int) -> None:
         self.value = dataclasses.replace(self.value, pool=dataclasses.replace(self.value.pool, evicted_cells=cells))
+
+    def forms(self, sizes: dict[Form, int]) -> None:
+        ram, *slower = self.value.store.tiers
+        tiers = (dataclasses.replace(ram, bytes_by_form=sizes), *slower)
+        self.value = dataclasses.replace(self.value, store=dataclasses.replace(self.value.store, tiers=tiers))
 
     def tier(self, **changes: int) -> None:
         ram, *slower = self.value.store.tiers
@@ -90,6 +95,16 @@ def test_counters_that_grew_are_happenings_the_latest_first() -> None:
     happened = [(ago, kind, amount, unit) for _, ago, kind, amount, unit, _ in picture(live)["happenings"]]
     assert happened[-1] == (1.0, "evicted", 64, "tokens")
     assert set(happened[:-1]) == {(0.0, "restored", 512, "bytes"), (0.0, "swapped", 1, "times")}
+
+
+def test_compression_is_a_happening() -> None:
+    growing, clock = Growing(), Hands()
+    live, _, _ = live_of(growing, clock)
+    live.snapshot()
+    growing.forms({Form.RAW: 1000, Form.Q8_0: 1500})
+    clock.now += 1
+    ((_, _, *squeezed),) = picture(live)["happenings"]
+    assert squeezed == ["squeezed", 500, "bytes", "more in ram as q8_0, to make room"]
 
 
 def test_what_happened_while_nobody_looked_is_no_news() -> None:

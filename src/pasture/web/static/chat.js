@@ -34,8 +34,8 @@ function fork(chat, index) {
   document.getElementById(`say-${branch.id}`)?.focus();
 }
 
-/** Cells in use beyond what was computed for anybody: what a fork would add to, if it copied anything. */
-const written = ({ pool, headline }) => pool.used_cells - headline.computed_tokens - headline.generated_tokens;
+/** Cells in use beyond what was computed or brought back for anybody: what a fork would add to, if it copied anything. */
+const written = ({ pool, headline: h }) => pool.used_cells - h.computed_tokens - h.generated_tokens - h.ahead_tokens - h.restored_tokens;
 
 function prompt(chat) {
   const messages = chat.messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
@@ -54,8 +54,9 @@ async function say(chat, text) {
     stream: true,
     stream_options: { include_usage: true },
     user: `chat-page-${chat.id}`,
+    pasture: true,
   };
-  const reply = { role: "assistant", content: "", usage: null, first: null, trouble: null };
+  const reply = { role: "assistant", content: "", usage: null, found: null, first: null, trouble: null };
   chat.messages.push(reply);
   chat.leaving = new AbortController();
   draw();
@@ -70,6 +71,7 @@ async function say(chat, text) {
         soon();
       }
       if (event.usage) reply.usage = event.usage;
+      reply.found ??= event.pasture?.choices[0].cache?.found ?? null;
     }
   } catch (error) {
     if (error.status === 401) openKey();
@@ -171,10 +173,17 @@ const bubble = (chat, message, index) => html`
       ${message.role === "assistant" && message.content && !(chat.leaving && index === chat.messages.length - 1) ? html`<button type="button" class="quiet" @click=${() => fork(chat, index)}>Fork here</button>` : nothing}
     </div></li>`;
 
-function badgeWords({ usage, first }) {
+function badgeWords({ usage, found, first }) {
   if (!usage) return "";
   const reused = usage.prompt_tokens_details?.cached_tokens ?? 0;
-  return `reused ${count(reused)} of ${plural(usage.prompt_tokens, "token")}${first === null ? "" : ` · first token ${seconds(first)}`}`;
+  return `reused ${count(reused)} of ${plural(usage.prompt_tokens, "token")}${whence(reused, found)}${first === null ? "" : ` · first token ${seconds(first)}`}`;
+}
+
+/** Where the reused tokens were when the request came. */
+function whence(reused, found) {
+  if (!reused || !found) return "";
+  if (found.live >= reused) return ", live in the cache";
+  return found.ram >= reused ? ", from RAM" : ", from disk or just computed for another";
 }
 
 // Start

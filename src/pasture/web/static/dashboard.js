@@ -13,7 +13,7 @@ const SPEAK_EVERY = 30000;
 
 const page = document.getElementById("app");
 page.replaceChildren();
-const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, unfolded: new Set(), turned: new Set() };
+const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, inRam: null, unfolded: new Set(), turned: new Set() };
 const history = { generated: [], first: [], inter: [] };
 let picture = null;
 let spokenAt = 0;
@@ -107,6 +107,7 @@ const pool = ({ pool: p }) => html`
     <p class="facts"><strong>${percent(p.used_cells, p.cells)}</strong> of ${count(p.cells)} cells (${bytes(p.bytes)}),
       <b class="shared-word">${count(p.shared_cells)} shared</b>, saving ${count(p.saved_cells)};
       ${count(p.running_cells)} in use, ${count(p.idle_cells)} idle; ${plural(p.sequences, "sequence")}, ${p.layout}, ${p.form}</p>
+    ${sharing(p)}
     <canvas role="img" aria-label="${percent(p.used_cells, p.cells)} of the live cache used, ${percent(p.shared_cells, p.used_cells)} of that shared"
       @click=${pick} @mousemove=${hint}></canvas>
     <p class="legend"><i class="key-shared"></i> several hold it <i class="key-own"></i> one conversation's own
@@ -127,6 +128,18 @@ const tiers = (snapshot) => html`
   <section aria-labelledby="tiers-title"><h2 id="tiers-title">Where conversations rest</h2>
     ${snapshot.tiers.filter((t) => t.budget_bytes).length ? html`<div class="tiers">${snapshot.tiers.filter((t) => t.budget_bytes).map(tier)}</div>` : html`<p class="note">Nowhere: what leaves the live cache is computed again.</p>`}
   </section>`;
+
+/** What everybody's conversations come to, above what they take: the difference is what sharing saves. */
+function sharing(p) {
+  const apart = p.used_cells + p.saved_cells;
+  if (!p.saved_cells) return nothing;
+  const bar = (className, cells, width, words) => html`<div class="weigh"><svg class="bar ${className}" aria-hidden="true">${svg`<rect width="${width}%" height="100%"></rect>`}</svg>
+    <span><strong>${count(cells)}</strong> ${words}</span></div>`;
+  return html`<div class="sharing">
+    ${bar("apart", apart, 100, `tokens that ${plural(p.sequences, "conversation")} hold`)}
+    ${bar("together", p.used_cells, (100 * p.used_cells) / apart, "cells that they take together")}
+    <p class="factor"><strong>${(apart / p.used_cells).toFixed(1)}×</strong> <small>less room than apart</small></p></div>`;
+}
 
 const FORMS = ["raw", "lossless", "q8_0", "q4_0"];
 
@@ -172,19 +185,21 @@ const branch = (node, level) => html`<li><div class="row">
   ${node.children.length ? html`<button type="button" class="turn" aria-expanded=${isOpen(node, level) ? "true" : "false"} aria-label="${node.children.length} that go on from here" @click=${() => turn(node)}>${isOpen(node, level) ? "▾" : "▸"}</button>` : html`<span class="turn"></span>`}
   <button type="button" class="node ${node.holders > 1 ? "shared" : ""} ${node.running ? "" : "idle"}" aria-pressed=${view.selected === node.number ? "true" : "false"} @click=${() => select(node.number)}>
     <svg class="swatch" aria-hidden="true">${svg`<rect width=${Math.max(3, Math.min(36, Math.sqrt(node.tokens)))} height="10" rx="2" fill=${swatch(node)}></rect>`}</svg>
-    <span>${plural(node.tokens, "token")}</span><span class="who">${node.holders > 1 ? `${node.holders} share it` : "one conversation"}${node.running ? `, ${node.running} running` : `, idle ${seconds(node.idle)}`}</span>
+    <span>${plural(node.tokens, "token")}</span><span class="who">${node.holders > 1 ? `${node.holders} share it` : "one conversation"}${node.running ? `, ${node.running} running` : `, ${rest(node.idle)}`}</span>
   </button></div>
   ${node.children.length && isOpen(node, level) ? html`<ul>${family(node, node.children, level + 1)}</ul>` : nothing}</li>`;
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const swatch = (node) => (node.holders > 1 ? (dark.matches ? "#fabe46" : "#e28e00") : `rgb(${colourOf(holdersOf(node)[0] ?? 0, dark.matches).join(" ")})`);
 
+const rest = (idle) => (idle < 1 ? "just used" : `idle for ${seconds(idle)}`);
+
 const describe = (node) =>
-  `tokens ${count(node.start)} to ${count(node.start + node.tokens)}, ${node.holders > 1 ? `${node.holders} share it` : "one conversation's own"}, ${node.running ? `${node.running} running` : `idle for ${seconds(node.idle)}`}`;
+  `tokens ${count(node.start)} to ${count(node.start + node.tokens)}, ${node.holders > 1 ? `${node.holders} share it` : "one conversation's own"}, ${node.running ? `${node.running} running` : rest(node.idle)}`;
 
 function select(number) {
   view.selected = view.selected === number ? null : number;
-  view.text = null;
+  view.text = view.inRam = null;
   draw();
   if (view.selected !== null) document.getElementById("detail")?.scrollIntoView({ block: "nearest" });
 }
@@ -197,10 +212,11 @@ function detail() {
   return html`<section id="detail" aria-labelledby="detail-title"><h2 id="detail-title">The chosen prefix</h2>
     <dl>
       <dt>Tokens</dt><dd>${count(node.start)} to ${count(node.start + node.tokens)} (${count(node.tokens)})</dd>
-      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}</dd>
+      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}${view.inRam === null ? nothing : view.inRam ? `; a copy of ${plural(view.inRam, "token")} in RAM` : "; no copy in RAM yet"}</dd>
       <dt>Held by</dt><dd>${plural(node.holders, "sequence")}${holders.length ? `: ${holders.slice(0, 24).join(", ")}${holders.length > 24 ? " …" : ""}` : ""}</dd>
+      <dt>Hits</dt><dd>${plural(node.hits, "request")} found it here</dd>
       <dt>Saves</dt><dd>${saving(node)}</dd>
-      <dt>Now</dt><dd>${node.running ? `${node.running} running on it` : `idle for ${seconds(node.idle)}`}</dd>
+      <dt>Now</dt><dd>${node.running ? `${node.running} running on it` : rest(node.idle)}</dd>
     </dl>
     ${view.text ? html`<pre tabindex="0" aria-label="What the prefix says">${view.text}</pre>` : html`<p><button type="button" @click=${showText}>Show what it says</button> <span class="note">needs the admin key</span></p>`}
   </section>`;
@@ -214,6 +230,7 @@ async function showText() {
   try {
     const found = await (await ask(`v1/admin/prefixes/${number}`)).json();
     if (view.selected !== number) return;
+    view.inRam = found.ram_tokens;
     view.text = found.text + (found.tokens > found.tokens_shown ? ` … (${plural(found.tokens - found.tokens_shown, "token")} more)` : "");
   } catch (error) {
     if (error.status === 401) openKey();

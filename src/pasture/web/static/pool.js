@@ -7,8 +7,8 @@ const GAP = 2;
 export function treeOf(snapshot) {
   const nodes = new Map();
   const roots = [];
-  for (const [number, parent, namespace, start, tokens, holders, running, idle] of snapshot.prefixes) {
-    const node = { number, parent: nodes.get(parent), namespace, start, tokens, holders, running, idle, children: [], ends: [] };
+  for (const [number, parent, namespace, start, tokens, holders, running, idle, hits] of snapshot.prefixes) {
+    const node = { number, parent: nodes.get(parent), namespace, start, tokens, holders, running, idle, hits, children: [], ends: [] };
     nodes.set(number, node);
     (node.parent ? node.parent.children : roots).push(node);
   }

@@ -1,0 +1,138 @@
+"""Makes the pictures of the documentation by the product itself: `make screenshots`.
+
+Starts `pasture serve` on the small model, plays the `team` workload of the benchmarks against it, and photographs the dashboard
+while that runs, then the chat page with a shared document and a fork; at 1280 and 390 pixels, light and dark. Needs the `dev`
+extra and a Chromium (PASTURE_CHROMIUM, or on the path). Writes docs/img/*.png, each below MOST_BYTES, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from playwright.async_api import Browser, Page, async_playwright, expect
+
+from pasture.bench.client import Endpoint
+from pasture.bench.drive import Target, play
+from pasture.bench.options import Arrivals, BenchOptions
+from pasture.bench.systems import PASTURE, Size, default_model, running, variants
+from pasture.bench.workloads import build
+
+FOLDER = Path(__file__).parents[1] / "docs" / "img"
+MOST_BYTES = 200_000
+WIDTHS = {1280: "", 390: "-narrow"}
+ADMIN_KEY = "only-for-the-pictures"
+CELLS = 5120
+OPTIONS = BenchOptions(users=14, turns=4, max_tokens=48, think_time=3.0, arrivals=Arrivals.STAGGERED)
+WAIT_MS = 180_000
+HEIGHTS = {("/", 1280): 1130, ("/", 390): 1700, ("/chat", 1280): 800, ("/chat", 390): 844}
+DOCUMENT = (
+    "House rules of the common pasture. The gate is shut after everybody. Forty sheep graze here at most, and goats only on "
+    "Tuesdays. Whoever comes first in the morning fills the trough. Dogs stay on the lead in May and June. "
+) * 8
+
+Shot = Callable[[Page, str], Awaitable[None]]
+
+
+async def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="pasture-pictures-") as folder:
+        flags = ("--kv-ram", "192MiB", "--kv-cache", f"{folder}/kv", "--idle-live", "2s", "--admin-key", ADMIN_KEY)
+        options = replace(OPTIONS, serve_flags=flags)
+        system = variants(PASTURE, Size(0, 0, CELLS), options)[0]
+        async with running(system, Path(folder) / "pasture.log") as up, async_playwright() as playwright:
+            browser = await playwright.chromium.launch(executable_path=_chromium(), args=["--no-sandbox"])
+            target = Target(up.system.endpoint, up.model, 600.0)
+            team = asyncio.create_task(play(build(options), target))
+            await photograph(browser, up.system.endpoint, "/", "dashboard", dashboard)
+            if team.done() and (failed := next((e.error for e in team.result() if e.error is not None), None)):
+                sys.exit(f"a request failed while the pictures were taken: {failed}")
+            team.cancel()
+            await asyncio.gather(team, return_exceptions=True)
+            await photograph(browser, up.system.endpoint, "/chat", "chat", chat)
+            await browser.close()
+    _check_sizes()
+
+
+async def photograph(browser: Browser, endpoint: Endpoint, path: str, name: str, ready: Shot) -> None:
+    """The page at every width, light and dark, each time after `ready` has brought it to where there is something to see."""
+    for width, suffix in WIDTHS.items():
+        async with opened(browser, endpoint.url + path, width, HEIGHTS[path, width]) as page:
+            await ready(page, name)
+            for scheme in ("light", "dark"):
+                await page.emulate_media(color_scheme=scheme)
+                await page.wait_for_timeout(1500)  # the picture fades into its new colours
+                file = FOLDER / f"{name}{suffix}{'-dark' if scheme == 'dark' else ''}.png"
+                await page.screenshot(path=file)
+                print(f"{file.name}: {file.stat().st_size:,} bytes", flush=True)
+
+
+@asynccontextmanager
+async def opened(browser: Browser, url: str, width: int, height: int) -> AsyncGenerator[Page]:
+    """A page of that width, with the admin key in it."""
+    context = await browser.new_context(viewport={"width": width, "height": height})
+    page = await context.new_page()
+    page.set_default_timeout(WAIT_MS)
+    await page.goto(url)
+    await page.get_by_role("button", name="Keys").click()
+    await page.get_by_label("Admin key").fill(ADMIN_KEY)
+    await page.get_by_role("button", name="Use it").click()
+    yield page
+    await context.close()
+
+
+async def dashboard(page: Page, name: str) -> None:
+    await expect(page.locator(".factor")).to_be_visible(timeout=WAIT_MS)
+    await expect(page.locator("button.node.shared").first).to_be_visible(timeout=WAIT_MS)
+    await expect(page.locator(".form.raw").first).to_be_attached(timeout=WAIT_MS)  # somebody rests
+    await page.wait_for_timeout(12_000)  # some history for the lines, some replies for the percentiles
+    await page.locator("button.node.shared").first.click()
+    await page.get_by_role("button", name="Show what it says").click()
+    await expect(page.locator("#detail pre")).to_be_visible()
+    await page.evaluate("scrollTo(0, 0)")
+
+
+async def chat(page: Page, name: str) -> None:
+    await page.get_by_label("Longest reply").fill("40")
+    await page.get_by_text("Shared document").click()
+    await page.get_by_label("Text that the chats begin with").fill(DOCUMENT)
+    await page.get_by_text("Shared document").click()
+    await _say(page, "Chat 1", "How many sheep may graze here?")
+    await _say(page, "Chat 2", "When may I bring my goats?")
+    await page.get_by_role("region", name="Chat 1", exact=True).get_by_role("button", name="Fork here").click()
+    await expect(page.locator(".fork-note")).to_contain_text("0 extra cells")
+    await _say(page, "Chat 3", "And who shuts the gate?", replies=2)
+    await page.get_by_role("region", name="Chat 3", exact=True).evaluate("chat => chat.scrollIntoView({inline: 'start'})")
+    await page.evaluate("scrollTo(0, 0)")
+
+
+async def _say(page: Page, name: str, text: str, replies: int = 1) -> None:
+    region = page.get_by_role("region", name=name, exact=True)
+    await region.get_by_label(f"Message to {name}").fill(text)
+    await region.get_by_label(f"Message to {name}").press("Enter")
+    await expect(region.locator(".badge")).to_have_count(replies, timeout=WAIT_MS)
+
+
+def _chromium() -> str:
+    found = os.environ.get("PASTURE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        sys.exit("no Chromium on this machine: install it, or set PASTURE_CHROMIUM")
+    return found
+
+
+def _check_sizes() -> None:
+    for file in FOLDER.glob("*.png"):
+        if file.stat().st_size > MOST_BYTES:
+            sys.exit(f"{file.name} has {file.stat().st_size:,} bytes; {MOST_BYTES:,} are the most")
+
+
+if __name__ == "__main__":
+    default_model()  # says what is missing before anything is started
+    asyncio.run(main())
