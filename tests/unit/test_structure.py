@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv": {"core"},
     "tiers": {"core"},
     "foresight": {"core", "kv", "tiers"},
-    "cluster": {"core", "foresight"},
+    "cluster": {"core", "tiers", "foresight"},
+    "fleet": {"core", "config", "engine", "stores", "scheduler", "sessions", "api", "server", "cluster"},
     "scheduler": {"core", "kv"},
     "text": {"core"},
     "sessions": {"core"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": {"core", "config", "tiers", "foresight"},
     "server": {"core", "config", "engine", "stores", "scheduler", "text", "sessions", "api"},
     "herd": {"core", "config", "engine", "scheduler", "text", "api", "server"},
-    "cli": {"core", "config", "engine", "tiers", "foresight", "sessions", "server", "bench", "observe", "cluster"},
+    "cli": {"core", "config", "engine", "tiers", "foresight", "sessions", "server", "bench", "observe", "cluster", "fleet"},
     "__init__": {"core", "config", "herd"},
     "__main__": {"cli"},
 }
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT_LLAMA = {"engine/bindings.py", "bench/isolated.py"}
 """The engine, and the baseline it is measured against."""
 
-HEAVY_AT_IMPORT = {"llama_cpp", "fastapi", "uvicorn", "openai", "plotly", "httpx", "sqlalchemy"}
+HEAVY_AT_IMPORT = {"llama_cpp", "fastapi", "uvicorn", "openai", "plotly", "httpx", "sqlalchemy", "ray", "redis"}
 """What `import pasture` and `pasture --help` must not wait for."""
 
 
