@@ -1,0 +1,120 @@
+"""Frames over a TCP connection between two machines of a cluster, and how both ends prove that they belong to it.
+
+    u32 bytes of JSON, u64 bytes of payload, the JSON object, the payload
+
+Before the first frame both ends answer the other's challenge with an HMAC under the cluster's key; who cannot is dropped before
+a byte of his is read as a frame. The connection itself is not encrypted: it belongs on a private network. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import struct
+from hashlib import blake2b
+
+import orjson
+
+from pasture.cluster.plain import Plain
+
+_HEAD = struct.Struct("<IQ")
+_CHALLENGE_BYTES = 32
+_PROOF_BYTES = 32
+_GREETING = b"pasture cluster 1\n"
+MAX_JSON_BYTES = 64 << 20
+MAX_PAYLOAD_BYTES = 1 << 36
+GREETING_SECONDS = 5.0
+
+Message = dict[str, Plain]
+
+
+class NotOfThisCluster(Exception):
+    """The other end speaks another language, or does not have the key."""
+
+
+class Wire:
+    """One connection after the greeting."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def send(self, message: Message, payload: bytes = b"") -> None:
+        """Queue a frame; nothing happens on a connection that is closed."""
+        if self._writer.is_closing():
+            return
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"{len(payload)} bytes are too many for one frame")
+        body = orjson.dumps(message)
+        self._writer.write(_HEAD.pack(len(body), len(payload)) + body)
+        if payload:
+            self._writer.write(payload)
+
+    async def receive(self) -> tuple[Message, bytes]:
+        """The next frame. Raises ConnectionError at the end, and for a frame that is none."""
+        try:
+            n_json, n_payload = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
+            if n_json > MAX_JSON_BYTES or n_payload > MAX_PAYLOAD_BYTES:
+                raise ConnectionError(f"a frame of {n_json} and {n_payload} bytes")
+            message = orjson.loads(await self._reader.readexactly(n_json))
+            payload = await self._reader.readexactly(n_payload) if n_payload else b""
+        except (asyncio.IncompleteReadError, orjson.JSONDecodeError, OSError) as error:
+            raise ConnectionError(str(error)) from error
+        if not isinstance(message, dict):
+            raise ConnectionError("a frame without an object")
+        return message, payload
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._writer.transport.get_write_buffer_size()
+
+    async def drained(self) -> None:
+        """Wait until most of what was sent is on its way."""
+        await self._writer.drain()
+
+    def close(self) -> None:
+        """At once; what was not sent is lost."""
+        self._writer.transport.abort()
+
+
+async def connect(host: str, port: int, key: bytes) -> Wire:
+    """A connection to a server of the same cluster. Raises ConnectionError or NotOfThisCluster, within seconds."""
+    try:
+        async with asyncio.timeout(GREETING_SECONDS):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                await _greet(reader, writer, key, mine=b"client", theirs=b"server")
+            except BaseException:
+                writer.transport.abort()
+                raise
+    except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        raise ConnectionError(f"{host} port {port}: {error or type(error).__name__}") from error
+    return Wire(reader, writer)
+
+
+async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> Wire | None:
+    """The server's side of `connect`; None, and the connection dropped, for a stranger."""
+    try:
+        async with asyncio.timeout(GREETING_SECONDS):
+            await _greet(reader, writer, key, mine=b"server", theirs=b"client")
+    except (OSError, TimeoutError, asyncio.IncompleteReadError, NotOfThisCluster):
+        writer.transport.abort()
+        return None
+    return Wire(reader, writer)
+
+
+async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes, *, mine: bytes, theirs: bytes) -> None:
+    challenge = secrets.token_bytes(_CHALLENGE_BYTES)
+    writer.write(_GREETING + challenge)
+    if await reader.readexactly(len(_GREETING)) != _GREETING:
+        raise NotOfThisCluster("the other end is no pasture of this version")
+    other = await reader.readexactly(_CHALLENGE_BYTES)
+    writer.write(_proof(key, mine, other, challenge))
+    if not hmac.compare_digest(await reader.readexactly(_PROOF_BYTES), _proof(key, theirs, challenge, other)):
+        raise NotOfThisCluster("the other end does not have this cluster's key")
+
+
+def _proof(key: bytes, role: bytes, asked: bytes, own: bytes) -> bytes:
+    """Of whoever plays `role` and was `asked`; the role and both challenges, so that nothing can be mirrored."""
+    return blake2b(role + asked + own, key=blake2b(key).digest(), digest_size=_PROOF_BYTES).digest()

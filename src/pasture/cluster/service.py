@@ -1,0 +1,334 @@
+"""`core.ports.Service` over the replicas of a cluster: what an ingress serves its API from.
+
+    generate    the router places it; the replica's events pass through; when the replica dies, another one goes on
+    the rest    asked of the replica that has most of the tokens, or of all
+
+A client of a stream whose replica dies sees a pause. A request ends with an error only when no replica takes it for
+`patience_seconds`, when several replicas in a row are lost before any of them writes a token (it may be what kills them), or
+when it is the request's own fault. One event loop: everything but `statistics`, `close` and the release of pins belongs to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from array import array
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+
+from pasture.cluster.continuing import Continuing
+from pasture.cluster.link import Link, ReplicaLost, Source
+from pasture.cluster.links import Links
+from pasture.cluster.members import Directory, vocabulary_mark
+from pasture.cluster.pulling import PullCosts
+from pasture.cluster.router import Router, RouterSettings
+from pasture.cluster.sums import total
+from pasture.cluster.survival import Story
+from pasture.cluster.values import Decision, Placement, Reason, ReplicaId, SessionKey
+from pasture.core.errors import Conflict, EngineError, NoReplica, NotFound, QueueFull, ShuttingDown
+from pasture.core.ports import Clock, Vocabulary
+from pasture.core.statistics import ServiceStatistics
+from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
+from pasture.core.values import FinishReason, ModelInfo, Namespace, Request, RequestId, TokenEvent, Whereabouts
+from pasture.tiers.keys import chain, root_key
+
+log = logging.getLogger(__name__)
+
+MAX_LOSSES = 4
+"""replicas in a row that a request may lose before it has got a token from any of them"""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    patience_seconds: float = 15.0
+    """without any replica that takes a request, before it is refused"""
+    drain_seconds: float = 60.0
+    router: RouterSettings = field(default_factory=RouterSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leg:
+    link: Link
+    placement: Placement
+    decision: Decision
+    source: Source | None
+
+
+class RemotePin:
+    """Keeps blocks in the RAM of one replica; gone with it. See `core.storage.Pin`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, link: Link, number: int) -> None:
+        self._loop = loop
+        self._link = link
+        self._number: int | None = number
+
+    def release(self) -> None:
+        number, self._number = self._number, None
+        if number is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._link.unpin, number)
+
+
+class ClusterService:
+    """See the module. `start` it on its loop."""
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        vocabulary: Vocabulary,
+        directory: Directory,
+        key: bytes,
+        settings: ClusterSettings | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`key`: the cluster's, which every replica has."""
+        self._model = model
+        self._vocabulary = vocabulary
+        self._settings = settings or ClusterSettings()
+        self._clock = clock
+        costs = PullCosts(model.cell_bytes if model.shareable else 0)
+        self.router = Router(self._settings.router, costs.seconds)
+        self._directory = directory
+        self.links = Links(directory, key, self.router, costs, vocabulary_mark(vocabulary), self._settle)
+        self._continuing = Continuing()
+        self._longest = 0
+        self._n_running = 0
+        self._idle = asyncio.Event()
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.survived = 0
+        """times that a request went on after its replica was lost"""
+
+    def start(self) -> None:
+        """Begin to follow the directory, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self.links.start()
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._vocabulary
+
+    @property
+    def max_conversation_tokens(self) -> int:
+        """What every replica can hold; as last known where there is none."""
+        found = [link.identity.max_conversation_tokens for link in self.links.open.values()]
+        self._longest = min(found, default=self._longest)
+        return self._longest or self._model.n_ctx_train
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.router.replicas()) and not self._draining
+
+    # Requests
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """See `core.ports.Service.generate`; raises NoReplica too."""
+        if self._draining:
+            raise ShuttingDown("the server is shutting down; send the request to another one")
+        self._n_running += 1
+        self._idle.clear()
+        try:
+            async with aclosing(self._tell(Story(request, self._clock()))) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._n_running -= 1
+            if not self._n_running:
+                self._idle.set()
+
+    async def _tell(self, story: Story) -> AsyncGenerator[TokenEvent, None]:
+        avoid: frozenset[ReplicaId] = frozenset()
+        losses, fingerprint = 0, ""
+        while (rest := story.next_leg(self._clock())) is not None:
+            if story.sent:
+                avoid |= self.links.others_than(fingerprint)
+            leg = await self._place(rest, avoid)
+            n_sent, fingerprint = len(story.sent), leg.link.identity.fingerprint
+            try:
+                async with aclosing(self._leg(rest, leg)) as events:
+                    async for event in events:
+                        told = story.told(event, self._clock())
+                        if told.finish is not None:
+                            self._finished(story, leg)  # before the end is told: nobody comes back after it
+                            yield told
+                            return
+                        yield told
+            except (ReplicaLost, ShuttingDown, EngineError, QueueFull) as lost:
+                avoid |= {leg.decision.replica}
+                if len(story.sent) > n_sent:
+                    losses, avoid = 0, frozenset({leg.decision.replica})
+                losses += 1
+                if losses >= MAX_LOSSES or (isinstance(lost, QueueFull) and avoid >= set(self.router.replicas())):
+                    raise lost if isinstance(lost, QueueFull) else _given_up(lost) from lost
+                self.survived += 1
+                log.warning("%s goes on elsewhere after %d tokens: %r", rest.request_id, len(story.sent), lost)
+        yield story.ended(self._clock())
+
+    async def _leg(self, request: Request, leg: _Leg) -> AsyncGenerator[TokenEvent, None]:
+        """The events of one replica; an end that is none of the request's is the loss of the replica."""
+        self.router.started(request.request_id, leg.placement, leg.decision)
+        try:
+            async with aclosing(leg.link.generate(request, leg.decision.uncached_tokens, leg.source)) as events:
+                async for event in events:
+                    finish = event.finish
+                    if finish is not None and finish.reason is FinishReason.CANCELLED:
+                        raise ReplicaLost(f"{leg.decision.replica} has closed")
+                    if finish is not None and isinstance(finish.error, EngineError):
+                        raise finish.error
+                    self.router.progress(request.request_id, 0)
+                    yield event
+        finally:
+            self.router.finished(request.request_id)
+
+    async def _place(self, request: Request, avoid: frozenset[ReplicaId]) -> _Leg:
+        """Raises NoReplica when nobody can take it for too long."""
+        patience = self._clock() + self._settings.patience_seconds
+        while True:
+            placement = self._placement(request, avoid)
+            decision = self.router.place(placement)
+            if decision is not None and (link := self.links.open.get(decision.replica)) is not None:
+                return _Leg(link, placement, decision, self._source(decision))
+            left = patience - self._clock()
+            if left <= 0:
+                raise NoReplica("no replica can take the request at present; try again")
+            await self.links.changed(min(left, 0.5))
+            avoid = frozenset() if not request.drawn_tokens else avoid - set(self.router.replicas())
+
+    def _placement(self, request: Request, avoid: frozenset[ReplicaId]) -> Placement:
+        path = self._path(request.namespace, request.prompt)
+        if request.session is not None:
+            session = SessionKey(f"{request.namespace}\0{request.session}")
+        else:
+            session = self._continuing.session(path, request.request_id)
+        return Placement(path, len(request.prompt), session, avoid)
+
+    def _source(self, decision: Decision) -> Source | None:
+        owner = None if decision.pull is None else self.links.open.get(decision.pull.owner)
+        if decision.pull is None or owner is None:
+            return None
+        return Source(owner.member, decision.pull.last * BLOCK_TOKENS)
+
+    def _path(self, namespace: Namespace, tokens: Sequence[int]) -> tuple[BlockKey, ...]:
+        whole = array("i", tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS])
+        return tuple(address.key for address in chain(root_key(self.links.fingerprint, namespace), whole))
+
+    def _finished(self, story: Story, leg: _Leg) -> None:
+        if story.request.session is None and leg.placement.session is not None:
+            path = self._path(story.request.namespace, (*story.request.prompt, *story.sent))
+            self._continuing.note(path, leg.placement.session)
+
+    # What is asked about tokens
+
+    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
+        """Of the replica that has most."""
+        return (await self._best(namespace, array("i", tokens)))[1]
+
+    async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
+        """On the replica that has most; gone with it."""
+        path = array("i", tokens)
+        link, _ = await self._best(namespace, path)
+        try:
+            return RemotePin(asyncio.get_running_loop(), link, await link.pin(namespace, path))
+        except ReplicaLost as lost:
+            raise NoReplica(f"{lost} was lost") from lost
+
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        path = self._path(namespace, tokens)
+        session = self._continuing.session(path, RequestId("anticipated"))
+        decision = self.router.place(Placement(path, len(tokens), session))
+        if decision is not None and (link := self.links.open.get(decision.replica)) is not None:
+            link.anticipate(namespace, array("i", tokens))
+
+    async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
+        path = array("i", tokens)
+        link, _ = await self._best(namespace, path)
+        try:
+            return await link.export(namespace, path)
+        except ReplicaLost:
+            return b""
+
+    async def restore(self, namespace: Namespace, tokens: Sequence[int], exported: bytes) -> int:
+        placement = Placement(self._path(namespace, tokens), len(tokens))
+        decision = self.router.place(placement)
+        link = None if decision is None else self.links.open.get(decision.replica)
+        if link is None:
+            raise NoReplica("no replica can take it at present; try again")
+        try:
+            return await link.restore(namespace, array("i", tokens), exported)
+        except ReplicaLost as lost:
+            raise NoReplica(f"{lost} was lost") from lost
+
+    async def move(self, namespace: Namespace, tokens: Sequence[int], session: str | None, replica: str) -> int:
+        """Carry the KV of these tokens to a replica, where the session is at home from then on; returns tokens there.
+
+        Raises NotFound for a replica that is not there, Conflict for one that takes nothing.
+        """
+        target = self.links.open.get(ReplicaId(replica))
+        if target is None:
+            raise NotFound(f"there is no replica {replica}", param="replica")
+        if target.member.replica not in self.router.replicas():
+            raise Conflict(f"{replica} is being drained", param="replica")
+        path = array("i", tokens)
+        source, _ = await self._best(namespace, path)
+        n_tokens = 0
+        try:
+            exported = b"" if source is target else await source.export(namespace, path)
+            n_tokens = await target.restore(namespace, path, exported) if exported else 0
+        except ReplicaLost as lost:
+            raise NoReplica(f"{lost} was lost; nothing was moved") from lost
+        if session is not None:
+            await self._directory.moved(f"{namespace}\0{session}", target.member.replica)
+            self._settle(SessionKey(f"{namespace}\0{session}"), target.member.replica)
+        found = await target.locate(namespace, path)
+        return max(n_tokens, found.live_tokens, found.ram_tokens)
+
+    async def verify(self) -> None:
+        for link in list(self.links.open.values()):
+            with suppress(ReplicaLost):
+                await link.verify()
+
+    def _settle(self, session: SessionKey, replica: ReplicaId) -> None:
+        """From now on the session is at home there."""
+        if replica in self.router.replicas():
+            request = RequestId(f"move\0{session}")
+            self.router.started(request, Placement((), 0, session), Decision(replica, Reason.SESSION, 0, 0))
+            self.router.finished(request)
+
+    async def _best(self, namespace: Namespace, tokens: array[int]) -> tuple[Link, Whereabouts]:
+        """Who has most of the tokens. Raises NoReplica."""
+        links = list(self.links.open.values())
+        answers = await asyncio.gather(*(link.locate(namespace, tokens) for link in links), return_exceptions=True)
+        found = [(link, where) for link, where in zip(links, answers, strict=True) if isinstance(where, Whereabouts)]
+        if not found:
+            raise NoReplica("no replica is there at present; try again")
+        return max(found, key=lambda pair: max(pair[1].live_tokens, pair[1].ram_tokens))
+
+    # The end
+
+    def statistics(self) -> ServiceStatistics:
+        """The sum over the replicas, as of their last reports."""
+        return total(self._model, list(self.links.statistics.values()), draining=self._draining)
+
+    async def drain(self) -> None:
+        """This ingress takes nothing new and lets what runs through it finish."""
+        self._draining = True
+        if self._n_running:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), self._settings.drain_seconds)
+
+    def close(self) -> None:
+        """On its loop, or from another thread while that runs."""
+        self._draining = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.links.close)
+
+
+def _given_up(lost: Exception) -> Exception:
+    if isinstance(lost, EngineError):
+        return lost
+    return NoReplica("one replica after another was lost on this request; it is not tried again")

@@ -1,0 +1,93 @@
+"""The statistics of several replicas as those of one service.
+
+Numbers add up, shares are means, latencies are the worst; tables are merged by their keys, rows by their names, and sequences
+keep apart because each replica's ids follow on the ids of the one before. Goes by the fields of the values, so whatever they
+come to hold is summed as well. Pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+from pasture.core.statistics import SequenceStatistics, ServiceStatistics
+from pasture.core.values import ModelInfo, SeqId
+
+_MEANS = {"fragmentation"}
+_WORST = {"latency_seconds", "uptime_seconds"}
+_NAMES = ("name", "namespace")
+"""by which rows of a table are the same row"""
+
+_T = TypeVar("_T")
+
+
+def total(model: ModelInfo, statistics: Sequence[ServiceStatistics], *, draining: bool) -> ServiceStatistics:
+    """All of them together; of nobody, zeros."""
+    numbered, first = [], 0
+    for one in statistics:
+        rows = [
+            dataclasses.replace(row, sequence=SeqId(row.sequence + first), prefix=None)
+            if isinstance(row, SequenceStatistics)
+            else row
+            for row in one.pool.sequences
+        ]
+        first += one.pool.shape.n_seqs
+        numbered.append(dataclasses.replace(one, pool=dataclasses.replace(one.pool, sequences=tuple(rows), prefixes=())))
+    found = _sum(numbered) if numbered else _nothing(ServiceStatistics)
+    return dataclasses.replace(found, model=model, draining=draining)
+
+
+def _sum(values: Sequence[_T]) -> _T:
+    """Of equal dataclasses."""
+    first: Any = values[0]
+    fields = {
+        field.name: _field(field.name, [getattr(value, field.name) for value in values]) for field in dataclasses.fields(first)
+    }
+    found: _T = type(first)(**fields)
+    return found
+
+
+def _field(name: str, values: Sequence[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    if not known or isinstance(known[0], bool | str | Enum):
+        return known[0] if known else None
+    if isinstance(known[0], int | float):
+        if name in _MEANS:
+            return sum(known) / len(known)
+        return max(known) if name in _WORST else sum(known)
+    if isinstance(known[0], Mapping):
+        keys = dict.fromkeys(key for table in known for key in table)
+        return {key: _field(name, [table[key] for table in known if key in table]) for key in keys}
+    if dataclasses.is_dataclass(known[0]):
+        return _sum(known)
+    return _rows([row for table in known for row in table])
+
+
+def _rows(rows: Sequence[Any]) -> tuple[Any, ...]:
+    naming = next((name for name in _NAMES if rows and hasattr(rows[0], name)), None)
+    if naming is None or isinstance(rows[0], SequenceStatistics):
+        return tuple(rows)
+    named: dict[object, list[Any]] = {}
+    for row in rows:
+        named.setdefault(getattr(row, naming), []).append(row)
+    return tuple(_sum(same) for same in named.values())
+
+
+def _nothing(kind: Any) -> Any:
+    """A value of that type that says nothing."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind, localns={"array": list})
+        return kind(**{field.name: _nothing(hints[field.name]) for field in dataclasses.fields(kind)})
+    origin = get_origin(kind) or kind
+    if isinstance(origin, type):
+        if issubclass(origin, Enum):
+            return next(iter(origin))
+        if issubclass(origin, bool | int | float | str):
+            return origin()
+        if issubclass(origin, Mapping):
+            return {}
+        if issubclass(origin, Sequence):
+            return ()
+    return None

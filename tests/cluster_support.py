@@ -1,0 +1,149 @@
+"""A cluster in one process: replicas with fake engines behind real sockets, a directory in memory, an ingress' service."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from pasture.cluster.journal import Journal, watched
+from pasture.cluster.members import Identity, Member, Move, Roll, vocabulary_mark
+from pasture.cluster.service import ClusterService, ClusterSettings
+from pasture.cluster.serving import ReplicaServer
+from pasture.cluster.values import Epoch, ReplicaId
+from pasture.core.ports import Service
+from pasture.core.values import Finish, PoolShape, Request, RequestId, SamplingParams, TokenEvent
+from pasture.engine.fake import FakeEngine
+from pasture.scheduler.service import LocalService
+from pasture.scheduler.settings import SchedulerSettings
+from pasture.tiers.eviction import least_recently_used
+from pasture.tiers.gate import OpenGate
+from pasture.tiers.store import open_store
+
+KEY = b"the key of the tests"
+GREEDY = SamplingParams(temperature=0)
+_epochs = itertools.count(1)
+
+
+class Register:
+    """A directory in memory; see `pasture.cluster.members.Directory`."""
+
+    def __init__(self) -> None:
+        self.members: dict[ReplicaId, Member] = {}
+        self.moves: list[Move] = []
+
+    async def join(self, member: Member) -> None:
+        self.members[member.replica] = member
+
+    async def leave(self, replica: ReplicaId, epoch: Epoch) -> None:
+        self.members.pop(replica, None)
+
+    async def drain(self, replica: ReplicaId) -> None:
+        self.members[replica] = replace(self.members[replica], draining=True)
+
+    async def moved(self, session: str, replica: ReplicaId) -> None:
+        self.moves.append(Move(len(self.moves) + 1, session, replica))
+
+    async def roll(self) -> Roll:
+        return Roll(tuple(self.members.values()), tuple(self.moves))
+
+
+class Replica:
+    """One start of a replica, on this loop."""
+
+    def __init__(self, name: str, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.journal = Journal(ReplicaId(name), Epoch(next(_epochs)))
+        store = open_store(
+            engine.codec,
+            1 << 28,
+            divisible=True,
+            gate=OpenGate(engine.model.cell_bytes),
+            policy=watched(least_recently_used, self.journal),
+        )
+        self.service = LocalService(engine, store, SchedulerSettings(check_invariants=True))
+        fingerprint = engine.codec.fingerprint.hex()
+        limit = self.service.max_conversation_tokens
+        identity = Identity(engine.model, fingerprint, vocabulary_mark(engine.vocabulary), limit)
+        self.server = ReplicaServer(self.service, identity, self.journal, KEY)
+        self.member = Member(self.journal.replica, self.journal.epoch, "127.0.0.1", 0)
+
+    async def start(self, register: Register) -> None:
+        self.member = replace(self.member, port=await self.server.start("127.0.0.1"))
+        await register.join(self.member)
+
+    async def die(self) -> None:
+        """As a killed process does: connections break, nothing is said."""
+        await self.server.stop()
+        await asyncio.to_thread(self.service.close)
+
+
+class Fleet:
+    """Replicas by name, and one ingress' service over them."""
+
+    def __init__(self, engines: Sequence[FakeEngine], settings: ClusterSettings | None = None) -> None:
+        self.register = Register()
+        self.replicas = {f"r{n}": Replica(f"r{n}", engine) for n, engine in enumerate(engines)}
+        engine = engines[0]
+        self.service = ClusterService(engine.model, engine.vocabulary, self.register, KEY, settings)
+
+    async def start(self) -> None:
+        for replica in self.replicas.values():
+            await replica.start(self.register)
+        self.service.start()
+        await self.settled(len(self.replicas))
+
+    async def settled(self, n_replicas: int) -> None:
+        """Wait until so many replicas take requests."""
+        async with asyncio.timeout(20):
+            while len(self.service.router.replicas()) != n_replicas:
+                await asyncio.sleep(0.01)
+
+    async def restart(self, name: str, engine: FakeEngine) -> None:
+        """The replica again, empty, as another start."""
+        self.replicas[name] = Replica(name, engine)
+        await self.replicas[name].start(self.register)
+
+    async def stop(self) -> None:
+        self.service.close()
+        for replica in self.replicas.values():
+            await replica.die()
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def fleet(*engines: FakeEngine, settings: ClusterSettings | None = None) -> AsyncGenerator[Fleet, None]:
+    """Of these engines; two of the usual size where none is given."""
+    made = Fleet(engines or (usual(), usual()), settings)
+    await made.start()
+    try:
+        yield made
+    finally:
+        await made.stop()
+
+
+def usual() -> FakeEngine:
+    return FakeEngine(PoolShape(8192, 64))
+
+
+def request(name: str, prompt: Sequence[int], max_tokens: int = 8, params: SamplingParams = GREEDY) -> Request:
+    return Request(RequestId(name), tuple(prompt), max_tokens, params)
+
+
+async def collect(service: Service, asked: Request) -> tuple[list[int], Finish]:
+    """The tokens of the whole reply, and its end."""
+    tokens: list[int] = []
+    async for event in service.generate(asked):
+        if event.token is not None:
+            tokens.append(event.token)
+        if event.finish is not None:
+            return tokens, event.finish
+    raise AssertionError("a stream without an end")
+
+
+def last(events: Sequence[TokenEvent]) -> Finish:
+    finish = events[-1].finish
+    assert finish is not None
+    return finish

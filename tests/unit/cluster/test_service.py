@@ -1,0 +1,230 @@
+"""An ingress' service over replicas behind real sockets: streams that survive, sessions that stay, replicas that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from array import array
+from contextlib import aclosing
+
+import pytest
+
+from pasture.cluster.service import ClusterSettings
+from pasture.cluster.values import ReplicaId
+from pasture.core.errors import NoReplica, PromptTooLong, RequestError
+from pasture.core.values import DEFAULT_NAMESPACE, FinishReason, PoolShape, Request, RequestId, SamplingParams
+from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.engine.paced import Pace, PacedEngine
+from tests.cluster_support import GREEDY, Fleet, collect, fleet, request, usual
+
+PROMPT = tuple(i % 250 for i in range(200))
+SLOW = Pace(0.005, 0.0)
+SEEDED = SamplingParams(seed=5)
+
+
+def slow() -> FakeEngine:
+    return PacedEngine(PoolShape(8192, 64), SLOW)
+
+
+async def serving(made: Fleet, name: str) -> str:
+    """Which replica the request runs on."""
+    async with asyncio.timeout(10):
+        while True:
+            for replica in made.replicas.values():
+                if replica.service.statistics().scheduler.decoding:
+                    return str(replica.member.replica)
+            await asyncio.sleep(0.01)
+
+
+async def test_a_reply_is_what_one_machine_would_have_answered() -> None:
+    async with fleet() as made:
+        tokens, finish = await collect(made.service, request("a", PROMPT, 20))
+        assert tokens == expected_reply(PROMPT, 20, GREEDY)
+        assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (200, 20)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+async def test_a_stream_goes_on_when_its_replica_dies(params: SamplingParams) -> None:
+    async with fleet(slow(), slow(), slow()) as made:
+        tokens: list[int] = []
+        died: list[str] = []
+        usages = []
+        async with aclosing(made.service.generate(request("a", PROMPT, 120, params))) as events:
+            async for event in events:
+                if event.token is not None:
+                    tokens.append(event.token)
+                if event.usage is not None:
+                    usages.append(event.usage)
+                if len(tokens) in (30, 70) and len(died) < 2:
+                    died.append(await serving(made, "a"))
+                    await made.replicas[died[-1]].die()
+        assert len(set(died)) == 2
+        assert tokens == expected_reply(PROMPT, 120, params)
+        assert event.finish is not None
+        assert event.finish.reason is FinishReason.LENGTH
+        usage = event.finish.usage
+        assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (200, 0, 120)
+        assert len(usages) == 1, "the first token's cost is told once"
+        assert made.service.survived == 2
+        assert len(made.service.router.replicas()) == 1
+
+
+async def test_a_replica_that_is_only_closed_loses_nobody_either() -> None:
+    async with fleet(slow(), slow()) as made:
+        asking = asyncio.create_task(collect(made.service, request("a", PROMPT, 60)))
+        name = await serving(made, "a")
+        await asyncio.to_thread(made.replicas[name].service.close)
+        tokens, _ = await asking
+        assert tokens == expected_reply(PROMPT, 60, GREEDY)
+
+
+async def test_without_any_replica_the_answer_is_503_and_says_so() -> None:
+    async with fleet(usual(), settings=ClusterSettings(patience_seconds=0.2)) as made:
+        await made.replicas["r0"].die()
+        await made.settled(0)
+        assert not made.service.ready
+        with pytest.raises(NoReplica, match="try again"):
+            await collect(made.service, request("a", PROMPT))
+
+
+async def test_a_request_waits_for_a_replica_that_comes_back() -> None:
+    async with fleet(slow()) as made:
+        asking = asyncio.create_task(collect(made.service, request("a", PROMPT, 60)))
+        await serving(made, "a")
+        await made.replicas["r0"].die()
+        await made.settled(0)
+        await made.restart("r0", slow())
+        tokens, _ = await asking
+        assert tokens == expected_reply(PROMPT, 60, GREEDY)
+
+
+async def test_nothing_is_credited_to_the_dead() -> None:
+    async with fleet() as made:
+        await collect(made.service, request("a", PROMPT, 4))
+        async with asyncio.timeout(10):
+            while not made.service.router.statistics().known_blocks:
+                await asyncio.sleep(0.02)
+        for name in ("r0", "r1"):
+            await made.replicas[name].die()
+        await made.settled(0)
+        assert made.service.router.statistics().known_blocks == 0
+        await made.restart("r0", usual())
+        await made.settled(1)
+        _, finish = await collect(made.service, request("b", PROMPT, 4))
+        assert finish.usage.cached_tokens == 0
+
+
+async def test_the_requests_own_faults_are_the_clients() -> None:
+    async with fleet() as made:
+        for asked, fault in ((request("a", ()), RequestError), (request("b", PROMPT, 9000), PromptTooLong)):
+            with pytest.raises(fault):
+                await collect(made.service, asked)
+        assert made.service.survived == 0
+
+
+async def test_what_its_client_leaves_is_ended_on_the_replica() -> None:
+    async with fleet(slow()) as made:
+        async with aclosing(made.service.generate(request("a", PROMPT, 5000))) as events:
+            async for event in events:
+                if event.token is not None:
+                    break
+        async with asyncio.timeout(10):
+            while made.replicas["r0"].service.statistics().scheduler.decoding:
+                await asyncio.sleep(0.01)
+
+
+async def test_turns_of_a_conversation_stay_together_without_a_session() -> None:
+    async with fleet(usual(), usual(), usual()) as made:
+        said = list(PROMPT)
+        for turn in range(4):
+            tokens, finish = await collect(made.service, request(f"t{turn}", said, 70))
+            if turn:
+                assert finish.usage.cached_tokens == len(said) - 8 - 1, "all of the old tokens but the last"
+            said += [*tokens, *range(8)]
+        assert sum(bool(replica.engine.n_computed) for replica in made.replicas.values()) == 1
+
+
+async def test_a_drained_replica_hands_its_conversations_over() -> None:
+    async with fleet() as made:
+        said: dict[int, list[int]] = {}
+        for n in range(20):
+            prompt = [n, n + 1, *PROMPT[: 60 + 7 * n]]
+            reply, _ = await collect(made.service, request(f"c{n}", prompt, 9))
+            said[n] = prompt + reply
+        drained = made.replicas["r0"]
+        await made.register.drain(drained.member.replica)
+        await made.settled(1)
+        link = made.service.links.open[drained.member.replica]
+        told = await link.hand_over([made.replicas["r1"].member])
+        assert told["carried"] == told["conversations"]
+        assert told["carried"] == len(drained.server.conversations)
+        await drained.die()
+        for n, tokens in said.items():
+            _, finish = await collect(made.service, request(f"d{n}", [*tokens, 3, 4], 2))
+            assert finish.usage.cached_tokens >= len(tokens) - 1
+
+
+async def test_a_session_moves_without_recomputation() -> None:
+    async with fleet() as made:
+        asked = Request(RequestId("a"), PROMPT, 40, GREEDY, session="s")
+        reply, _ = await collect(made.service, asked)
+        here = next(name for name, replica in made.replicas.items() if replica.engine.n_computed)
+        there = "r1" if here == "r0" else "r0"
+        tokens = [*PROMPT, *reply]
+        assert await made.service.move(DEFAULT_NAMESPACE, tokens, "s", there) == len(tokens) - 1
+        before = made.replicas[there].engine.n_computed
+        _, finish = await collect(made.service, Request(RequestId("b"), (*tokens, 1, 2), 4, GREEDY, session="s"))
+        assert finish.usage.cached_tokens == len(tokens) - 1
+        assert made.replicas[there].engine.n_computed > before
+
+
+async def test_statistics_are_those_of_all() -> None:
+    async with fleet() as made:
+        for n in range(6):
+            await collect(made.service, request(f"a{n}", (n, *PROMPT), 4))
+        async with asyncio.timeout(10):
+            while made.service.statistics().scheduler.submitted_total != 6:
+                await asyncio.sleep(0.05)
+        found = made.service.statistics()
+        assert found.pool.shape.n_cells == 2 * 8192
+        ids = [sequence.sequence for sequence in found.pool.sequences]
+        assert len(ids) == len(set(ids))
+
+
+async def test_strangers_are_not_heard() -> None:
+    async with fleet() as made:
+        port = made.replicas["r0"].member.port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"pasture cluster 1\n" + bytes(64))
+        heard = b""
+        with contextlib.suppress(ConnectionError):
+            while part := await reader.read(1 << 16):
+                heard += part
+        assert len(heard) <= 18 + 32 + 32, "a challenge and an answer, and no frame"
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_locate_pin_and_release() -> None:
+    async with fleet() as made:
+        await collect(made.service, request("a", PROMPT, 4))
+        found = await made.service.locate(DEFAULT_NAMESPACE, PROMPT)
+        assert max(found.live_tokens, found.ram_tokens) >= len(PROMPT) - 1
+        pin = await made.service.pin(DEFAULT_NAMESPACE, PROMPT)
+        pinned = [r.service.statistics().store.tiers[0].pinned_bytes for r in made.replicas.values()]
+        assert any(pinned)
+        pin.release()
+        pin.release()
+        async with asyncio.timeout(10):
+            while any(r.service.statistics().store.tiers[0].pinned_bytes for r in made.replicas.values()):
+                await asyncio.sleep(0.01)
+
+
+async def test_an_export_of_the_cluster_is_one_of_a_replica() -> None:
+    async with fleet() as made:
+        await collect(made.service, request("a", PROMPT, 4))
+        exported = await made.service.export(DEFAULT_NAMESPACE, PROMPT)
+        replica = next(r for r in made.replicas.values() if not r.engine.n_computed)
+        assert await replica.service.restore(DEFAULT_NAMESPACE, array("i", PROMPT), exported) == len(PROMPT)
+        assert ReplicaId("r0") in made.service.links.open
