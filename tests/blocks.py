@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from pasture.core.storage import BlockKey, Bytes
 from pasture.core.values import Form, Namespace
 from pasture.tiers.block import Block
 from pasture.tiers.keys import Address, chain, root_key
+from pasture.tiers.ports import SlowTier
 
 FINGERPRINT = b"a model"
 
@@ -43,6 +44,11 @@ def block_at(address: Address, tokens: array[int], n_bytes: int = 1000, *, form:
 def blocks(tokens: array[int], n_bytes: int = 1000, namespace: str = "default") -> Iterator[Block]:
     for address in path(tokens, namespace):
         yield block_at(address, tokens, n_bytes)
+
+
+def leading(tier: SlowTier, path: Sequence[Address]) -> int:
+    """How many blocks of the path the tier has, from the first."""
+    return next((n for n, there in enumerate(tier.stored(path)) if not there), len(path))
 
 
 def same(found: Block | None, expected: Block) -> bool:

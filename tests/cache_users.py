@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pasture.tiers.block import Block
 from pasture.tiers.disk import DiskTier
-from tests.blocks import block_at, blocks, conversation, same
+from tests.blocks import block_at, blocks, conversation, leading, same
 
 N_CONVERSATIONS = 6
 PIECE_BYTES = 512
@@ -38,7 +38,7 @@ def use(tier: DiskTier, rng: random.Random) -> Counter[str]:
     seen = Counter[str]()
     tokens = told(rng)
     wanted = expected(tokens)
-    n_stored = tier.leading([block.address for block in wanted])
+    n_stored = leading(tier, [block.address for block in wanted])
     for index, block in enumerate(wanted):
         found = tier.get(block.address)
         seen["hit" if found is not None else "miss"] += 1

@@ -108,10 +108,13 @@ def ram_store(
 class ShelfTier:
     """A slow tier in a dictionary, whose calls can be held up (`gate.clear()`) or made to fail."""
 
-    def __init__(self, name: str = "shelf") -> None:
+    def __init__(self, name: str = "shelf", *, batch_bytes: int = 0) -> None:
         self.name = name
+        self.batch_bytes = batch_bytes
+        self.accepts = True
         self.blocks: dict[BlockKey, Block] = {}
         self.log: list[tuple[str, BlockKey]] = []
+        self.batches: list[int] = []
         self.open = threading.Event()
         self.open.set()
         self.failing = False
@@ -123,22 +126,25 @@ class ShelfTier:
         if self.failing:
             raise OSError(f"{self.name} fails")
 
-    def leading(self, path: Sequence[Address]) -> int:
-        self._enter("leading", path[0].key)
-        return next((n for n, address in enumerate(path) if address.key not in self.blocks), len(path))
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> list[bool]:
+        self._enter("stored", path[0].key)
+        return [address.key in self.blocks for address in path]
 
-    def following(self, parent: BlockKey) -> list[tuple[Address, array[int]]]:
-        self._enter("following", parent)
-        found = [block for block in self.blocks.values() if block.address.parent == parent]
-        return [(b.address, b.tokens) for b in reversed(found)]
+    def following(self, parents: Sequence[BlockKey]) -> list[list[tuple[Address, array[int]]]]:
+        self._enter("following", parents[0])
+        found = [[block for block in self.blocks.values() if block.address.parent == parent] for parent in parents]
+        return [[(b.address, b.tokens) for b in reversed(children)] for children in found]
 
-    def get(self, address: Address) -> Block | None:
-        self._enter("get", address.key)
-        return self.blocks.get(address.key)
+    def get_batch(self, addresses: Sequence[Address], timeout_seconds: float) -> list[Block | None]:
+        for address in addresses:
+            self._enter("get", address.key)
+        self.batches.append(len(addresses))
+        return [self.blocks.get(address.key) for address in addresses]
 
-    def put(self, block: Block) -> None:
+    def put(self, block: Block) -> bool:
         self._enter("put", block.address.key)
         self.blocks.setdefault(block.address.key, block)
+        return True
 
     def remove(self, key: BlockKey) -> None:
         self._enter("remove", key)

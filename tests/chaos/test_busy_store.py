@@ -49,9 +49,7 @@ class Crowd:
 @pytest.mark.parametrize("divisible", [True, False])
 def test_whatever_happens_at_once_what_is_taken_is_right(divisible: bool) -> None:
     codec, shelf, chance = PlainCodec(pad_bytes=500), ShelfTier(), random.Random(7)
-    memory = MemoryTier(
-        BUDGET, divisible=divisible, list_unwritten=True, squeeze_stages=len(ladder(Compression.AUTO, EVERY_FORM))
-    )
+    memory = MemoryTier(BUDGET, divisible=divisible, n_writers=1, squeeze_stages=len(ladder(Compression.AUTO, EVERY_FORM)))
     store = TieredStore(codec, memory, OpenGate(), slow=(shelf,))
     squeezer = Squeezer(memory, codec, Compression.AUTO, EVERY_FORM)
     budgets = random.Random(8)

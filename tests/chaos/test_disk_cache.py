@@ -24,7 +24,7 @@ from pasture.tiers.disk import DiskTier
 from pasture.tiers.disk_cache import DiskCache
 from pasture.tiers.sealed import SealedWire
 from pasture.tiers.wire import CHECKED_BYTES, HEADER_BYTES, PlainWire, Wire
-from tests.blocks import blocks, conversation, path, same
+from tests.blocks import blocks, conversation, leading, path, same
 from tests.cache_users import share, use, write_until_killed
 
 N_KILLS = int(os.environ.get("CHAOS_KILLS", "200"))
@@ -200,18 +200,18 @@ def test_a_thousand_damaged_files_are_misses(tmp_path: Path, wire: Wire, caplog:
         if number % 7 == 0:  # found at a start, and not by a request
             tier.close()
             tier = DiskTier(tmp_path / "cache", 1 << 30, wire=wire)
-            assert tier.leading([block.address]) <= 1
+            assert leading(tier, [block.address]) <= 1
         assert tier.get(block.address) is None, DAMAGES[number % len(DAMAGES)].__name__
         for again in (block, other):
             tier.put(again)
             assert same(tier.get(again.address), again), DAMAGES[number % len(DAMAGES)].__name__
     for each in tokens:
         wanted = list(blocks(each))
-        tier.leading(path(each))
+        leading(tier, path(each))
         assert all(found is None or same(found, block) for block in wanted for found in [tier.get(block.address)])
         assert all(
             found in (each[address.p0 : address.p1] for address in path(each))
-            for _, found in tier.following(wanted[-2].address.key)
+            for _, found in tier.following([wanted[-2].address.key])[0]
         )
     assert tier.statistics().errors == 0
     assert len(caplog.records) < N_DAMAGES // 10, "a warning a kind and minute, not one a file"

@@ -17,7 +17,7 @@ from pasture.tiers.block import Block
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.sealed import SealedWire
 from pasture.tiers.wire import Wire
-from tests.blocks import block_at, conversation, path, same
+from tests.blocks import block_at, conversation, leading, path, same
 
 BUDGET_BYTES = 12_000
 LENGTHS = (1, 63, 64, 65, 128, 150, 200)
@@ -58,7 +58,7 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(tier=tiers, seed=seeds, length=lengths, namespace=namespaces)
     def look_up(self, tier: int, seed: int, length: int, namespace: str) -> None:
         wanted = self._blocks(seed, length, namespace)
-        n_stored = self.tiers[tier].leading([block.address for block in wanted])
+        n_stored = leading(self.tiers[tier], [block.address for block in wanted])
         assert all(block.address.key in self.put_ever for block in wanted[:n_stored])
         for index, block in enumerate(wanted):
             found = self.tiers[tier].get(block.address)
@@ -68,7 +68,7 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(tier=tiers, seed=seeds, length=lengths, namespace=namespaces)
     def look_behind(self, tier: int, seed: int, length: int, namespace: str) -> None:
         block = self._blocks(seed, length, namespace)[-1]
-        for address, tokens in self.tiers[tier].following(block.address.parent):
+        for address, tokens in self.tiers[tier].following([block.address.parent])[0]:
             assert address.parent == block.address.parent
             assert address.key in self.put_ever
             assert len(tokens) == address.p1 - address.p0 <= 64

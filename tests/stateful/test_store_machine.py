@@ -65,9 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self) -> None:
         steps = len(ladder(Compression.AUTO))
         policy = POLICIES[self.policy](time.monotonic)
-        self.memory = MemoryTier(
-            self.budget, divisible=self.divisible, policy=policy, list_unwritten=True, squeeze_stages=steps
-        )
+        self.memory = MemoryTier(self.budget, divisible=self.divisible, policy=policy, n_writers=1, squeeze_stages=steps)
         self.store = TieredStore(self.codec, self.memory, OpenGate(), slow=(self.shelf,))
         self.squeezer = Squeezer(self.memory, self.codec, Compression.AUTO, EVERY_FORM)
 

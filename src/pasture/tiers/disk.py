@@ -46,6 +46,8 @@ class DiskTier:
     """See the module and `SlowTier`. `clock` is monotonic, `now` counts from the epoch; both in seconds."""
 
     name = "disk"
+    batch_bytes = 0
+    """a file after the other"""
 
     def __init__(
         self,
@@ -71,24 +73,29 @@ class DiskTier:
         self._totals: Mapping[Form, tuple[int, int]] = {}
         self._pace = Pace(self._start(), clock)
 
-    def leading(self, path: Sequence[Address]) -> int:
-        if not path or not self._reads.allows:
-            return 0
-        names = [self._wire.name(address.key) for address in path]
-        try:
-            n_stored = self._cache.index.leading(names)
-            if n_stored:
-                self._note_use(names[n_stored - 1], hits=0)
-        except _FAILURES as error:
-            self._failed(self._reads, "be looked up", error)
-            n_stored = 0
-        self._count(missed=sum(address.p1 - address.p0 for address in path[n_stored:]))
-        return n_stored
+    @property
+    def accepts(self) -> bool:
+        return self._writes.allows
 
-    def following(self, parent: BlockKey) -> Sequence[tuple[Address, array[int]]]:
-        if not self._reads.allows:
-            return ()
-        found = []
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> Sequence[bool]:
+        names = [self._wire.name(address.key) for address in path]
+        found: set[bytes] = set()
+        if names and self._reads.allows:
+            try:
+                found = self._cache.index.stored(names)
+                if last := next((name for name in reversed(names) if name in found), None):
+                    self._note_use(last, hits=0)  # which the index takes for a use of what leads up to it as well
+            except _FAILURES as error:
+                self._failed(self._reads, "be looked up", error)
+        there = [name in found for name in names]
+        self._count(missed=sum(address.p1 - address.p0 for address, is_there in zip(path, there, strict=True) if not is_there))
+        return there
+
+    def following(self, parents: Sequence[BlockKey]) -> Sequence[Sequence[tuple[Address, array[int]]]]:
+        return [self._behind(parent) if self._reads.allows else () for parent in parents]
+
+    def _behind(self, parent: BlockKey) -> Sequence[tuple[Address, array[int]]]:
+        found: list[tuple[Address, array[int]]] = []
         try:
             for row in self._cache.index.children(self._wire.name(parent), CHILDREN):
                 section = row.tokens or b""
@@ -101,15 +108,19 @@ class DiskTier:
             self._failed(self._reads, "be looked up", error)
         return found
 
+    def get_batch(self, addresses: Sequence[Address], timeout_seconds: float) -> Sequence[Block | None]:
+        return [self.get(address) for address in addresses]
+
     def get(self, address: Address) -> Block | None:
+        """One block; see `get_batch`."""
         block = self._get(address) if self._reads.allows else None
         n_tokens = address.p1 - address.p0
         self._count(hit=n_tokens if block is not None else 0, missed=n_tokens if block is None else 0)
         return block
 
-    def put(self, block: Block) -> None:
+    def put(self, block: Block) -> bool:
         if not self._writes.allows:
-            return
+            return False
         n_bytes = block.n_bytes
         self._count(in_flight=n_bytes)
         try:
@@ -117,8 +128,10 @@ class DiskTier:
                 self._writes.succeeded()
         except _FAILURES as error:
             self._failed(self._writes, "be written", error)
+            return False
         finally:
             self._count(in_flight=-n_bytes)
+        return True
 
     def remove(self, key: BlockKey) -> None:
         try:
@@ -201,7 +214,7 @@ class DiskTier:
     def _store(self, block: Block) -> bool:
         """Whether something was written."""
         name = self._wire.name(block.address.key)
-        if self._cache.index.leading([name]) and self._cache.files.exists(name):
+        if self._cache.index.stored([name]) and self._cache.files.exists(name):
             self._note_use(name, hits=0)
             return False
         head, payload = self._wire.encode(block)

@@ -73,17 +73,14 @@ class DiskIndex:
 
     # Questions
 
-    def leading(self, names: Sequence[bytes]) -> int:
-        """How many of these names, from the first, are stored."""
+    def stored(self, names: Sequence[bytes]) -> set[bytes]:
+        """Those of these names that are stored."""
+        found: set[bytes] = set()
         for start in range(0, len(names), NAMES_IN_ONE_QUESTION):
             part = names[start : start + NAMES_IN_ONE_QUESTION]
-            found = {
-                name for (name,) in self._ask(f"SELECT name FROM blocks WHERE name IN ({','.join('?' * len(part))})", *part)
-            }
-            for index, name in enumerate(part):
-                if name not in found:
-                    return start + index
-        return len(names)
+            rows = self._ask(f"SELECT name FROM blocks WHERE name IN ({','.join('?' * len(part))})", *part)
+            found.update(name for (name,) in rows)
+        return found
 
     def children(self, parent: bytes, limit: int) -> list[Row]:
         """Blocks right behind `parent`, last used first."""

@@ -14,7 +14,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from pasture.core.storage import BlockKey
 from pasture.tiers.block import Block
 
 T = TypeVar("T")
@@ -30,7 +29,7 @@ BLOCK_OVERHEAD_BYTES = 1536
 class Entry:
     """A block in RAM and its standing."""
 
-    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "size", "stage", "supersedes")
+    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "size", "stage")
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -46,8 +45,6 @@ class Entry:
         self.doomed = False
         """superseded while pinned: goes when it is unpinned"""
         self.gone = False
-        self.supersedes: list[BlockKey] = []
-        """shorter blocks whose place it took; slow tiers may drop them once this one is there"""
 
     def put(self, block: Block) -> None:
         """Another form of the same block."""

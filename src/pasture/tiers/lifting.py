@@ -13,6 +13,7 @@ more than its absence; while every reader is stuck, nothing is lifted at all. `r
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,23 +75,27 @@ class PromptLift:
     def planned(self) -> bool:
         return self._readings is not None
 
-    def next(self) -> Reading | None:
+    def next(self, batch_of: Callable[[SlowTier], int]) -> Sequence[Reading]:
+        """What to read next, all from one tier and no more than belongs into one of its batches; empty at the end."""
+        batch: list[Reading] = []
         with self._lock:
-            if not self._readings:
-                return None
-            self._n_reading += 1
-            return self._readings.popleft()
+            while self._readings and (not batch or self._readings[0].tier is batch[0].tier):
+                if batch and len(batch) >= batch_of(batch[0].tier):
+                    break
+                batch.append(self._readings.popleft())
+            self._n_reading += bool(batch)
+        return batch
 
-    def came(self, pin: Pin | None) -> None:
-        """A reading has ended: with a block in RAM, or, where the chain ends there, with None."""
+    def came(self, pins: Sequence[Pin], *, complete: bool) -> None:
+        """A batch has ended with these blocks in RAM; where it is not complete, the chain ends there."""
         with self._lock:
             self._n_reading -= 1
-            if pin is None and self._readings is not None:
+            if not complete and self._readings is not None:
                 self._readings.clear()
-            if pin is not None and not self._released:
-                self._pins.append(pin)
-                pin = None
-        if pin is not None:
+            if not self._released:
+                self._pins += pins
+                pins = ()
+        for pin in pins:
             pin.release()
 
     def finish_when_read(self) -> None:
@@ -152,6 +157,12 @@ class Readers:
         return None
 
     @property
+    def busy(self) -> bool:
+        """Whether somebody waits for a lift. Any thread."""
+        with self._lock:
+            return any(not lift.done for lift in self._lifts)
+
+    @property
     def in_flight_bytes(self) -> int:
         """What is being read at this moment, about."""
         return len(self._reading_since) * self._gate.stored_bytes(BLOCK_TOKENS)
@@ -195,8 +206,9 @@ class Readers:
             try:
                 if not lift.planned:
                     self._plan(reader, lift)
-                while (reading := lift.next()) is not None:
-                    lift.came(self._read(reader, reading))
+                while batch := lift.next(self._batch_of):
+                    pins = self._read(reader, batch, lift.deadline)
+                    lift.came(pins, complete=len(pins) == len(batch))
                 lift.finish_when_read()
             except Exception:
                 self._failed()
@@ -215,22 +227,33 @@ class Readers:
         finally:
             del self._reading_since[reader]
         lift.begin(readings)
-        for _ in range(min(len(readings), len(self._threads)) - 1):
+        n_batches = sum(1 / self._batch_of(reading.tier) for reading in readings)
+        for _ in range(min(math.ceil(n_batches), len(self._threads)) - 1):
             self._queue.put(lift)  # others help
 
-    def _read(self, reader: int, reading: Reading) -> Pin | None:
+    def _batch_of(self, tier: SlowTier) -> int:
+        """Blocks in one batch."""
+        return max(1, tier.batch_bytes // max(1, self._gate.stored_bytes(BLOCK_TOKENS)))
+
+    def _read(self, reader: int, batch: Sequence[Reading], deadline: float) -> list[Pin]:
+        """The batch's blocks in RAM, up to the first that did not come as it should."""
+        tier = batch[0].tier
         started = self._reading_since[reader] = self._clock()
         try:
-            block = reading.tier.get(reading.address)
+            blocks = tier.get_batch([reading.address for reading in batch], max(0.0, deadline - started))
         except Exception:
             self._failed()
-            return None
+            return []
         finally:
             del self._reading_since[reader]
-        if block is None or not _is_asked_for(block, reading):
-            return None
-        self._gate.observe_read(reading.tier.name, block.n_bytes, self._clock() - started)
-        return self._memory.insert_pinned(block, written=reading.tier is self._tiers[0])
+        good: list[Block] = []
+        for block, reading in zip(blocks, batch, strict=True):
+            if block is None or not is_asked_for(block, reading):
+                break
+            good.append(block)
+        if good:
+            self._gate.observe_read(tier.name, sum(block.n_bytes for block in good), self._clock() - started)
+        return [self._memory.insert_pinned(block, source=batch[0].source) for block in good]
 
     def _failed(self) -> None:
         self.errors += 1
@@ -238,6 +261,6 @@ class Readers:
             log.exception("a slow tier failed where it should not; it is counted from here on")
 
 
-def _is_asked_for(block: Block, reading: Reading) -> bool:
+def is_asked_for(block: Block, reading: Reading) -> bool:
     """A hash finds, tokens confirm."""
     return block.address == reading.address and block.tokens == reading.tokens and block.whole is reading.whole

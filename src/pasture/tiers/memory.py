@@ -16,17 +16,18 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pasture.core.errors import InvariantBroken
-from pasture.core.storage import BLOCK_TOKENS, BlockKey, Kind, TierStatistics
-from pasture.core.values import Form
+from pasture.core.storage import BLOCK_TOKENS, BlockKey, TierStatistics
+from pasture.core.values import Form, Kind
+from pasture.tiers.aheads import Aheads
 from pasture.tiers.block import Block
 from pasture.tiers.entries import Entry, LazyHeap, SortKey, size_of
 from pasture.tiers.eviction import EvictionPolicy, PolicyMaker, least_recently_used
 from pasture.tiers.index import BlockIndex
 from pasture.tiers.keys import Address
 from pasture.tiers.trail import Trail
+from pasture.tiers.unwritten import Lines, Unwritten
 
 HIGH_WATER = 0.97
 """share of the budget above which `trim` evicts"""
@@ -36,14 +37,6 @@ PASSING_SHARE = 1 / 16
 """of the budget: what waits for the writer beside it"""
 SHARED_FORKS = 3
 """paths that begin below a block from which on it counts as shared by many: a system prompt"""
-
-
-@dataclass(frozen=True, slots=True)
-class Unwritten:
-    """A block that a slow tier does not have yet."""
-
-    block: Block
-    supersedes: tuple[BlockKey, ...]
 
 
 class MemoryPin:
@@ -72,23 +65,18 @@ class MemoryTier:
         *,
         divisible: bool = True,
         policy: PolicyMaker = least_recently_used,
-        list_unwritten: bool = False,
+        n_writers: int = 0,
         squeeze_stages: int = 0,
     ) -> None:
-        """`list_unwritten`: for a writer to slow tiers. `squeeze_stages`: steps of the compression ladder a block may take."""
+        """`n_writers`: as many as there are slow tiers. `squeeze_stages`: steps of the compression ladder a block may take."""
         self.divisible = divisible
         self._budget_bytes = budget_bytes
-        self._list_unwritten = list_unwritten
         self._squeeze_stages = squeeze_stages
         self._lock = threading.Lock()
         self._index = BlockIndex(divisible=divisible)
         self._policy: EvictionPolicy = policy(self._evictable)
         self._squeezable: LazyHeap[Entry] = LazyHeap(coldest_first, self._can_be_squeezed)
-        self._unwritten: dict[BlockKey, Entry] = {}
-        """in the order in which they came, parents first"""
-        self._passing: dict[BlockKey, Block] = {}
-        """refused here, and only waiting for the writer to take them"""
-        self._passing_bytes = 0
+        self._lines = Lines(n_writers)
         self._tick = 0
         self._bytes = 0
         self._pinned_bytes = 0
@@ -99,6 +87,7 @@ class MemoryTier:
         self._damaged_blocks = 0
         self._read_bytes = 0
         self._written_bytes = 0
+        self.aheads = Aheads()
 
     # What requests do, for the policy
 
@@ -109,10 +98,15 @@ class MemoryTier:
             self._policy.arrived(path)
 
     def finished(self, trail: Trail, kind: Kind) -> None:
-        """The request with this prompt has ended, and `kind` is expected next."""
+        """A request has ended with these tokens, its reply included, and `kind` is expected next."""
         path = [trail[index].key for index in range(trail.n_blocks)]
         with self._lock:
             self._policy.finished(path, kind)
+
+    def expected(self, keys: Sequence[BlockKey]) -> list[float]:
+        """Uses a second that the policy expects of each block; nothing of what is here already."""
+        with self._lock:
+            return [0.0 if key in self._index else self._policy.expects(key) for key in keys]
 
     # Looking
 
@@ -163,22 +157,30 @@ class MemoryTier:
         with self._lock:
             return self._insert(block, freed) is not None
 
-    def pass_by(self, block: Block) -> bool:
-        """Show a block that is not kept here to the writer alone; False when there is none, or it has too much to do."""
-        with self._lock:
-            room = PASSING_SHARE * self._budget_bytes - self._passing_bytes
-            if not self._list_unwritten or size_of(block) > room:
-                return False
-            if block.address.key not in self._passing and block.address.key not in self._index:
-                self._passing[block.address.key] = block
-                self._passing_bytes += size_of(block)
-            return True
-
-    def insert_pinned(self, block: Block, *, written: bool) -> MemoryPin:
-        """Keep the block whatever the budget says, until the pin is released. `written`: the writer need not see it."""
+    def insert_ahead(self, block: Block, *, source: int | None = None) -> bool:
+        """Keep a block that nobody has asked for, at the cold end; False when everything here is worth as much."""
         freed: list[Block] = []
         with self._lock:
-            entry = self._insert(block, freed, force=True, written=written)
+            return self._insert(block, freed, source=source, ahead=True) is not None
+
+    def pass_by(self, block: Block) -> bool:
+        """Show a block that is not kept here to the writers alone; False when there is none, or they have too much to do."""
+        with self._lock:
+            room = PASSING_SHARE * self._budget_bytes - self._lines.passing_bytes
+            if not self._lines or size_of(block) > room:
+                return False
+            if block.address.key not in self._index:
+                self._lines.pass_by(block)
+            return True
+
+    def insert_pinned(self, block: Block, *, source: int | None = None, ahead: bool = False) -> MemoryPin:
+        """Keep the block whatever the budget says, until the pin is released. `source`: the writer that need not see it.
+
+        `ahead`: nobody has asked for it yet.
+        """
+        freed: list[Block] = []
+        with self._lock:
+            entry = self._insert(block, freed, force=True, source=source, ahead=ahead)
             assert entry is not None, "a forced block is never refused"
             self._pin(entry)
             return MemoryPin(self, [entry])
@@ -247,22 +249,18 @@ class MemoryTier:
 
     # For the background: writing and squeezing
 
-    def next_unwritten(self) -> Unwritten | None:
-        """Take the oldest block that no slow tier has yet off the list."""
+    def next_unwritten(self, writer: int = 0) -> Unwritten | None:
+        """Take the oldest block that this writer's tier lacks off its line."""
         with self._lock:
-            for key, entry in self._unwritten.items():
-                del self._unwritten[key]
-                supersedes, entry.supersedes = tuple(entry.supersedes), []
-                return Unwritten(entry.block, supersedes)
-            for key, block in self._passing.items():
-                del self._passing[key]
-                self._passing_bytes -= size_of(block)
-                return Unwritten(block, ())
-            return None
+            return self._lines.next(writer)
 
-    @property
-    def unwritten_blocks(self) -> int:
-        return len(self._unwritten) + len(self._passing)
+    def put_back(self, writer: int, item: Unwritten) -> None:
+        """The tier did not take it: it is next again, if RAM still has it."""
+        with self._lock:
+            self._lines.put_back(writer, item, self._index.get(item.block.address.key))
+
+    def unwritten_blocks(self, writer: int = 0) -> int:
+        return self._lines.length(writer)
 
     def next_to_squeeze(self) -> tuple[Block, int] | None:
         """The block that should be squeezed next and the stages it went through; its turn ends with `replace`."""
@@ -297,7 +295,7 @@ class MemoryTier:
                 bytes=self._bytes,
                 budget_bytes=self._budget_bytes,
                 pinned_bytes=self._pinned_bytes,
-                in_flight_bytes=in_flight_bytes + self._passing_bytes,
+                in_flight_bytes=in_flight_bytes + self._lines.passing_bytes,
                 bytes_by_form={form: n_bytes for form, n_bytes in self._bytes_by_form.items() if n_bytes},
                 hit_tokens=self._hit_tokens,
                 missed_tokens=self._missed_tokens,
@@ -320,8 +318,7 @@ class MemoryTier:
                 ("pinned bytes", self._pinned_bytes == sum(entry.size for entry in entries if entry.pins)),
                 ("links", self._index.check()),
                 ("budget", self._bytes <= self._budget_bytes or not any(map(self._evictable, entries))),
-                ("unwritten", all(key in self._index for key in self._unwritten)),
-                ("passing bytes", self._passing_bytes == sum(map(size_of, self._passing.values()))),
+                ("unwritten", self._lines.check({entry.block.address.key: entry for entry in entries})),
             ):
                 if not holds:
                     raise InvariantBroken(f"RAM tier: {claim} do not add up")
@@ -333,36 +330,41 @@ class MemoryTier:
         self._tick += 1
         for entry in entries:
             entry.last_used = self._tick
+        self.aheads.use(entry.block.address.key for entry in entries)
         if self.divisible and entries:
             for index in range(entries[0].block.address.p0 // BLOCK_TOKENS):
                 before = self._index.get(trail[index].key)
                 if before is not None:
                     before.last_used = self._tick
+                    self.aheads.use((trail[index].key,))
 
-    def _insert(self, block: Block, freed: list[Block], *, force: bool = False, written: bool = False) -> Entry | None:
+    def _insert(
+        self, block: Block, freed: list[Block], *, force: bool = False, source: int | None = None, ahead: bool = False
+    ) -> Entry | None:
         parent = block.address.parent
         known = self._index.get(block.address.key)
         if known is not None:
             return known
         entry = Entry(block)
         self._index.n_children[parent] += 1  # from here on the parent is no leaf, so it stays while room is made
-        fits = entry.size <= self._budget_bytes and self._evict_to(
-            self._budget_bytes - entry.size, freed, None if force else entry
-        )
+        room = int(HIGH_WATER * self._budget_bytes) if ahead else self._budget_bytes  # so that no trim follows
+        fits = entry.size <= room and self._evict_to(room - entry.size, freed, None if force else entry)
         if not fits and not force:
             self._leaf_again(self._index.lose_child(parent))
             return None
         self._supersede(entry)
         if self._index.n_children[parent] > 1:
             self._count_fork(parent)
-        self._tick += 1
-        entry.last_used = self._tick
+        if ahead:
+            self.aheads.issue(entry)  # its last use stays 0: the cold end of an order by use
+        else:
+            self._tick += 1
+            entry.last_used = self._tick
         self._index.add(entry)
         self._account(entry, 1)
         self._policy.entered(entry)
         self._written_bytes += block.n_bytes
-        if self._list_unwritten and not written:
-            self._unwritten[block.address.key] = entry
+        self._lines.entered(entry, source)
         self._policy.offered(entry)
         if self._can_be_squeezed(entry):
             self._squeezable.push(entry)
@@ -376,7 +378,7 @@ class MemoryTier:
         for other in list(self._index.behind(entry.block.address.parent, tokens[0])):
             shorter = other.block.tokens
             if len(shorter) < len(tokens) and tokens[: len(shorter)] == shorter:
-                entry.supersedes += [*other.supersedes, other.block.address.key]
+                self._lines.supersede(entry.block.address.key, other.block.address.key)
                 if other.pins:
                     other.doomed = True
                 else:
@@ -389,7 +391,8 @@ class MemoryTier:
             above = self._index.get(above.block.address.parent)
 
     def _remove(self, entry: Entry) -> Block:
-        self._unwritten.pop(entry.block.address.key, None)
+        self._lines.left(entry)
+        self.aheads.leave(entry.block.address.key)
         self._account(entry, -1)
         self._policy.removed(entry)
         self._leaf_again(self._index.remove(entry))

@@ -3,7 +3,8 @@
     divisible      block after block behind what is there, each from the first tier that has it, and a short block at the end
     indivisible    the longest checkpoint of any tier that is longer than what is there
 
-Pure but for the tiers it asks; background threads. What a tier says is not believed: addresses are computed here or checked.
+A tier is asked about the whole path at once, and only where faster ones lack something of it. Pure but for the tiers it asks;
+background threads. What a tier says is not believed: addresses are computed here or checked.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from pasture.tiers.memory import MemoryTier
 from pasture.tiers.ports import SlowTier
 from pasture.tiers.trail import Trail, common_prefix
 
+ASKED_TOGETHER = 16
+"""places that are searched for a checkpoint in one question, the last first"""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One block to be read."""
 
     tier: SlowTier
+    source: int
+    """the tier's number, fastest first"""
     address: Address
     tokens: array[int]
     whole: bool
@@ -60,67 +66,75 @@ def _start_of_last_run(readings: Sequence[Reading]) -> int:
 
 def _following_blocks(memory: MemoryTier, tiers: Sequence[SlowTier], trail: Trail, have: int) -> tuple[list[Reading], int]:
     """What leads from `have` as far as blocks go, whether RAM has it already (then it is not read) or a tier; and how far."""
-    path = [trail[index] for index in range(have // BLOCK_TOKENS, trail.n_blocks)]
+    path = [trail[index] for index in range(trail.n_blocks)]
+    answers: dict[int, Sequence[bool]] = {}
+    asked_from = have // BLOCK_TOKENS
+
+    def has(source: int, index: int) -> bool:
+        if source not in answers:
+            before, wanted = path[:index], path[index:]
+            answers[source] = [*(False for _ in before), *tiers[source].stored(wanted, before)]
+        return answers[source][index]
+
     readings: list[Reading] = []
-    done = 0
-    while done < len(path):
-        if path[done].key in memory:
-            done += 1
+    for index in range(asked_from, len(path)):
+        if path[index].key in memory:
             continue
-        tier, n_there = _first_with(tiers, path[done:])
-        if tier is None:
-            break
-        absent = [address for address in path[done : done + n_there] if address.key not in memory]
-        readings += [Reading(tier, a, trail.tokens[a.p0 : a.p1], whole=False) for a in absent]
-        done += n_there
-    if done == len(path):
-        return readings, len(trail)
-    p0 = path[done].p0
-    best, agreeing = _best_end(tiers, trail, p0 // BLOCK_TOKENS)
-    if best is not None and p0 + agreeing > max(have, memory.reach(trail)):
-        return [*readings, best], p0 + agreeing
-    return readings, p0
-
-
-def _first_with(tiers: Sequence[SlowTier], path: Sequence[Address]) -> tuple[SlowTier | None, int]:
-    for tier in tiers:
-        n_there = tier.leading(path)
-        if n_there:
-            return tier, n_there
-    return None, 0
-
-
-def _behind(tier: SlowTier, trail: Trail, index: int) -> Iterator[tuple[Address, array[int]]]:
-    """What the tier lists behind the parent of block `index`, where that can be true."""
-    parent, p0 = trail[index].parent, index * BLOCK_TOKENS
-    for address, tokens in tier.following(parent):
-        if 0 < len(tokens) <= BLOCK_TOKENS and address == Address(child_key(parent, tokens), parent, p0, p0 + len(tokens)):
-            yield address, tokens
+        source = next((source for source in range(len(tiers)) if has(source, index)), None)
+        if source is None:
+            p0 = path[index].p0
+            best, agreeing = _best_end(tiers, trail, index)
+            if best is not None and p0 + agreeing > max(have, memory.reach(trail)):
+                return [*readings, best], p0 + agreeing
+            return readings, p0
+        readings.append(Reading(tiers[source], source, path[index], trail.part(index), whole=False))
+    return readings, len(trail)
 
 
 def _best_end(tiers: Sequence[SlowTier], trail: Trail, index: int) -> tuple[Reading | None, int]:
     """The block that agrees with the trail for longest where no full block of it is stored."""
     part = trail.part(index)
     best, agreeing = None, 0
-    for tier in tiers:
-        for address, tokens in _behind(tier, trail, index):
+    for source, tier in enumerate(tiers):
+        for address, tokens in _behind(tier, trail, [index])[0]:
             n_common = common_prefix(tokens, part)
             if n_common > agreeing:
-                best, agreeing = Reading(tier, address, tokens, whole=False), n_common
+                best, agreeing = Reading(tier, source, address, tokens, whole=False), n_common
     return best, agreeing
 
 
+def _behind(tier: SlowTier, trail: Trail, indexes: Sequence[int]) -> list[list[tuple[Address, array[int]]]]:
+    """What the tier lists behind the parent of each of these blocks, where that can be true."""
+    listed = tier.following([trail[index].parent for index in indexes])
+    return [list(_credible(found, trail, index)) for found, index in zip(listed, indexes, strict=True)]
+
+
+def _credible(found: Sequence[tuple[Address, array[int]]], trail: Trail, index: int) -> Iterator[tuple[Address, array[int]]]:
+    parent, p0 = trail[index].parent, index * BLOCK_TOKENS
+    for address, tokens in found:
+        if 0 < len(tokens) <= BLOCK_TOKENS and address == Address(child_key(parent, tokens), parent, p0, p0 + len(tokens)):
+            yield address, tokens
+
+
 def _longest_checkpoint(tiers: Sequence[SlowTier], gate: Gate, trail: Trail, have: int) -> list[Reading]:
-    for index in reversed(range(have // BLOCK_TOKENS, trail.n_blocks)):
-        part = trail.part(index)
-        best: Reading | None = None
-        for tier in tiers:
-            if tier.leading([trail[index]]):
-                best = Reading(tier, trail[index], part, whole=True)
-                break
-            for address, tokens in _behind(tier, trail, index):
-                if tokens == part[: len(tokens)] and (best is None or address.p1 > best.address.p1):
-                    best = Reading(tier, address, tokens, whole=True)
+    for end in range(trail.n_blocks, have // BLOCK_TOKENS, -ASKED_TOGETHER):
+        indexes = range(max(have // BLOCK_TOKENS, end - ASKED_TOGETHER), end)
+        found = [reading for source in range(len(tiers)) for reading in _checkpoints(tiers, source, trail, indexes)]
+        best = max(found, key=lambda reading: (reading.address.p1, -reading.source), default=None)
         if best is not None and best.address.p1 > have:
             return [best] if gate.fetch_slow(best.tier.name, best.address.p1) else []
     return []
+
+
+def _checkpoints(tiers: Sequence[SlowTier], source: int, trail: Trail, indexes: Sequence[int]) -> Iterator[Reading]:
+    """All checkpoints of the trail that the tier has in these places."""
+    tier = tiers[source]
+    places = [trail[index] for index in indexes]
+    for index, address, is_there in zip(indexes, places, tier.stored(places), strict=True):
+        if is_there:
+            yield Reading(tier, source, address, trail.part(index), whole=True)
+    for index, found in zip(indexes, _behind(tier, trail, indexes), strict=True):
+        part = trail.part(index)
+        for address, tokens in found:
+            if tokens == part[: len(tokens)]:
+                yield Reading(tier, source, address, tokens, whole=True)

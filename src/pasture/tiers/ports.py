@@ -1,4 +1,8 @@
-"""What stands behind RAM: a tier that takes its time. Disk today, a remote store with the same five methods."""
+"""What stands behind RAM: a tier that takes its time, be it a disk or a store that other machines share.
+
+A tier never raises and never answers late: what goes wrong is a miss, with one warning. It looks after its own troubles, and
+says with `accepts` when it wants to be left alone for a while.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +16,45 @@ from pasture.tiers.keys import Address
 
 
 class SlowTier(Protocol):
-    """Called from background threads only, several at once. No method raises: what goes wrong is a miss, with one warning."""
+    """Called from background threads only, several at once."""
 
     @property
     def name(self) -> str: ...
 
-    def leading(self, path: Sequence[Address]) -> int:
-        """How many of these addresses, from the first, are stored: one batched question."""
+    @property
+    def batch_bytes(self) -> int:
+        """How much to ask for in one `get_batch`, at least a block; more pays where each question costs a round trip."""
         ...
 
-    def following(self, parent: BlockKey) -> Sequence[tuple[Address, array[int]]]:
-        """Blocks and checkpoints stored right behind `parent`, with their tokens; a few at most, last used first."""
+    @property
+    def accepts(self) -> bool:
+        """Whether `put` would try; False for some time after failures. Any thread; at once."""
         ...
 
-    def get(self, address: Address) -> Block | None:
-        """The block, verified: header, lengths, checksum, address. None when it is not there or is not what it claims."""
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> Sequence[bool]:
+        """Which of these addresses are stored: one batched question, which counts as a use of those that are.
+
+        `before`: what leads up to them and is in use as well, so that it is not evicted under them.
+        """
         ...
 
-    def put(self, block: Block) -> None:
-        """Store it durably; replaces nothing (equal keys hold equal content), evicts others where the budget needs it."""
+    def following(self, parents: Sequence[BlockKey]) -> Sequence[Sequence[tuple[Address, array[int]]]]:
+        """Blocks and checkpoints stored right behind each of `parents`, with their tokens; a few at most, last used first.
+
+        One batched question.
+        """
+        ...
+
+    def get_batch(self, addresses: Sequence[Address], timeout_seconds: float) -> Sequence[Block | None]:
+        """The blocks, verified: header, lengths, checksum, address. None for what is not there, is not what it claims, or
+        is not here in time; a tier that cannot bound its time may take longer."""
+        ...
+
+    def put(self, block: Block) -> bool:
+        """Store it durably; replaces nothing (equal keys hold equal content), evicts others where the budget needs it.
+
+        False when it should be offered again.
+        """
         ...
 
     def remove(self, key: BlockKey) -> None: ...

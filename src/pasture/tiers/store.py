@@ -21,8 +21,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from pasture.core.errors import EngineError
 from pasture.core.ports import Clock
-from pasture.core.storage import Lift, Pin, SlabCodec, StoreStatistics, TierStatistics
-from pasture.core.values import Form, Namespace, Slab, Transfer
+from pasture.core.storage import Lift, Pin, PrefetchStatistics, SlabCodec, StoreStatistics
+from pasture.core.values import Form, Kind, Namespace, Slab, Transfer
 from pasture.tiers.block import Block
 from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, inflate, ladder
 from pasture.tiers.eviction import PolicyMaker, least_recently_used
@@ -30,10 +30,12 @@ from pasture.tiers.gate import CostGate, Gate
 from pasture.tiers.guard import GuardLimits, MemoryGuard
 from pasture.tiers.lifting import Readers
 from pasture.tiers.memory import MemoryTier
+from pasture.tiers.meter import Meter
 from pasture.tiers.ports import SlowTier
+from pasture.tiers.prefetch import Prefetcher
 from pasture.tiers.trail import Trails
 from pasture.tiers.upkeep import Upkeep
-from pasture.tiers.writing import Writer
+from pasture.tiers.writing import Writers
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +67,25 @@ class TieredStore:
         slow: Sequence[SlowTier] = (),
         squeezer: Squeezer | None = None,
         guard: MemoryGuard | None = None,
+        prefetch: bool = True,
+        meter: Meter | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """`memory` lists unwritten blocks exactly when there are slow tiers. The store closes the tiers, fastest first."""
+        """`memory` has a writer's line for each slow tier, fastest first. The store closes the tiers, fastest first."""
         self._codec = codec
         self._memory = memory
         self._gate = gate
         self._slow = slow
         self._clock = clock
+        self._meter = meter or Meter()
         self._trails = Trails(codec.fingerprint)
         self._squeezer = squeezer or Squeezer(memory, codec, Compression.OFF, ())
-        self._writer = Writer(memory, slow, gate) if slow else None
+        self._writers = Writers(memory, slow, gate)
         self._readers = Readers(memory, slow, gate, clock) if slow else None
+        self._prefetcher: Prefetcher | None = None
+        if self._readers is not None:
+            self._prefetcher = Prefetcher(memory, slow, gate, self._readers, guesses=prefetch, clock=clock)
+            self._prefetcher.start()
         self._upkeep = Upkeep(memory, self._squeezer, guard=guard, readers=self._readers, clock=clock)
         self._upkeep.start()
         self._closed = False
@@ -94,7 +103,22 @@ class TieredStore:
     # Engine thread
 
     def arrived(self, namespace: Namespace, tokens: array[int]) -> None:
-        self._memory.arrived(self._trails.of(namespace, tokens))
+        trail = self._trails.of(namespace, tokens)
+        self._memory.arrived(trail)
+        if self._prefetcher is not None:
+            self._prefetcher.arrived(trail)
+
+    def finished(self, namespace: Namespace, tokens: array[int], kind: Kind) -> None:
+        trail = self._trails.of(namespace, tokens)
+        self._memory.finished(trail, kind)
+        if self._prefetcher is not None and kind is not Kind.BATCH:
+            self._prefetcher.finished(trail)
+
+    def prefetch(self, namespace: Namespace, tokens: array[int], ready: Callable[[], None]) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.hint(self._trails.of(namespace, tokens), ready)
+        else:
+            ready()
 
     def reach(self, namespace: Namespace, tokens: array[int]) -> int:
         return self._memory.reach(self._trails.of(namespace, tokens))
@@ -148,7 +172,7 @@ class TieredStore:
 
     def hold(self, namespace: Namespace, tokens: array[int], slab: Slab) -> Pin:
         head = self.pin(namespace, tokens[: slab.p1])  # what is there stays while room is made for the rest
-        pins = [self._memory.insert_pinned(b, written=False) for b in self._missing_blocks(namespace, tokens, slab)]
+        pins = [self._memory.insert_pinned(b) for b in self._missing_blocks(namespace, tokens, slab)]
         whole_path = self.pin(namespace, tokens[: slab.p1])
         self._written()
         return Pins([head, *pins, whole_path])
@@ -167,12 +191,13 @@ class TieredStore:
     def statistics(self) -> StoreStatistics:
         """The slow tiers' part is at most half a second old, unless a tier hangs."""
         figures = self._gate.figures()
-        in_flight, errors = self._squeezer.in_flight_bytes, self._upkeep.errors
-        slow: tuple[TierStatistics, ...] = ()
-        if self._writer is not None and self._readers is not None:
-            in_flight += self._writer.in_flight_bytes + self._readers.in_flight_bytes
-            errors += self._writer.errors + self._readers.errors
-            slow = self._writer.tier_statistics
+        in_flight = self._squeezer.in_flight_bytes + self._writers.in_flight_bytes
+        errors = self._upkeep.errors + self._writers.errors
+        if self._readers is not None:
+            in_flight += self._readers.in_flight_bytes
+            errors += self._readers.errors
+        if self._prefetcher is not None:
+            errors += self._prefetcher.errors
         ram = self._memory.statistics(
             in_flight_bytes=in_flight,
             errors=errors,
@@ -180,26 +205,28 @@ class TieredStore:
             bytes_per_second=figures.restore_bytes_per_second,
         )
         return StoreStatistics(
-            tiers=(ram, *slow),
+            tiers=(ram, *self._writers.tier_statistics),
             prefill_tokens_per_second=figures.prefill_tokens_per_second,
             save_bytes_per_second=figures.save_bytes_per_second,
             restore_bytes_per_second=figures.restore_bytes_per_second,
             gate_refusals=figures.refusals,
+            prefetch=self._prefetcher.statistics() if self._prefetcher is not None else PrefetchStatistics(),
+            policy_seconds=self._meter.seconds,
         )
 
     def flush(self, timeout_seconds: float) -> bool:
-        return self._writer is None or self._writer.flush(timeout_seconds)
+        return self._writers.flush(timeout_seconds)
 
     def close(self) -> None:
         """Within CLOSE_SECONDS for each kind of thread, whatever the tiers do. A tier that hangs is left behind, open."""
         if self._closed:
             return
         self._closed = True
-        ended = [self._upkeep.stop(CLOSE_SECONDS)]
+        ended = [self._upkeep.stop(CLOSE_SECONDS), self._writers.stop(CLOSE_SECONDS)]
+        if self._prefetcher is not None:
+            ended.append(self._prefetcher.stop(CLOSE_SECONDS))
         if self._readers is not None:
             ended.append(self._readers.stop(CLOSE_SECONDS))
-        if self._writer is not None:
-            ended.append(self._writer.stop(CLOSE_SECONDS))
         if not all(ended):
             log.warning("a storage tier does not answer; it is not closed")
             return
@@ -223,8 +250,7 @@ class TieredStore:
             yield Block(address, tokens[address.p0 : address.p1], Form.RAW, payload, whole)
 
     def _written(self) -> None:
-        if self._writer is not None:
-            self._writer.wake()
+        self._writers.wake()
 
     def _unpack(self, block: Block) -> Slab | None:
         started = self._clock()
@@ -243,8 +269,7 @@ class TieredStore:
         if not self._memory.statistics().damaged_blocks:
             log.warning("a stored block was refused and dropped; any other will only be counted: %s", error)
         self._memory.drop_damaged(block)
-        if self._writer is not None:
-            self._writer.remove(block.address.key)
+        self._writers.remove(block.address.key)
 
     def _close_tiers(self) -> None:
         for tier in self._slow:
@@ -267,19 +292,21 @@ def open_store(
     limits: GuardLimits | None = None,
     gate: Gate | None = None,
     policy: PolicyMaker = least_recently_used,
+    prefetch: bool = True,
     clock: Clock = time.perf_counter,
 ) -> TieredStore:
     """A store with its threads running.
 
     `divisible` and `cell_bytes`: `ModelInfo.shareable` and `.cell_bytes`. `slow`: fastest first. `allowed`: forms that the
     quality bound admits. `available`: bytes that the process can still take; with it, RAM shrinks where that falls below
-    `limits`. `policy`: who leaves RAM first; its clock is its own.
+    `limits`. `policy`: who leaves RAM first; its clock is its own. `prefetch`: whether slow tiers are read on a guess.
     """
+    meter = Meter()
     memory = MemoryTier(
         budget_bytes,
         divisible=divisible,
-        policy=policy,
-        list_unwritten=bool(slow),
+        policy=meter.around(policy),
+        n_writers=len(slow),
         squeeze_stages=len(ladder(compression, allowed)),
     )
     return TieredStore(
@@ -289,5 +316,7 @@ def open_store(
         slow=slow,
         squeezer=Squeezer(memory, codec, compression, allowed),
         guard=MemoryGuard(budget_bytes, available, limits) if available is not None else None,
+        prefetch=prefetch,
+        meter=meter,
         clock=clock,
     )

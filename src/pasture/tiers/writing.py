@@ -1,53 +1,60 @@
-"""Write-behind: what is new in RAM goes to the slow tiers, from a thread of its own.
+"""Write-behind: what is new in RAM goes to a slow tier, from a thread of its own for each tier.
 
-The line of what is to be written consists of keys of blocks in RAM, so it costs no memory, needs no limit, and a block that is
-evicted before its turn is dropped rather than waited for. Parents come before children. A longer block that took a shorter
-one's place takes it in the slow tiers too, once it is there itself. Where the gate says that reading back would lose, nothing
-is written.
+What waits is a line of blocks in RAM (`unwritten`), so it costs no memory, needs no limit, and a block that is evicted before
+its turn is dropped rather than waited for. Parents come before children. A longer block that took a shorter one's place takes
+it in the slow tier too, once it is there itself. Where the gate says that reading back would lose, nothing is written. While a
+tier takes nothing, its line waits; what it did not take is offered again, but not for ever.
 
-A slow tier that hangs stops this thread and nothing else. Nothing raised in a tier leaves this thread.
+A slow tier that hangs stops its own thread and nothing else. Nothing raised in a tier leaves this thread.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from pasture.core.storage import BlockKey, TierStatistics
 from pasture.tiers.block import Block
 from pasture.tiers.gate import Gate
-from pasture.tiers.memory import MemoryTier, Unwritten
+from pasture.tiers.memory import MemoryTier
 from pasture.tiers.ports import SlowTier
+from pasture.tiers.unwritten import Unwritten
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 PICTURE_SECONDS = 0.5
-"""between two looks at the tiers' own statistics"""
+"""between two looks at the tier's own statistics"""
+MAX_REMOVALS = 1 << 16
+"""remembered while a tier takes nothing; what is forgotten only takes room there until the tier evicts it"""
+MAX_OFFERS = 3
+"""of one block to a tier that takes others"""
 
 
 class Writer:
-    """Owns the thread that writes; `tier_statistics` is the last picture it took of each tier."""
+    """Owns the thread that writes to one tier; `tier_statistics` is the last picture it took of it, None before the first."""
 
-    def __init__(self, memory: MemoryTier, tiers: Sequence[SlowTier], gate: Gate) -> None:
+    def __init__(self, memory: MemoryTier, number: int, tier: SlowTier, gate: Gate) -> None:
+        """`number`: of the tier among the slow ones, fastest first."""
         self._memory = memory
-        self._tiers = tiers
+        self._number = number
+        self._tier = tier
         self._gate = gate
-        self._removals: deque[BlockKey] = deque()
+        self._removals: deque[BlockKey] = deque(maxlen=MAX_REMOVALS)
         self._wake = threading.Event()
         self._settled = threading.Condition()
         self._rounds = 0
         """times that nothing was left to write"""
         self._stopping = False
+        self._offers = 0
+        """of the block that is next, without success"""
         self.errors = 0
         self.in_flight_bytes = 0
         """of the block that is being written now"""
-        self.tier_statistics: tuple[TierStatistics, ...] = ()
-        self._thread = threading.Thread(target=self._run, name="pasture-write", daemon=True)
+        self.tier_statistics: TierStatistics | None = None
+        self._thread = threading.Thread(target=self._run, name=f"pasture-write-{tier.name}", daemon=True)
         self._thread.start()
 
     # Any thread
@@ -57,16 +64,17 @@ class Writer:
         self._wake.set()
 
     def remove(self, key: BlockKey) -> None:
-        """The slow tiers' block of this key is of no use."""
+        """The tier's block of this key is of no use."""
         self._removals.append(key)
         self._wake.set()
 
     def flush(self, timeout_seconds: float) -> bool:
-        """Wait until everything listed so far is written; False when time ran out."""
+        """Wait until everything listed so far is written; False when time ran out, or the tier takes nothing."""
         with self._settled:
             seen = self._rounds
             self._wake.set()
-            return self._settled.wait_for(lambda: self._rounds > seen, timeout_seconds)
+            self._settled.wait_for(lambda: self._rounds > seen or self._shut(), timeout_seconds)
+            return self._rounds > seen
 
     def stop(self, timeout_seconds: float) -> bool:
         """End after the block that is being written; False when it is stuck in one."""
@@ -84,50 +92,107 @@ class Writer:
             self._drain()
             self._picture()
             with self._settled:  # looked at under the lock: whoever put something and then asks is not answered too early
-                if not self._memory.unwritten_blocks and not self._removals:
+                if not self._memory.unwritten_blocks(self._number) and not self._removals:
                     self._rounds += 1
-                    self._settled.notify_all()
+                self._settled.notify_all()
 
     def _drain(self) -> None:
-        while not self._stopping and (item := self._memory.next_unwritten()) is not None:
-            self._write(item)
+        while not self._stopping and not self._shut():
             while self._removals:
                 self._remove(self._removals.popleft())
-        while not self._stopping and self._removals:
-            self._remove(self._removals.popleft())
+            item = self._memory.next_unwritten(self._number)
+            if item is None:
+                return
+            self._write(item)
 
     def _write(self, item: Unwritten) -> None:
         block = item.block
-        self.in_flight_bytes = block.n_bytes
-        for tier in self._tiers:
-            if self._gate.spill_slow(tier.name, _tokens_of(block), block.n_bytes):
-                self._try(tier.put, block)
-        self.in_flight_bytes = 0
+        if self._gate.spill_slow(self._tier.name, _tokens_of(block), block.n_bytes):
+            self.in_flight_bytes = block.n_bytes
+            taken = self._put(block)
+            self.in_flight_bytes = 0
+            self._offers = 0 if taken else self._offers + 1
+            if not taken and self._offers < MAX_OFFERS:
+                self._memory.put_back(self._number, item)
+                return
+        self._offers = 0
         for key in item.supersedes:
             self._remove(key)
 
-    def _remove(self, key: BlockKey) -> None:
-        for tier in self._tiers:
-            self._try(tier.remove, key)
-
-    def _try(self, call: Callable[[T], None], argument: T) -> None:
+    def _put(self, block: Block) -> bool:
         """Tiers promise not to raise; one that does is broken, which is its own trouble alone."""
         try:
-            call(argument)
+            return self._tier.put(block)
         except Exception:
-            self.errors += 1
-            if self.errors == 1:
-                log.exception("a slow tier failed where it should not; it is counted from here on")
+            self._failed()
+            return False
+
+    def _remove(self, key: BlockKey) -> None:
+        try:
+            self._tier.remove(key)
+        except Exception:
+            self._failed()
+
+    def _shut(self) -> bool:
+        try:
+            return not self._tier.accepts
+        except Exception:
+            self._failed()
+            return True
+
+    def _failed(self) -> None:
+        self.errors += 1
+        if self.errors == 1:
+            log.exception("a slow tier failed where it should not; it is counted from here on")
 
     def _picture(self) -> None:
         try:
-            pictures = tuple(tier.statistics() for tier in self._tiers)
+            picture = self._tier.statistics()
         except Exception:
             self.errors += 1
             return
-        for picture in pictures:
-            self._gate.describe_tier(picture.name, picture.latency_seconds, picture.bytes_per_second)
-        self.tier_statistics = pictures
+        self._gate.describe_tier(picture.name, picture.latency_seconds, picture.bytes_per_second)
+        self.tier_statistics = picture
+
+
+class Writers:
+    """One for each tier, fastest first."""
+
+    def __init__(self, memory: MemoryTier, tiers: Sequence[SlowTier], gate: Gate) -> None:
+        self._writers = tuple(Writer(memory, number, tier, gate) for number, tier in enumerate(tiers))
+
+    @property
+    def errors(self) -> int:
+        return sum(writer.errors for writer in self._writers)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        return sum(writer.in_flight_bytes for writer in self._writers)
+
+    @property
+    def tier_statistics(self) -> tuple[TierStatistics, ...]:
+        """Of each tier of which there is a picture."""
+        return tuple(writer.tier_statistics for writer in self._writers if writer.tier_statistics is not None)
+
+    def wake(self) -> None:
+        for writer in self._writers:
+            writer.wake()
+
+    def remove(self, key: BlockKey) -> None:
+        """No tier's block of this key is of any use."""
+        for writer in self._writers:
+            writer.remove(key)
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Within this time for all of them; see `Writer.flush`."""
+        deadline = time.monotonic() + timeout_seconds
+        written = [writer.flush(max(0.0, deadline - time.monotonic())) for writer in self._writers]
+        return all(written)
+
+    def stop(self, timeout_seconds: float) -> bool:
+        deadline = time.monotonic() + timeout_seconds
+        ended = [writer.stop(max(0.0, deadline - time.monotonic())) for writer in self._writers]
+        return all(ended)
 
 
 def _tokens_of(block: Block) -> int:

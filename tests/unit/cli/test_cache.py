@@ -14,7 +14,7 @@ import pytest
 
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.sealed import SealedWire
-from tests.blocks import blocks, conversation, path
+from tests.blocks import blocks, conversation, leading, path
 from tests.unit.cli.test_flags import run
 
 BUDGET_BYTES = 1 << 20
@@ -34,7 +34,7 @@ def fill(directory: Path, *seeds: int, secret: bytes | None = None, age_seconds:
 def stored(directory: Path, seed: int) -> int:
     """Leading blocks of a conversation."""
     with closing(DiskTier(directory, BUDGET_BYTES)) as tier:
-        return tier.leading(path(conversation(seed, 200)))
+        return leading(tier, path(conversation(seed, 200)))
 
 
 @pytest.fixture

@@ -64,9 +64,9 @@ def test_pinned_blocks_stay_and_forced_ones_come_in() -> None:
     maker = TrailMaker()
     for ids in ([1], [2], [3]):
         tier.arrived(maker.trail(ids))
-    pin = tier.insert_pinned(block(maker, [1], 0), written=False)
+    pin = tier.insert_pinned(block(maker, [1], 0))
     assert tier.insert(block(maker, [2], 0))
-    forced = tier.insert_pinned(block(maker, [3], 0), written=False)
+    forced = tier.insert_pinned(block(maker, [3], 0))
     assert block(maker, [1], 0).address.key in tier
     assert block(maker, [2], 0).address.key not in tier
     pin.release()

@@ -22,7 +22,7 @@ from pasture.tiers.disk import DiskTier
 from pasture.tiers.disk_files import TEMPORARY, BlockFiles
 from pasture.tiers.keys import child_key
 from pasture.tiers.wire import CHECKED_BYTES, HEADER_BYTES
-from tests.blocks import block_at, blocks, conversation, path, root, same
+from tests.blocks import block_at, blocks, conversation, leading, path, root, same
 
 BLOCK_BYTES = 1000 + 112 + 256
 """of the file of a full block with 1,000 bytes of payload"""
@@ -79,7 +79,7 @@ def fill(tier: DiskTier, *seeds: int, n_tokens: int = 200, clock: Time | None = 
 def kept(tier: DiskTier, seed: int, n_tokens: int = 200) -> int:
     """Leading blocks of a conversation that are stored, and come back right."""
     tokens = conversation(seed, n_tokens)
-    n_blocks = tier.leading(path(tokens))
+    n_blocks = leading(tier, path(tokens))
     for block in list(blocks(tokens))[:n_blocks]:
         assert same(tier.get(block.address), block)
     return n_blocks
@@ -104,9 +104,9 @@ def test_leading_stops_at_the_first_that_is_missing(open_tier: Open) -> None:
     addresses = path(tokens)
     for index in (0, 1, 2, 5):
         tier.put(block_at(addresses[index], tokens))
-    assert tier.leading(addresses) == 3
-    assert tier.leading([]) == 0
-    assert tier.leading(addresses * 40) == 3, "more than fit into one question"
+    assert leading(tier, addresses) == 3
+    assert leading(tier, []) == 0
+    assert leading(tier, addresses * 40) == 3, "more than fit into one question"
 
 
 def test_following_finds_blocks_and_checkpoints_last_used_first(open_tier: Open, clock: Time) -> None:
@@ -115,19 +115,19 @@ def test_following_finds_blocks_and_checkpoints_last_used_first(open_tier: Open,
     full, second = path(tokens)
     tier.put(block_at(full, tokens))
     tier.put(block_at(second, tokens))
-    assert list(tier.following(full.key)) == [(second, tokens[64:])], "a prompt may part from it midway"
+    assert list(tier.following([full.key])[0]) == [(second, tokens[64:])], "a prompt may part from it midway"
     for n_tokens in (70, 80, 90):
         clock.pass_(1)
         tier.put(block_at(path(tokens[:n_tokens])[1], tokens))
-    assert [len(found) for _, found in tier.following(full.key)] == [26, 16, 6, 64]
+    assert [len(found) for _, found in tier.following([full.key])[0]] == [26, 16, 6, 64]
     other = conversation(2, 64)
     tier.put(block_at(path(other)[0], other, whole=True))
-    assert (path(other)[0], other) in list(tier.following(root())), (
+    assert (path(other)[0], other) in list(tier.following([root()])[0]), (
         "a checkpoint on a boundary is filed as the block it ends in"
     )
     for n_tokens in range(100, 120):
         tier.put(block_at(path(tokens[:n_tokens])[1], tokens))
-    assert len(tier.following(full.key)) == 8, "a few at most"
+    assert len(tier.following([full.key])[0]) == 8, "a few at most"
 
 
 def test_equal_blocks_exist_once(open_tier: Open, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_parent_outlives_its_children(open_tier: Open, clock: Time) -> None:
         for block in list(blocks(tokens))[0 if seed == 10 else 2 :]:
             tier.put(block)
         clock.pass_(60)
-    assert tier.leading(path(shared + conversation(29, 64))) == 3, "a child that is put keeps its path"
+    assert leading(tier, path(shared + conversation(29, 64))) == 3, "a child that is put keeps its path"
     assert tier.statistics().bytes <= 12 * BLOCK_BYTES
 
 
@@ -307,7 +307,7 @@ def test_a_disk_that_cannot_be_read_is_a_miss_and_keeps_its_files(
     addresses = path(conversation(1, 200))
     assert [tier.get(address) for address in addresses] == [None] * 4
     assert failing.calls == 1
-    assert tier.leading(addresses) == 0, "no promise while it fails"
+    assert leading(tier, addresses) == 0, "no promise while it fails"
     assert len(caplog.records) == 1
     failing.broken = False
     clock.pass_(3)
@@ -382,8 +382,8 @@ def test_links_are_not_followed(open_tier: Open, tmp_path: Path) -> None:
 def test_keys_of_other_tokens_find_nothing(open_tier: Open) -> None:
     tier = open_tier()
     fill(tier, 1)
-    assert tier.leading(path(conversation(1, 200), namespace="another")) == 0
-    assert list(tier.following(child_key(root(), conversation(2, 64)))) == []
+    assert leading(tier, path(conversation(1, 200), namespace="another")) == 0
+    assert list(tier.following([child_key(root(), conversation(2, 64))])[0]) == []
 
 
 def test_files_survive_what_the_index_does_not(open_tier: Open, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_files_survive_what_the_index_does_not(open_tier: Open, tmp_path: Path) 
         index.write_bytes(b"garbage" * 1000)
     tier = open_tier()
     assert kept(tier, 1) == 4
-    assert [len(tokens) for _, tokens in tier.following(path(conversation(1, 200))[2].key)] == [8]
+    assert [len(tokens) for _, tokens in tier.following([path(conversation(1, 200))[2].key])[0]] == [8]
     assert len(list((tmp_path / "cache").rglob("index*.sqlite"))) == 1
 
 
@@ -436,7 +436,7 @@ def test_an_index_that_is_damaged_while_it_is_open_is_made_anew(open_tier: Open,
     for _ in range(2):
         for one in (tier, other):
             one.statistics()
-            one.following(path(conversation(1, 200))[2].key)
+            one.following([path(conversation(1, 200))[2].key])
             fill(one, 1, 2)
     assert kept(tier, 1) == kept(other, 1) == kept(tier, 2) == kept(other, 2) == 4
     close(tier, other)

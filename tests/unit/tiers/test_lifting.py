@@ -34,7 +34,7 @@ class Ready:
 
 def fresh(*tiers: ShelfTier, divisible: bool = True, gate: Gate | None = None, budget: int = BUDGET) -> TieredStore:
     """A server that has just been started over these tiers."""
-    return make_store(MemoryTier(budget, divisible=divisible, list_unwritten=True), tiers, gate)
+    return make_store(MemoryTier(budget, divisible=divisible, n_writers=len(tiers)), tiers, gate)
 
 
 def filled(*conversations: array[int], divisible: bool = True) -> ShelfTier:
@@ -258,7 +258,7 @@ def test_what_is_evicted_before_its_turn_is_not_waited_for() -> None:
     while not shelf.calls("put"):
         patience.wait(0.01)
     store._memory.resize(0)
-    assert store._memory.unwritten_blocks == 0
+    assert store._memory.unwritten_blocks() == 0
     shelf.open.set()
     assert store.flush(10)
     assert [block.address.p0 for block in shelf.blocks.values()] == [0]

@@ -100,7 +100,7 @@ def test_pins_hold_beyond_the_budget_and_let_go_at_once() -> None:
 
 
 def test_a_longer_sibling_takes_a_short_blocks_place_unless_that_is_pinned() -> None:
-    memory = MemoryTier(1 << 20, list_unwritten=True)
+    memory = MemoryTier(1 << 20, n_writers=1)
     insert(memory, conversation(1, 70))
     pin = memory.pin(trail(conversation(1, 70)))
     insert(memory, conversation(1, 100))

@@ -24,7 +24,7 @@ BUDGET = 64 * 3073 + 1_000
 
 
 def test_refused_blocks_are_written_and_not_kept() -> None:
-    memory = MemoryTier(BUDGET, policy=Stubborn, list_unwritten=True)
+    memory = MemoryTier(BUDGET, policy=Stubborn, n_writers=1)
     shelf = ShelfTier()
     store = make_store(memory, [shelf])
     put(store, FIRST)
@@ -41,18 +41,18 @@ def test_refused_blocks_are_written_and_not_kept() -> None:
 
 
 def test_what_waits_for_the_writer_is_bounded_and_counted() -> None:
-    memory = MemoryTier(BUDGET, policy=Stubborn, list_unwritten=True)
+    memory = MemoryTier(BUDGET, policy=Stubborn, n_writers=1)
     shelf = ShelfTier()
     shelf.open.clear()
     store = make_store(memory, [shelf])
     for start in range(0, 64 * 200, 64):
         put(store, toks(range(5000 + start, 5064 + start)))
         memory.check()
-    assert 0 < memory._passing_bytes <= PASSING_SHARE * BUDGET
-    assert memory.statistics().in_flight_bytes == memory._passing_bytes
+    assert 0 < memory._lines.passing_bytes <= PASSING_SHARE * BUDGET
+    assert memory.statistics().in_flight_bytes == memory._lines.passing_bytes
     shelf.open.set()
     assert store.flush(30)
-    assert memory._passing_bytes == 0
+    assert memory._lines.passing_bytes == 0
 
 
 def test_without_a_slow_tier_nothing_passes() -> None:
@@ -61,4 +61,4 @@ def test_without_a_slow_tier_nothing_passes() -> None:
     put(store, FIRST)
     put(store, SECOND)
     assert store.reach(NAME, SECOND) == 0
-    assert memory.unwritten_blocks == 0
+    assert memory.statistics().in_flight_bytes == 0

@@ -14,7 +14,7 @@ from pasture.tiers.block import Block
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.sealed import SealedWire, read_secret
 from pasture.tiers.wire import BadBlock, PlainWire, frame, parts
-from tests.blocks import block_at, blocks, conversation, path, same
+from tests.blocks import block_at, blocks, conversation, leading, path, same
 
 TOKENS = conversation(1, 100)
 FULL, SHORT = path(TOKENS)
@@ -76,14 +76,14 @@ def test_a_directory_may_hold_what_several_secrets_wrote(tmp_path: Path, caplog:
     wires = (None, SealedWire(SECRET), SealedWire(b"x" * 32))
     tiers = [DiskTier(tmp_path / "cache", 1 << 20, wire=wire) for wire in wires]
     for number, tier in enumerate(tiers):
-        assert tier.leading(path(TOKENS)) == 0, "what others wrote is not found"
+        assert leading(tier, path(TOKENS)) == 0, "what others wrote is not found"
         assert tier.get(FULL) is None
         for block in blocks(TOKENS):
             tier.put(block)
         assert tier.statistics().blocks == 2 * (number + 1), "but it counts"
     for tier in tiers:
-        assert tier.leading(path(TOKENS)) == 2
-        assert [tokens for _, tokens in tier.following(FULL.key)] == [TOKENS[64:]]
+        assert leading(tier, path(TOKENS)) == 2
+        assert [tokens for _, tokens in tier.following([FULL.key])[0]] == [TOKENS[64:]]
         assert all(same(tier.get(block.address), block) for block in blocks(TOKENS))
         assert tier.statistics().damaged_blocks == tier.statistics().errors == 0
         tier.close()
