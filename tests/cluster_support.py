@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from pasture.cluster.journal import Journal, watched
+from pasture.cluster.journal import Journal
 from pasture.cluster.members import Identity, Member, Move, Roll, vocabulary_mark
 from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.serving import ReplicaServer
@@ -21,6 +21,7 @@ from pasture.scheduler.settings import SchedulerSettings
 from pasture.tiers.eviction import least_recently_used
 from pasture.tiers.gate import OpenGate
 from pasture.tiers.store import open_store
+from pasture.tiers.watching import watched
 
 KEY = b"the key of the tests"
 GREEDY = SamplingParams(temperature=0)
@@ -97,9 +98,7 @@ class Fleet:
 
     async def settled(self, n_replicas: int) -> None:
         """Wait until so many replicas take requests."""
-        async with asyncio.timeout(20):
-            while len(self.service.router.replicas()) != n_replicas:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(self.service.router.replicas()) == n_replicas)
 
     async def restart(self, name: str, engine: FakeEngine) -> None:
         """The replica again, empty, as another start."""
@@ -122,6 +121,15 @@ async def fleet(*engines: FakeEngine, settings: ClusterSettings | None = None) -
         yield made
     finally:
         await made.stop()
+
+
+async def until(check: Callable[[], object]) -> None:
+    """Let the others go on until it is so; fails when it takes very long."""
+    for _ in range(2000):
+        if check():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came to that")
 
 
 def usual() -> FakeEngine:
