@@ -16,6 +16,7 @@ from pasture import __version__
 from pasture.cli.bench import bench, demo
 from pasture.cli.cache import cache
 from pasture.cli.check import check
+from pasture.cli.cluster import cluster
 from pasture.cli.configuration import config
 from pasture.cli.doctor import doctor
 from pasture.cli.flags import normalise
@@ -47,6 +48,7 @@ app.command(rich_help_panel="Find out")(check)
 app.command(rich_help_panel="Find out")(config)
 app.add_typer(cache, name="cache", rich_help_panel="Look after")
 app.add_typer(keys, name="keys", rich_help_panel="Look after")
+app.add_typer(cluster, name="cluster", rich_help_panel="Serve")
 app.add_typer(public, name="public", rich_help_panel="Look after")
 
 
