@@ -53,10 +53,10 @@ class WatchedService(LocalService):
                         self.foreign_hits.append((request, found, possible))
                 yield event
 
-    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         """What is computed ahead of a tenant's next turn is in the cache too, though no request of it said so yet."""
         self.expected.setdefault(namespace, []).append(tokens)
-        super().anticipate(namespace, tokens)
+        super().anticipate(namespace, tokens, typing=typing)
 
 
 def _common(one: Sequence[int], two: Sequence[int]) -> int:

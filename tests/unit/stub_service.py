@@ -105,6 +105,8 @@ class StubService:
     drained: bool = False
     closed: bool = False
     anticipated: list[tuple[int, ...]] = field(default_factory=list)
+    typed: list[tuple[int, ...]] = field(default_factory=list)
+    """of those, what somebody is typing"""
     lifted: list[tuple[int, ...]] = field(default_factory=list)
     """what was to be brought into RAM"""
 
@@ -144,8 +146,10 @@ class StubService:
         self.pins.append(StubPin((namespace, tuple(tokens))))
         return self.pins[-1]
 
-    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         self.anticipated.append(tuple(tokens))
+        if typing:
+            self.typed.append(tuple(tokens))
 
     async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:
         self.lifted.append(tuple(tokens))

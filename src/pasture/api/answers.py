@@ -196,6 +196,12 @@ class SessionList(_Answer):
     data: list[SessionBody]
 
 
+class Hinted(_Answer):
+    object: Literal["chat.prefetch"]
+    tokens: NonNegative
+    cached_tokens: NonNegative
+
+
 class Prefetched(_Answer):
     id: str
     object: Literal["session.prefetch"]

@@ -15,6 +15,7 @@ from pasture.api.diagnosis import diagnosis_routes
 from pasture.api.disconnect import ClientGone
 from pasture.api.gateway import Gateway
 from pasture.api.generation import generation_routes
+from pasture.api.hints import hint_routes
 from pasture.api.inspection import health_routes, inspection_routes, text_routes
 from pasture.api.middleware import ApiKeys, LastResort, RequestIds
 from pasture.api.response_routes import response_routes
@@ -45,6 +46,7 @@ def create_app(
     app.state.gateway = gateway
     for routes in (
         generation_routes,
+        hint_routes,
         response_routes,
         session_routes,
         diagnosis_routes,

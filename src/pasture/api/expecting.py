@@ -1,16 +1,19 @@
-"""The next turn, seen from the end of this one: the conversation as it will be rendered then, computed while nobody asks.
+"""The next turn, before anybody asks for it: the conversation as it will be rendered then, computed while nobody asks.
 
-A chat template may show a reply differently once it is history: reasoning is stripped, headers are added, blanks trimmed. Then
-the cells that the reply left behind serve its conversation only up to that point, and the next turn would compute all that
-follows, with its user waiting. The engine thread does it instead when it has nothing else to do; where nothing differs, next to
-nothing is missing and it does nothing. Event loop; rendering long conversations happens on a worker thread.
+    answered     a reply is complete: its conversation will probably go on
+    typing       somebody is writing the next message; what is written so far comes along
+
+A chat template may show a reply differently once another message follows: reasoning is stripped, headers are added, blanks
+trimmed. Then the cells that the reply left behind serve its conversation only up to that point, and the next turn would compute
+all that follows, with its user waiting. The engine thread does it instead when it has nothing else to do; where nothing
+differs, next to nothing is missing and it does nothing. Event loop; long conversations are rendered on a worker thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
@@ -29,25 +32,45 @@ MAX_AT_ONCE = 32
 class Expecting:
     """What was answered lately, and will probably go on."""
 
-    def __init__(self, service: Service, jobs: Jobs, *, enabled: bool) -> None:
+    def __init__(self, service: Service, jobs: Jobs, *, turn_ahead: bool, prefetch: bool) -> None:
+        """`turn_ahead`: look ahead after replies; `prefetch`: follow hints of those who know."""
         self._service = service
         self._jobs = jobs
-        self._enabled = enabled
+        self._turn_ahead = turn_ahead
+        self._prefetch = prefetch
         self._rendering: set[asyncio.Task[None]] = set()
 
     def answered(self, body: ChatBody, caller: Caller, reply: str) -> None:
         """`reply` is the complete answer to `body`; returns at once."""
-        if self._enabled and len(self._rendering) < MAX_AT_ONCE:
+        if self._turn_ahead and len(self._rendering) < MAX_AT_ONCE:
             task = asyncio.create_task(self._expect(body, caller, reply))
             self._rendering.add(task)
             task.add_done_callback(self._rendering.discard)
+
+    @property
+    def under_way(self) -> frozenset[asyncio.Task[None]]:
+        """The turns that are being rendered."""
+        return frozenset(self._rendering)
+
+    async def typing(
+        self, messages: Sequence[Mapping[str, JsonValue]], context: Mapping[str, object], draft: str, caller: Caller
+    ) -> tuple[int, int]:
+        """Have a conversation brought back, and computed as far as it is known; does not wait for it.
+
+        Returns how many tokens are known of the next prompt, and how many of them are live now. Raises RequestError.
+        """
+        tokens = await self._jobs.upcoming(messages, context, draft)
+        found = await self._service.locate(caller.namespace, tokens)
+        if self._prefetch and len(tokens) < self._service.max_conversation_tokens:
+            self._service.anticipate(caller.namespace, tokens, typing=True)
+        return len(tokens), found.live_tokens
 
     async def _expect(self, body: ChatBody, caller: Caller, reply: str) -> None:
         messages: list[Mapping[str, JsonValue]] = [*body.messages, {"role": "assistant", "content": reply}]
         fields = ("tools", "tool_choice", "chat_template_kwargs")
         context = {name: value for name in fields if (value := getattr(body, name)) is not None}
         try:
-            tokens = await self._jobs.tokens(messages, context)
+            tokens = await self._jobs.upcoming(messages, context)
         except PastureError as error:
             _log.debug("the next turn cannot be rendered: %s", error)
             return

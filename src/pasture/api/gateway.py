@@ -42,7 +42,8 @@ class Gateway:
 
     @cached_property
     def expecting(self) -> Expecting:
-        return Expecting(self.service, self.jobs, enabled=self.settings.turn_ahead)
+        settings = self.settings
+        return Expecting(self.service, self.jobs, turn_ahead=settings.turn_ahead, prefetch=settings.prefetch)
 
     @property
     def model_name(self) -> str:

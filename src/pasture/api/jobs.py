@@ -8,6 +8,7 @@ hold up the loop that carries everybody's streams.
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,11 @@ from pasture.text.stops import StopStrings
 
 MAX_REQUESTS = 256
 """prompts times choices in one call"""
+
+_HERE = "\ue000"
+"""stands where a prompt is cut: a private character, which no template trims"""
+_WHOLE_WORDS = re.compile(r".*\S(?=\s)", re.DOTALL)
+"""a tokeniser may read the word that is being typed differently once it is complete"""
 
 _SEEDS = 2**32 - 1  # the largest 32-bit seed means "any" to the engine
 
@@ -94,6 +100,21 @@ class Jobs:
             return ()
         fields = {**context, "messages": messages, "add_generation_prompt": False}
         text = self.render(TemplateBody.model_validate(fields))
+        return await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
+
+    async def upcoming(
+        self, messages: Sequence[Mapping[str, JsonValue]], context: Mapping[str, object], draft: str = ""
+    ) -> tuple[int, ...]:
+        """The next prompt as far as it is known: a conversation as its next turn will show it, and what its user has typed.
+
+        Ends with the last word of `draft` that is complete. Raises RequestError.
+        """
+        typed = _WHOLE_WORDS.match(draft.lstrip())
+        question = {"role": "user", "content": (typed[0] if typed else "") + _HERE}
+        fields = {**context, "messages": [*messages, question], "add_generation_prompt": False}
+        text, found, _ = self.render(TemplateBody.model_validate(fields)).rpartition(_HERE)
+        if not found:
+            raise RequestError("the chat template does not show what a user says", param="messages")
         return await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
 
     def prefill(self, tokens: tuple[int, ...], caller: Caller) -> Request:

@@ -28,4 +28,6 @@ class ApiSettings:
     """how long a request that does not say may take; None: no limit"""
     turn_ahead: bool = True
     """whether what a next turn will need is computed while nobody asks"""
+    prefetch: bool = True
+    """whether what a client says will be asked for soon is brought back and computed before it is"""
     log_level: str = "info"

@@ -130,8 +130,11 @@ class Service(Protocol):
         """Keep in RAM what there is of these tokens, live or in RAM. The pin may be released on any thread."""
         ...
 
-    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
-        """Compute these tokens when nobody asks for anything: somebody's next prompt will probably begin with them."""
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
+        """Compute these tokens when nobody asks for anything: somebody's next prompt will probably begin with them.
+
+        `typing`: it is being written, so what slow tiers have of it is fetched at once.
+        """
         ...
 
     async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:

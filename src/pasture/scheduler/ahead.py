@@ -1,72 +1,110 @@
-"""Prefill ahead of time: prompts that will probably be asked for, computed while nobody asks for anything.
+"""Prefill ahead of time: prompts that will probably be asked for, brought back and computed while nobody asks for anything.
 
-    anticipate()  ->  a short list, newest first        next()  ->  one tile of the first prompt, as a step of its own
-                                                        give_way()  ->  somebody asks: what is computed so far stays, idle
+    anticipate()  ->  a short list, newest first; what slow tiers have of it begins to rise into RAM
+    next()        ->  a step of its own: the first prompt that is not rising any more, restored and one piece further computed
+    give_way()    ->  somebody asks: what is computed so far stays, idle
 
-A wrong guess costs nothing that anybody sees: a step is one tile, it never runs beside a request, and what it leaves behind is
-an idle sequence like any other, the first to go when room is needed. Owns at most one running sequence. Engine thread.
+A wrong guess costs nothing that anybody sees: a step is one tile at most, it never runs beside a request, and what it leaves
+behind is an idle sequence like any other, the first to go when room is needed. A prompt that goes on from one on the list takes
+its place: so grows the draft of somebody who types. Owns at most one running sequence. Engine thread.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import deque
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from pasture.core.ports import Clock
+from pasture.core.storage import Lift
 from pasture.core.values import Namespace, Outcome, RequestId, StepPlan, StepResult, Work
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
 from pasture.scheduler.resting import Resting
 
 MAX_ANTICIPATED = 64
-"""prompts on the list; the oldest are forgotten"""
-MIN_STEP_TOKENS = 64
+"""prompts on the list; beyond that the oldest of whoever has most is forgotten"""
+MAX_AGE_SECONDS = 60.0
+"""after which nobody waits for a prompt any more"""
+MAX_LIFTED = 16
+"""prompts whose blocks are on their way into RAM, or held there for them"""
+MIN_TILE_TOKENS = 64
 """of one step where the engine has no tiles"""
-MIN_MISSING_TOKENS = 16
+PIECE_TOKENS = 16
+"""of one step when less than a tile is missing: its rows cost each the same, and somebody may come"""
+MIN_MISSING_TOKENS = 8
 """fewer are computed along with the next prompt"""
+MIN_TYPED_TOKENS = 3
+"""the same where somebody is typing that prompt"""
 _NOBODY = RequestId("ahead")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Prompt:
     namespace: Namespace
     tokens: array[int]
+    since: float
+    lift: Lift | None = None
+    """of its blocks, into RAM"""
+
+    def goes_on_from(self, other: _Prompt) -> bool:
+        n_tokens = len(other.tokens)
+        return (
+            self.namespace == other.namespace
+            and n_tokens <= len(self.tokens)
+            and memoryview(self.tokens)[:n_tokens] == memoryview(other.tokens)
+        )
 
 
 class Ahead:
-    def __init__(self, pool: Pool, resting: Resting) -> None:
+    def __init__(self, pool: Pool, resting: Resting, clock: Clock, wake: Callable[[], None]) -> None:
+        """`wake` is called from other threads when a prompt has risen."""
         self._pool = pool
         self._resting = resting
-        self._prompts: deque[_Prompt] = deque(maxlen=MAX_ANTICIPATED)
-        self._sequence: Sequence | None = None
-        """of the newest prompt, while it is being computed"""
+        self._clock = clock
+        self._wake = wake
+        self._prompts: list[_Prompt] = []
+        """oldest first"""
+        self._current: tuple[_Prompt, Sequence] | None = None
+        """who is being computed"""
         self.computed_tokens = 0
 
     @property
     def waiting(self) -> bool:
         return bool(self._prompts)
 
-    def anticipate(self, namespace: Namespace, tokens: array[int]) -> None:
-        """Compute these tokens when there is time; they should be the beginning of somebody's next prompt."""
+    def anticipate(self, namespace: Namespace, tokens: array[int], *, typing: bool = False) -> None:
+        """Compute these tokens when there is time; they should be the beginning of somebody's next prompt.
+
+        `typing`: that somebody is writing it already, so it is sure to come, and soon.
+        """
         missing = len(tokens) - self._pool.lookup(namespace, tokens)
-        if self._pool.shares and missing >= MIN_MISSING_TOKENS and len(tokens) < self._pool.shape.cells_per_sequence:
-            self.give_way()
-            self._prompts.append(_Prompt(namespace, tokens))
+        least = MIN_TYPED_TOKENS if typing else MIN_MISSING_TOKENS
+        if not self._pool.shares or missing < least or len(tokens) >= self._pool.shape.cells_per_sequence:
+            return
+        self.give_way()
+        prompt = _Prompt(namespace, tokens, self._clock())
+        before = next((other for other in self._prompts if prompt.goes_on_from(other)), None)
+        if before is not None:
+            prompt.lift, before.lift = before.lift, None
+            self._forget(before)
+        elif typing and sum(other.lift is not None for other in self._prompts) < MAX_LIFTED:
+            have = max(self._pool.lookup(namespace, tokens), self._resting.store.reach(namespace, tokens))
+            prompt.lift = self._resting.store.lift(namespace, tokens, have, self._wake)
+        self._prompts.append(prompt)
+        if len(self._prompts) > MAX_ANTICIPATED:
+            most = Counter(other.namespace for other in self._prompts).most_common(1)[0][0]
+            self._forget(next(other for other in self._prompts if other.namespace == most))
 
     def next(self) -> StepPlan | None:
-        """A step for the newest prompt; None when nothing is left to compute."""
-        while self._prompts:
-            prompt = self._prompts[-1]
-            if self._sequence is None:
-                self._sequence = self._enter(prompt)
-            sequence = self._sequence
-            if sequence is None or sequence.length >= len(prompt.tokens):
-                self._leave()
-                continue
-            shape = self._pool.shape
-            n = min(max(MIN_STEP_TOKENS, shape.tile_tokens), shape.n_batch, len(prompt.tokens) - sequence.length)
-            if not self._pool.make_room(n):
-                self._leave()
+        """A step for the newest prompt that can be computed; None when there is none."""
+        self._expire()
+        while (current := self._current or self._begin()) is not None:
+            prompt, sequence = current
+            n = self._piece(len(prompt.tokens) - sequence.length)
+            if not n or not self._pool.make_room(n):
+                self._leave(prompt)
                 continue
             start = sequence.length
             work = Work(sequence.id, prompt.tokens[start : start + n], start, None)
@@ -75,36 +113,61 @@ class Ahead:
 
     def book(self, plan: StepPlan, result: StepResult) -> None:
         """The step of `next` has run."""
-        sequence, (work,) = self._sequence, plan.works
-        assert sequence is not None
+        (work,) = plan.works
+        assert self._current is not None
+        prompt, sequence = self._current
         if result.outcome is Outcome.DONE:
             self._pool.extend(sequence, array("i", work.tokens))
             self.computed_tokens += len(work.tokens)
         elif sequence.id in result.lost:
             self._pool.lose(sequence)
-            self._sequence = None
-            self._prompts.pop()
+            self._current = None
+            self._forget(prompt)
         else:
-            self._leave()
+            self._leave(prompt)
 
     def give_way(self) -> None:
         """Somebody asks for something: what is computed stays as an idle sequence, the rest may be computed later."""
-        if self._sequence is not None:
-            self._pool.finish(self._sequence)
-            self._sequence = None
+        if self._current is not None:
+            self._pool.finish(self._current[1])
+            self._current = None
 
     def forget(self) -> None:
         """The live cache was emptied."""
-        self._prompts.clear()
-        self._sequence = None
+        self._current = None
+        for prompt in list(self._prompts):
+            self._forget(prompt)
 
-    def _enter(self, prompt: _Prompt) -> Sequence | None:
-        sequence = self._pool.join(prompt.namespace, prompt.tokens, _NOBODY)
-        if sequence is not None and self._pool.cuttable:
-            self._resting.restore(sequence, prompt.tokens[:-1])
-        return sequence
+    def _begin(self) -> tuple[_Prompt, Sequence] | None:
+        """Start with the newest prompt that is not rising any more."""
+        while (prompt := next((p for p in reversed(self._prompts) if p.lift is None or p.lift.done), None)) is not None:
+            sequence = self._pool.join(prompt.namespace, prompt.tokens, _NOBODY)
+            if sequence is None:
+                self._forget(prompt)
+                continue
+            if self._pool.cuttable:
+                self._resting.restore(sequence, prompt.tokens[:-1])
+            self._current = prompt, sequence
+            return self._current
+        return None
 
-    def _leave(self) -> None:
-        """Done with the newest prompt, one way or another."""
+    def _piece(self, missing: int) -> int:
+        """How many of the missing tokens the next step computes."""
+        shape = self._pool.shape
+        tile = min(max(MIN_TILE_TOKENS, shape.tile_tokens), shape.n_batch)
+        return tile if missing >= tile else min(missing, PIECE_TOKENS, shape.n_batch)
+
+    def _leave(self, prompt: _Prompt) -> None:
+        """Done with a prompt, one way or another."""
         self.give_way()
-        self._prompts.pop()
+        self._forget(prompt)
+
+    def _expire(self) -> None:
+        oldest = self._clock() - MAX_AGE_SECONDS
+        while self._prompts and self._prompts[0].since < oldest:
+            self._leave(self._prompts[0])
+
+    def _forget(self, prompt: _Prompt) -> None:
+        self._prompts.remove(prompt)
+        if prompt.lift is not None:
+            prompt.lift.release()

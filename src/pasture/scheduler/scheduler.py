@@ -64,7 +64,7 @@ class Scheduler:
             policy=POLICIES[settings.policy],
         )
         self.resting = Resting(self.pool, store, clock, settings.idle_live_seconds, wake)
-        self.ahead = Ahead(self.pool, self.resting)
+        self.ahead = Ahead(self.pool, self.resting, clock, wake)
         self.admission = Admission(self.pool, self.resting, settings, clock)
         self.waiting = self.admission.waiting
         self.running: dict[RequestId, Task] = {}

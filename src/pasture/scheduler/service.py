@@ -133,11 +133,11 @@ class LocalService:
         pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path))
         return keeping.SafePin(pin, self._tell)
 
-    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         """See `pasture.core.ports.Service.anticipate`. Without effect on a server that ends."""
         expected = token_array(tokens)
         with contextlib.suppress(ShuttingDown):
-            self._loop.ask(lambda scheduler: scheduler.ahead.anticipate(namespace, expected))
+            self._loop.ask(lambda scheduler: scheduler.ahead.anticipate(namespace, expected, typing=typing))
 
     async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:
         """See `pasture.core.ports.Service.prefetch`."""

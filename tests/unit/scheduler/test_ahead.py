@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pasture.core.values import DEFAULT_NAMESPACE, Outcome, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import DEFAULT_NAMESPACE, Namespace, Outcome, PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.kv.radix import token_array
+from pasture.scheduler.ahead import MAX_AGE_SECONDS, MAX_ANTICIPATED
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
@@ -23,8 +24,9 @@ class Bench:
 
     def __init__(self) -> None:
         self.engine = FakeEngine(PoolShape(1024, 8))
+        self.now = 0.0
         self.store = still_store_for(self.engine, 1 << 20)
-        self.scheduler = Scheduler(self.engine, SchedulerSettings(check_invariants=True), self.store, lambda: 0.0)
+        self.scheduler = Scheduler(self.engine, SchedulerSettings(check_invariants=True), self.store, lambda: self.now)
         self.reply: list[int] = []
 
     def step(self) -> bool:
@@ -34,8 +36,8 @@ class Bench:
                 self.reply.append(event.token)
         return bool(plan.works)
 
-    def ask(self, prompt: tuple[int, ...]) -> Task:
-        task = Task(Request(RequestId("r"), prompt, 4, GREEDY), 0.0, lambda: False)
+    def ask(self, prompt: tuple[int, ...], namespace: Namespace = DEFAULT_NAMESPACE) -> Task:
+        task = Task(Request(RequestId("r"), prompt, 4, GREEDY, namespace=namespace), 0.0, lambda: False)
         self.scheduler.submit(task)
         return task
 
@@ -97,3 +99,59 @@ def test_a_failing_engine_ends_the_attempt_and_nothing_else(bench: Bench) -> Non
     bench.ask(PROMPT)
     bench.run()
     assert bench.reply == expected_reply(PROMPT, 4, GREEDY)
+
+
+def test_a_growing_draft_replaces_itself_and_leaves_nothing_beside_it(bench: Bench) -> None:
+    for n_tokens in (150, 155, 163, 170):
+        bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:n_tokens]), typing=True)
+    assert bench.step()
+    bench.run()
+    for n_tokens in (175, 190):
+        bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:n_tokens]), typing=True)
+        bench.run()
+    assert bench.scheduler.ahead.computed_tokens == 190
+    assert len(bench.scheduler.pool.sequences) == 1
+    task = bench.ask(PROMPT)
+    bench.run()
+    assert task.cached_tokens == 190
+    assert bench.reply == expected_reply(PROMPT, 4, GREEDY)
+
+
+def test_less_than_a_tile_is_computed_in_small_pieces(bench: Bench) -> None:
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:100]))
+    pieces = []
+    before = 0
+    while bench.step():
+        pieces.append(bench.scheduler.ahead.computed_tokens - before)
+        before += pieces[-1]
+    assert pieces == [64, 16, 16, 4]
+
+
+def test_what_is_typed_is_computed_even_when_little_is_missing(bench: Bench) -> None:
+    bench.ask(PROMPT[:100])
+    bench.run()
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:104]))
+    bench.run()
+    assert bench.scheduler.ahead.computed_tokens == 0
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:104]), typing=True)
+    bench.run()
+    assert bench.scheduler.ahead.computed_tokens == 4
+
+
+def test_a_prompt_that_did_not_come_is_forgotten(bench: Bench) -> None:
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT), typing=True)
+    bench.now += MAX_AGE_SECONDS + 1
+    assert not bench.step()
+    assert not bench.scheduler.ahead.waiting
+
+
+def test_when_there_are_too_many_the_oldest_of_whoever_has_most_goes(bench: Bench) -> None:
+    ahead = bench.scheduler.ahead
+    ahead.anticipate(Namespace("modest"), token_array(PROMPT))
+    for number in range(MAX_ANTICIPATED + 5):
+        ahead.anticipate(DEFAULT_NAMESPACE, token_array([number, *PROMPT]))
+    bench.run()
+    bench.scheduler.pool.check()
+    task = bench.ask(PROMPT, Namespace("modest"))
+    bench.run()
+    assert task.cached_tokens == len(PROMPT) - 1

@@ -145,10 +145,23 @@ const column = (chat) => html`
     <ol class="messages" tabindex="0" aria-label="Messages of ${chat.name}">${chat.messages.map((message, index) => bubble(chat, message, index))}</ol>
     <form class="say" @submit=${(event) => { event.preventDefault(); send(chat); }}>
       <label class="unseen" for="say-${chat.id}">Message to ${chat.name}</label>
-      <textarea id="say-${chat.id}" rows="2" placeholder="Message" @keydown=${(event) => sendOnEnter(event, chat)}></textarea>
+      <textarea id="say-${chat.id}" rows="2" placeholder="Message" @input=${(event) => typing(chat, event.target)} @keydown=${(event) => sendOnEnter(event, chat)}></textarea>
       ${chat.leaving ? html`<button type="button" class="quiet" @click=${() => chat.leaving.abort()}>Stop</button>` : html`<button>Send</button>`}
     </form>
   </section>`;
+
+const HINT_MS = 2000;
+
+/** Tells the server what is being typed, at the first letter and then every two seconds, so that it is ready when it is sent. */
+function typing(chat, field) {
+  if (chat.hinting || chat.leaving || !field.value.trim() || field.value === chat.hinted) return;
+  chat.hinted = field.value;
+  ask("v1/chat/prefetch", { body: { messages: prompt(chat), draft: field.value } }).catch(() => {}); // it is only a hint
+  chat.hinting = setTimeout(() => {
+    chat.hinting = null;
+    typing(chat, field);
+  }, HINT_MS);
+}
 
 function sendOnEnter(event, chat) {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
