@@ -113,8 +113,8 @@ class Link:
     def unpin(self, pin: int) -> None:
         self._wire.send({"op": "unpin", "pin": pin})
 
-    def anticipate(self, namespace: Namespace, tokens: array[int]) -> None:
-        self._wire.send({"op": "anticipate", "namespace": namespace}, tokens.tobytes())
+    def anticipate(self, namespace: Namespace, tokens: array[int], *, typing: bool) -> None:
+        self._wire.send({"op": "anticipate", "namespace": namespace, "typing": typing}, tokens.tobytes())
 
     async def verify(self) -> None:
         await self._call("verify")

@@ -237,12 +237,12 @@ class ClusterService:
         except ReplicaLost as lost:
             raise NoReplica(f"{lost} was lost") from lost
 
-    def anticipate(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+    def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         path = self._path(namespace, tokens)
         session = self._continuing.session(path, RequestId("anticipated"))
         decision = self.router.place(Placement(path, len(tokens), session))
         if decision is not None and (link := self.links.open.get(decision.replica)) is not None:
-            link.anticipate(namespace, array("i", tokens))
+            link.anticipate(namespace, array("i", tokens), typing=typing)
 
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         path = array("i", tokens)

@@ -228,7 +228,8 @@ class _Caller:
         elif op == "snapshot":
             self._replica.tell_snapshot(self._wire)
         elif op == "anticipate":
-            self._replica.service.anticipate(_namespace(message), _tokens(payload))
+            typing = message.get("typing") is True
+            self._replica.service.anticipate(_namespace(message), _tokens(payload), typing=typing)
         elif op == "unpin":
             if pin := self._pins.pop(from_plain(int, message["pin"]), None):
                 pin.release()
