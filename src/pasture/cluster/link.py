@@ -116,6 +116,9 @@ class Link:
     def anticipate(self, namespace: Namespace, tokens: array[int], *, typing: bool) -> None:
         self._wire.send({"op": "anticipate", "namespace": namespace, "typing": typing}, tokens.tobytes())
 
+    async def prefetch(self, namespace: Namespace, tokens: array[int]) -> None:
+        await self._call("prefetch", namespace, tokens)
+
     async def verify(self) -> None:
         await self._call("verify")
 

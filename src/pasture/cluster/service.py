@@ -218,7 +218,7 @@ class ClusterService:
         return tuple(address.key for address in chain(root_key(self.links.fingerprint, namespace), whole))
 
     def _finished(self, story: Story, leg: _Leg) -> None:
-        if story.request.session is None and leg.placement.session is not None:
+        if leg.placement.session is not None:
             path = self._path(story.request.namespace, (*story.request.prompt, *story.sent))
             self._continuing.note(path, leg.placement.session)
 
@@ -238,11 +238,16 @@ class ClusterService:
             raise NoReplica(f"{lost} was lost") from lost
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
-        path = self._path(namespace, tokens)
-        session = self._continuing.session(path, RequestId("anticipated"))
-        decision = self.router.place(Placement(path, len(tokens), session))
-        if decision is not None and (link := self.links.open.get(decision.replica)) is not None:
+        link = self._likely(namespace, tokens)
+        if link is not None:
             link.anticipate(namespace, array("i", tokens), typing=typing)
+
+    async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:
+        """Where a request with these tokens would go now."""
+        link = self._likely(namespace, tokens)
+        if link is not None:
+            with suppress(ReplicaLost):
+                await link.prefetch(namespace, array("i", tokens))
 
     async def export(self, namespace: Namespace, tokens: Sequence[int]) -> bytes:
         path = array("i", tokens)
@@ -253,9 +258,7 @@ class ClusterService:
             return b""
 
     async def restore(self, namespace: Namespace, tokens: Sequence[int], exported: bytes) -> int:
-        placement = Placement(self._path(namespace, tokens), len(tokens))
-        decision = self.router.place(placement)
-        link = None if decision is None else self.links.open.get(decision.replica)
+        link = self._likely(namespace, tokens)
         if link is None:
             raise NoReplica("no replica can take it at present; try again")
         try:
@@ -298,6 +301,13 @@ class ClusterService:
             request = RequestId(f"move\0{session}")
             self.router.started(request, Placement((), 0, session), Decision(replica, Reason.SESSION, 0, 0))
             self.router.finished(request)
+
+    def _likely(self, namespace: Namespace, tokens: Sequence[int]) -> Link | None:
+        """Where a request with these tokens would go now."""
+        path = self._path(namespace, tokens)
+        session = self._continuing.session(path, RequestId("asked"))
+        decision = self.router.place(Placement(path, len(tokens), session))
+        return None if decision is None else self.links.open.get(decision.replica)
 
     async def _best(self, namespace: Namespace, tokens: array[int]) -> tuple[Link, Whereabouts]:
         """Who has most of the tokens. Raises NoReplica."""

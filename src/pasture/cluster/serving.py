@@ -186,6 +186,7 @@ class _Caller:
             "export": self._export,
             "restore": self._restore,
             "pin": self._pin,
+            "prefetch": self._prefetch,
             "verify": self._verify,
             "hand_over": self._hand_over,
         }
@@ -313,6 +314,10 @@ class _Caller:
         number = from_plain(int, message["id"])
         self._pins[number] = await self._replica.service.pin(_namespace(message), _tokens(payload))
         return number, b""
+
+    async def _prefetch(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
+        await self._replica.service.prefetch(_namespace(message), _tokens(payload))
+        return None, b""
 
     async def _verify(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
         await self._replica.service.verify()

@@ -1,0 +1,1 @@
+"""A cluster at work: Ray places and heals the processes, and these modules are what runs in them."""
