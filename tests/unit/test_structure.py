@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tiers": {"core"},
     "foresight": {"core", "kv", "tiers"},
     "cluster": {"core", "tiers", "foresight"},
-    "fleet": {"core", "config", "engine", "tiers", "stores", "scheduler", "sessions", "tiers", "api", "server", "cluster"},
+    "fleet": {"core", "config", "engine", "stores", "scheduler", "sessions", "tiers", "api", "server", "cluster"},
     "scheduler": {"core", "kv"},
     "text": {"core"},
     "sessions": {"core"},

@@ -2,22 +2,27 @@
 
     its session is at home at a replica          there, until it is saturated
     enough of its prompt is known somewhere      there, until it is saturated
-    neither                                      by the ring, over its first blocks, to the first within the load bound
-    saturated                                    where it begins soonest, pulling its blocks from who has them if that pays
+    its beginning was sent to one before         there, until it is saturated: it is being computed, or on a slow tier
+    none of these                                by the ring, over its first blocks, to the first within the load bound
+    saturated                                    where it costs least, pulling its blocks from who has them if that pays
 
 A replica is saturated when the uncached tokens in flight there are more than it can prefill in the tolerated time to the first
-token. Policy and nothing else: no clock, no I/O, no randomness; the same calls give the same answers, so ingresses that see the
-same events decide alike, and the simulator drives this very class. `place` only asks; `started` and the rest tell. One thread.
-Sources: bounded load after Mirrokni, Thorup, Zadimoghaddam (2018); what one sees is in the docs, "More than one machine".
+token. What a request costs somewhere is the time until its first token and, several times over, the work it makes, because
+everybody who comes after it waits for that too: so conversations move rarely, and by pulling rather than by recomputing.
+
+Policy and nothing else: no clock, no I/O, no randomness; the same calls give the same answers, so ingresses that see the same
+events decide alike, and the simulator drives this very class. `place` only asks; `started` and the rest tell. One thread.
+Source of the load bound: Mirrokni, Thorup, Zadimoghaddam, Consistent Hashing with Bounded Loads (2018).
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pasture.cluster.catalogue import Catalogue
+from pasture.cluster.homes import Homes
 from pasture.cluster.loads import Loads
 from pasture.cluster.ring import Ring
 from pasture.cluster.values import (
@@ -34,7 +39,7 @@ from pasture.cluster.values import (
     Snapshot,
     SnapshotRequest,
 )
-from pasture.core.storage import BLOCK_TOKENS
+from pasture.core.storage import BLOCK_TOKENS, BlockKey
 from pasture.core.values import RequestId
 
 PullSeconds = Callable[[int], float | None]
@@ -50,20 +55,16 @@ class RouterSettings:
     """of a prompt's beginning that place a new conversation on the ring"""
     prefix_tokens: int = 1024
     """known somewhere, they are reason enough to go there"""
+    work_weight: float = 8.0
+    """how often, beside its own wait, the work that a request makes counts when it looks for another replica"""
     max_sessions: int = 100_000
-    """whose home is remembered; the least recently used are forgotten"""
+    """whose home is remembered, and so many beginnings of prompts; the least recently used are forgotten"""
     block_tokens: int = BLOCK_TOKENS
 
 
 def never_pull(n_tokens: int) -> float | None:
     """Nothing can be fetched from another replica."""
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Home:
-    replica: ReplicaId
-    epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,9 @@ class _Offer:
     cached_tokens: int
     uncached_tokens: int
     seconds: float
-    """until it has begun: what is before it, its pull and its own prefill"""
+    """until its first token: what is before it, its pull and its own prefill"""
+    work_seconds: float
+    """its pull and its own prefill"""
     pull: Pull | None
 
 
@@ -90,7 +93,8 @@ class Router:
         self._capacities: dict[ReplicaId, Capacity] = {}
         """of who can be given requests"""
         self._draining: set[ReplicaId] = set()
-        self._homes: OrderedDict[SessionKey, _Home] = OrderedDict()
+        self._sessions: Homes[SessionKey] = Homes(self._settings.max_sessions)
+        self._heads: Homes[BlockKey] = Homes(self._settings.max_sessions)
         self._decisions: Counter[Reason] = Counter()
         self._pulls = 0
 
@@ -144,9 +148,9 @@ class Router:
             return None
         wanted, reason = self._wanted(placement, offers)
         if self._is_saturated(wanted):
-            soonest = min(offers.values(), key=lambda offer: (offer.seconds, offer.replica != wanted.replica))
-            reason = Reason.BUSY if soonest.replica == wanted.replica else Reason.SPILLED
-            wanted = soonest
+            cheapest = min(offers.values(), key=lambda offer: (self._cost(offer), offer.replica != wanted.replica))
+            reason = Reason.BUSY if cheapest.replica == wanted.replica else Reason.SPILLED
+            wanted = cheapest
         self._decisions[reason] += 1
         self._pulls += wanted.pull is not None
         return Decision(wanted.replica, reason, wanted.cached_tokens, wanted.uncached_tokens, wanted.pull)
@@ -154,14 +158,16 @@ class Router:
     # What has become of it
 
     def started(self, request: RequestId, placement: Placement, decision: Decision) -> None:
-        """It was sent where the decision says; its session is at home there from now on."""
-        self._loads.started(request, decision.replica, decision.uncached_tokens)
+        """It was sent where the decision says; its session is at home there from now on. Nothing where that has left."""
         epoch = self._catalogue.epoch(decision.replica)
-        if placement.session is not None and epoch is not None:
-            self._homes[placement.session] = _Home(decision.replica, epoch)
-            self._homes.move_to_end(placement.session)
-            if len(self._homes) > self._settings.max_sessions:
-                self._homes.popitem(last=False)
+        if epoch is None:
+            return
+        self._loads.started(request, decision.replica, decision.uncached_tokens)
+        head = self._head(placement)
+        if head is not None:
+            self._heads.sent(head, decision.replica, epoch)
+        if placement.session is not None:
+            self._sessions.sent(placement.session, decision.replica, epoch)
 
     def progress(self, request: RequestId, uncached_tokens: int) -> None:
         """So many of its prompt's tokens are left to compute; 0 from its first token on."""
@@ -177,7 +183,7 @@ class Router:
             pulls=self._pulls,
             gaps=self._catalogue.gaps,
             stale_events=self._catalogue.stale,
-            sessions=len(self._homes),
+            sessions=len(self._sessions),
             known_blocks=len(self._catalogue),
             uncached_tokens={replica: self._loads.of(replica) for replica in self._capacities},
         )
@@ -186,25 +192,40 @@ class Router:
 
     def _wanted(self, placement: Placement, offers: Mapping[ReplicaId, _Offer]) -> tuple[_Offer, Reason]:
         """Where it belongs, whatever the load there."""
-        home = self._homes.get(placement.session) if placement.session is not None else None
-        if home is not None and home.replica in offers and self._catalogue.epoch(home.replica) == home.epoch:
-            return offers[home.replica], Reason.SESSION
+        home = self._standing(self._sessions.find(placement.session), offers)
+        if home is not None:
+            return home, Reason.SESSION
         best = max(offers.values(), key=lambda offer: (offer.cached_tokens, -offer.seconds))
         if best.cached_tokens >= self._settings.prefix_tokens:
             return best, Reason.PREFIX
+        home = self._standing(self._heads.find(self._head(placement)), offers)
+        if home is not None:
+            return home, Reason.HEAD
         return self._by_ring(placement, offers), Reason.RING
 
+    def _standing(self, home: tuple[ReplicaId, Epoch] | None, offers: Mapping[ReplicaId, _Offer]) -> _Offer | None:
+        """What a home offers that has not restarted since, and can be given requests."""
+        if home is None or self._catalogue.epoch(home[0]) != home[1]:
+            return None
+        return offers.get(home[0])
+
+    def _head(self, placement: Placement) -> BlockKey | None:
+        """The key of its beginning; None for a prompt without blocks."""
+        depth = max(1, self._settings.ring_tokens // self._settings.block_tokens)
+        return placement.path[min(depth, len(placement.path)) - 1] if placement.path else None
+
     def _by_ring(self, placement: Placement, offers: Mapping[ReplicaId, _Offer]) -> _Offer:
-        settings = self._settings
-        if not placement.path:
-            return min(offers.values(), key=lambda offer: offer.seconds)
-        depth = min(len(placement.path), max(1, settings.ring_tokens // settings.block_tokens))
+        """The first on the ring within the load bound; the soonest where there is no key, or nobody within it."""
+        soonest = min(offers.values(), key=lambda offer: offer.seconds)
+        head = self._head(placement)
+        if head is None:
+            return soonest
         rates = {replica: self._capacities[replica].prefill_tokens_per_second for replica in offers}
         total = sum(map(self._loads.of, offers)) + placement.n_tokens
-        bound_seconds = settings.load_bound * total / sum(rates.values())
-        order = [replica for replica in self._ring.order(placement.path[depth - 1]) if replica in offers]
-        fitting = (replica for replica in order if self._loads.of(replica) / rates[replica] <= bound_seconds)
-        return offers[next(fitting)]
+        bound_seconds = self._settings.load_bound * total / sum(rates.values())
+        order = (replica for replica in self._ring.order(head) if replica in offers)
+        fitting = (offers[replica] for replica in order if self._loads.of(replica) / rates[replica] <= bound_seconds)
+        return next(fitting, soonest)
 
     def _offers(self, placement: Placement) -> dict[ReplicaId, _Offer]:
         leading = self._catalogue.leading(placement.path)
@@ -231,7 +252,11 @@ class Router:
             else:
                 pulling = seconds
         uncached = placement.n_tokens - cached - pulled
-        return _Offer(replica, cached, uncached, (self._loads.of(replica) + uncached) / rate + pulling, pull)
+        work = pulling + uncached / rate
+        return _Offer(replica, cached, uncached, self._loads.of(replica) / rate + work, work, pull)
+
+    def _cost(self, offer: _Offer) -> float:
+        return offer.seconds + self._settings.work_weight * offer.work_seconds
 
     def _tokens(self, placement: Placement, n_blocks: int) -> int:
         """That leading blocks save; the last token of a prompt is always computed."""

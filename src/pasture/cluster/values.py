@@ -94,12 +94,14 @@ class Reason(StrEnum):
     """its session is at home there, and there is room"""
     PREFIX = "prefix"
     """enough of its prompt is known to be there, and there is room"""
+    HEAD = "head"
+    """its beginning was sent there before, and there is room"""
     RING = "ring"
     """nobody has enough of it: the ring's choice within the load bound"""
     SPILLED = "spilled"
-    """where it belongs is saturated; it begins sooner here"""
+    """where it belongs is saturated; it costs less here"""
     BUSY = "busy"
-    """where it belongs is saturated, and it would begin no sooner anywhere else"""
+    """where it belongs is saturated, and it would cost no less anywhere else"""
 
 
 @dataclass(frozen=True, slots=True)
