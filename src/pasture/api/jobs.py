@@ -24,7 +24,7 @@ from pasture.api.schemas import ChatBody, CompletionBody, GenerationBody, Prompt
 from pasture.api.settings import ApiSettings
 from pasture.core.errors import PromptTooLong, RequestError
 from pasture.core.ports import Service, Vocabulary
-from pasture.core.values import Request, RequestId, SamplingParams
+from pasture.core.values import Kind, Request, RequestId, SamplingParams
 from pasture.text.prompts import Prompts
 from pasture.text.stops import StopStrings
 
@@ -181,6 +181,7 @@ class Jobs:
                 stop_tokens=frozenset() if body.ignore_eos else vocabulary.end_tokens,
                 n_logprobs=n_logprobs,
                 deadline_seconds=body.deadline_seconds or self._settings.deadline_seconds,
+                expects=_expects(body, len(prompts)),
             )
             for i in range(n):
                 index = len(choices)
@@ -225,6 +226,13 @@ def sampling_params(body: GenerationBody, defaults: SamplingParams, vocabulary: 
     # llama-server's clients send -1 for "any seed"
     seed = defaults.seed if body.seed is None else None if body.seed == -1 else body.seed % _SEEDS
     return replace(defaults, **given, seed=seed, logit_bias=bias)  # type: ignore[arg-type]  # names and types checked by the schema
+
+
+def _expects(body: GenerationBody, n_prompts: int) -> Kind:
+    """What will probably follow the reply: with tools at hand, most replies of an agent call one."""
+    if n_prompts > 1:
+        return Kind.BATCH
+    return Kind.TOOL if isinstance(body, ChatBody) and body.tools and body.tool_choice != "none" else Kind.CHAT
 
 
 def _seeded(sampling: SamplingParams, choice: int) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import aclosing
 from hashlib import sha256
 
@@ -18,6 +19,9 @@ from pasture.core.storage import Pin
 from pasture.core.values import ModelInfo
 from pasture.sessions import portable
 from pasture.sessions.values import Message, Session, Tenant
+
+PREFETCH_SECONDS = 5.0
+"""for which an answer waits for what is lifted into RAM"""
 
 
 class Keepers:
@@ -52,22 +56,37 @@ class Keepers:
             lifetime_seconds=limits.lifetime_seconds,
         )
 
-    async def prefetch(self, caller: Caller, session_id: str) -> Json:
-        """Bring a session's KV into the live cache: from a tier, or computed. Raises NotFound."""
+    async def prefetch(self, caller: Caller, session_id: str, *, live: bool) -> Json:
+        """Bring a session's KV into the live cache, from a tier or computed; not `live`: into RAM what slower tiers have of it.
+
+        Raises NotFound.
+        """
         session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
         tokens = await self.tokens(session, messages)
         cached = 0
         if tokens:
-            request = self._gateway.jobs.prefill(tokens, caller)
-            async with (
-                self._gateway.state.gate.enter(caller.tenant) as passage,
-                aclosing(self._service.generate(request)) as events,
-            ):
-                async for event in events:
-                    if event.finish is not None:
-                        cached = event.finish.usage.cached_tokens
-                        passage.tokens = len(tokens) - cached
+            cached = await (self._to_live(caller, tokens) if live else self._to_ram(caller, tokens))
         return {"id": session_id, "object": "session.prefetch", "tokens": len(tokens), "cached_tokens": cached}
+
+    async def _to_live(self, caller: Caller, tokens: tuple[int, ...]) -> int:
+        """Returns how many tokens did not have to be computed."""
+        request, cached = self._gateway.jobs.prefill(tokens, caller), 0
+        async with (
+            self._gateway.state.gate.enter(caller.tenant) as passage,
+            aclosing(self._service.generate(request)) as events,
+        ):
+            async for event in events:
+                if event.finish is not None:
+                    cached = event.finish.usage.cached_tokens
+                    passage.tokens = len(tokens) - cached
+        return cached
+
+    async def _to_ram(self, caller: Caller, tokens: tuple[int, ...]) -> int:
+        """Returns how many tokens are in RAM or live now; what real work keeps waiting goes on in the background."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._service.prefetch(caller.namespace, tokens), PREFETCH_SECONDS)
+        found = await self._service.locate(caller.namespace, tokens)
+        return max(found.live_tokens, found.ram_tokens)
 
     async def pin(self, caller: Caller, session_id: str) -> Session:
         """The session does not expire, and what there is of its KV stays in RAM. Raises NotFound, RateLimited."""

@@ -23,7 +23,7 @@ from pasture.tiers.eviction import Wanted
 
 ORDER_SECONDS = 1.0
 """between two orders"""
-LEAVES_A_SECOND = 200
+LEAVES_A_SECOND = 50
 """orders come more rarely when there are more leaves than this allows"""
 FRESH_LEAVES = 4_096
 """that are not in order yet, at most"""

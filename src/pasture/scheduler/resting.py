@@ -155,12 +155,17 @@ class Resting:
             sequence = pool.join(request.namespace, task.tokens, request.request_id)
         if sequence is None:
             return None
-        if pool.shares and not task.n_swaps:
+        if pool.shares and not task.n_swaps and request.max_tokens:  # who wants no reply comes before somebody who does
             self.store.arrived(namespace, tokens)
         if restores:
             self._put_back(sequence, source, tokens[:reach])
         self.forget(task)
         return sequence
+
+    def ended(self, task: Task) -> None:
+        """A request ends, and still has its sequence: what may follow is guessed from what was said so far."""
+        if self._pool.shares and task.request.max_tokens and task.computed:
+            self.store.finished(task.request.namespace, task.tokens[: task.computed], task.request.expects)
 
     def restore(self, sequence: Sequence, tokens: array[int]) -> None:
         """Put behind a running sequence what RAM has of `tokens`, which it is the beginning of."""

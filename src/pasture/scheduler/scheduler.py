@@ -369,6 +369,7 @@ class Scheduler:
         self.swapped.pop(request_id, None)
         self.resting.forget(task)
         if task.sequence is not None:
+            self.resting.ended(task)
             self.pool.finish(task.sequence)
             task.sequence = None
         task.release_sampler()

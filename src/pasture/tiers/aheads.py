@@ -21,6 +21,7 @@ class Aheads:
         self.used_bytes = 0
         self.wasted_bytes = 0
         """left unused"""
+        self.used_blocks = 0
 
     @property
     def issued_bytes(self) -> int:
@@ -38,7 +39,9 @@ class Aheads:
     def use(self, keys: Iterable[BlockKey]) -> None:
         """These were read by somebody who asked."""
         if self._unused:
+            before = len(self._unused)
             n_bytes = sum(self._unused.pop(key, 0) for key in keys)
+            self.used_blocks += before - len(self._unused)
             self.unused_bytes -= n_bytes
             self.used_bytes += n_bytes
 

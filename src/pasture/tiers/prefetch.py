@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import takewhile
+from typing import Protocol
 
 from pasture.core.ports import Clock
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin, PrefetchStatistics
 from pasture.tiers.block import Block
 from pasture.tiers.gate import Gate, Rate
-from pasture.tiers.lifting import Readers, is_asked_for
+from pasture.tiers.lifting import is_asked_for
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.planning import Reading, plan
 from pasture.tiers.ports import SlowTier
@@ -55,6 +56,15 @@ READ_SECONDS = 2.0
 """for one batch, at most"""
 REFUSED_SECONDS = 0.5
 """without guesses after one was worth less than all that is in RAM"""
+
+
+class Work(Protocol):
+    """What goes before everything here."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for a slow tier. Any thread."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +132,7 @@ class Prefetcher:
         memory: MemoryTier,
         tiers: Sequence[SlowTier],
         gate: Gate,
-        readers: Readers,
+        work: Work,
         *,
         guesses: bool = True,
         clock: Clock = time.perf_counter,
@@ -131,7 +141,7 @@ class Prefetcher:
         self._memory = memory
         self._tiers = tiers
         self._gate = gate
-        self._readers = readers
+        self._work = work
         self._guesses = guesses
         self._clock = clock
         self._lock = threading.Lock()
@@ -322,7 +332,7 @@ class Prefetcher:
             return False
         if self._memory.aheads.unused_bytes > UNUSED_SHARE * self._memory.budget_bytes:
             return False
-        if self._readers.busy:
+        if self._work.busy:
             self._n_cancelled += 1
             return False
         return True
