@@ -3,9 +3,9 @@
 The store behind the pool has no room, little, or plenty.
 
 Rules: requests arrive (new, alike, following up on finished ones, several choices of one prompt), readers fall behind, clients
-vanish, the engine fails, the pool is compacted or moved to the other layout, steps run. The pools are small, so eviction and
-swapping happen all the time. After every step the conservation law is checked, and the engine's cells are compared with the
-tree.
+vanish, the engine fails, the pool is compacted or moved to the other layout, steps run. Requests have priorities, and a tenant
+may have a limit of cells. The pools are small, so eviction and swapping happen all the time. After every step the
+conservation law is checked, and the engine's cells are compared with the tree.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from pasture.core.values import (
+    Allowance,
     FinishReason,
     Form,
     Layout,
@@ -50,13 +51,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         n_seqs=st.sampled_from([1, 2, 3, 8]),
         n_batch=st.sampled_from([4, 24, 256]),
         ram_bytes=st.sampled_from([0, 20_000, 1 << 30]),
+        max_running=st.sampled_from([2, 255]),
+        limit=st.sampled_from([None, 150]),
     )
-    def start(self, n_cells: int, n_seqs: int, n_batch: int, ram_bytes: int) -> None:
+    def start(self, n_cells: int, n_seqs: int, n_batch: int, ram_bytes: int, max_running: int, limit: int | None) -> None:
         self.now = 0.0
         self.n_cells = n_cells
         self.engine = FakeEngine(PoolShape(n_cells, n_seqs, self.layout, n_batch), recurrent=self.recurrent)
         self.store = still_store_for(self.engine, ram_bytes)
-        scheduling = SchedulerSettings(share_prefix=self.share, check_invariants=True, idle_live_seconds=2.0)
+        scheduling = SchedulerSettings(
+            share_prefix=self.share, check_invariants=True, idle_live_seconds=2.0, max_running=max_running
+        )
+        self.max_running = max_running
+        self.allowances = {"a": Allowance(), "b": Allowance(weight=2.0), "c": Allowance(live_cells=limit)}
         self.scheduler = Scheduler(self.engine, scheduling, self.store, lambda: self.now)
         self.n_requests = 0
         self.live: dict[RequestId, Task] = {}
@@ -75,6 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         user=st.sampled_from("abc"),
         stops=st.frozensets(st.integers(0, 511), max_size=12),
         sampled=st.booleans(),
+        priority=st.sampled_from([-1, 0, 0, 1]),
     )
     def arrive(
         self,
@@ -85,17 +93,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         user: str,
         stops: frozenset[int],
         sampled: bool,
+        priority: int,
     ) -> None:
         for _ in range(n_choices):
-            self._submit(stem + tail, max_tokens, user, stops, sampled)
+            self._submit(stem + tail, max_tokens, user, stops, sampled, priority)
 
     @precondition(lambda self: bool(self.finished))
     @rule(data=st.data(), tail=st.lists(TOKENS, min_size=1, max_size=6), max_tokens=st.integers(1, 16))
     def follow_up(self, data: Any, tail: list[int], max_tokens: int) -> None:
         self._submit(data.draw(st.sampled_from(self.finished)) + tail, max_tokens, "a", frozenset(), False)
 
-    def _submit(self, prompt: list[int], max_tokens: int, user: str, stops: frozenset[int], sampled: bool) -> None:
-        limit = self.scheduler.pool.shape.cells_per_sequence
+    def _submit(
+        self, prompt: list[int], max_tokens: int, user: str, stops: frozenset[int], sampled: bool, priority: int = 0
+    ) -> None:
+        limit = min(self.scheduler.pool.shape.cells_per_sequence, self.allowances[user].live_cells or self.n_cells)
         prompt = prompt[: limit - 2] or [1]
         self.n_requests += 1
         request_id = RequestId(f"r{self.n_requests}")
@@ -108,6 +119,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             tenant=user,
             user=user,
             stop_tokens=stops,
+            allowance=self.allowances[user],
+            priority=priority,
         )
         task = Task(request, self.now, lambda: request_id in self.unread)
         self.live[request_id], self.replies[request_id] = task, []
@@ -205,6 +218,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def books_are_true(self) -> None:
         pool = self.scheduler.pool
         pool.check()
+        assert len(self.scheduler.running) <= self.max_running
+        assert all(task.sequence is None for task in self.scheduler.swapped.values())
         if not pool.has_operations:
             assert self.engine.used_cells == pool.used_cells
             for sequence in pool.sequences.values():

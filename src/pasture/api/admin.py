@@ -27,8 +27,13 @@ class LimitsBody(_Body):
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    max_priority: Annotated[int, Field(ge=-1, le=1)] = 0
     max_queued: Annotated[int, Field(ge=0)] = 0
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    max_live_cells: Annotated[int, Field(ge=1)] | None = None
+    max_ram_bytes: Annotated[int, Field(ge=1)] | None = None
+    max_disk_bytes: Annotated[int, Field(ge=1)] | None = None
+    guaranteed_share: Annotated[float, Field(ge=0, le=1)] | None = None
     max_sessions: Annotated[int, Field(ge=0)] = 0
     max_responses: Annotated[int, Field(ge=0)] = 0
     max_pinned: Annotated[int, Field(ge=0)] = 0

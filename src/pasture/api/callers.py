@@ -6,13 +6,13 @@ change it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from starlette.types import Scope
 
 from pasture.core.errors import RequestError
-from pasture.core.values import Namespace
+from pasture.core.values import Allowance, Namespace
 from pasture.sessions.state import State
 from pasture.sessions.values import Tenant
 
@@ -34,6 +34,13 @@ class Caller:
     user: str
     """whose turn it takes unless the body names somebody: a digest of the key, else the client's address"""
     priority: int = 0
+    """already within what the tenant is allowed"""
+    allowance: Allowance = field(default_factory=Allowance)
+    """of its namespace; where everybody shares one, nobody's limits apply to it"""
+
+    def allowed(self, priority: int) -> int:
+        """The priority, or the highest that the tenant may have."""
+        return min(priority, self.tenant.limits.max_priority)
 
 
 def caller_of(request: Request, state: State) -> Caller:
@@ -42,7 +49,10 @@ def caller_of(request: Request, state: State) -> Caller:
     wanted = request.headers.get("x-priority", "normal").lower()
     if wanted not in PRIORITIES:
         raise RequestError(f"x-priority is one of {', '.join(PRIORITIES)}", param="x-priority")
-    return Caller(tenant, tenant.namespace(state.share), _user(request), PRIORITIES[wanted])
+    limits, namespace = tenant.limits, tenant.namespace(state.share)
+    own = namespace == tenant.namespace()
+    allowance = limits.allowance if own else Allowance(limits.weight)
+    return Caller(tenant, namespace, _user(request), min(PRIORITIES[wanted], limits.max_priority), allowance)
 
 
 def tenant_of(scope: Scope, state: State) -> Tenant:

@@ -119,7 +119,7 @@ class Jobs:
 
     def prefill(self, tokens: tuple[int, ...], caller: Caller) -> Request:
         """A request that only brings tokens into the cache."""
-        longest = self._service.max_conversation_tokens
+        longest = self._longest(caller)
         if len(tokens) > longest:
             raise PromptTooLong(f"the conversation has {len(tokens)} tokens; one here holds {longest}", param="session_id")
         return Request(
@@ -129,7 +129,7 @@ class Jobs:
             namespace=caller.namespace,
             tenant=caller.tenant.name,
             user=caller.user,
-            weight=caller.tenant.limits.weight,
+            allowance=caller.allowance,
             priority=min(caller.priority, 0),
         )
 
@@ -170,14 +170,14 @@ class Jobs:
             template = Request(
                 request_id=RequestId(job_id),
                 prompt=tokens,
-                max_tokens=self._room(tokens, limit),
+                max_tokens=self._room(tokens, limit, self._longest(caller)),
                 sampling=sampling,
                 namespace=caller.namespace,
                 public_tokens=self._publics.common(tokens),
                 tenant=caller.tenant.name,
                 user=body.user or caller.user,
-                weight=caller.tenant.limits.weight,
-                priority=caller.priority if body.service_tier is None else TIERS[body.service_tier],
+                allowance=caller.allowance,
+                priority=caller.priority if body.service_tier is None else caller.allowed(TIERS[body.service_tier]),
                 stop_tokens=frozenset() if body.ignore_eos else vocabulary.end_tokens,
                 n_logprobs=n_logprobs,
                 deadline_seconds=body.deadline_seconds or self._settings.deadline_seconds,
@@ -199,9 +199,14 @@ class Jobs:
             include_pasture=bool(body.pasture),
         )
 
-    def _room(self, prompt: Sequence[int], limit: int | None) -> int:
+    def _longest(self, caller: Caller) -> int:
+        """Tokens of the longest conversation that the caller may have here."""
+        cells, longest = caller.allowance.live_cells, self._service.max_conversation_tokens
+        return longest if cells is None else min(cells, longest)
+
+    @staticmethod
+    def _room(prompt: Sequence[int], limit: int | None, longest: int) -> int:
         """Tokens the reply may have: what was asked for, within what one conversation can hold."""
-        longest = self._service.max_conversation_tokens
         room = longest - len(prompt)
         if room < 1:
             raise PromptTooLong(

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from pasture.cli.output import err, out, print_json
-from pasture.config import load_configuration
+from pasture.config import load_configuration, parse_bytes
 from pasture.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 StateOption = Annotated[
     str | None, typer.Option("--state", metavar="FILE", help="The server's --state; where settings name one, that one.")
 ]
+_FRACTIONS = ("weight", "guaranteed_share", "idle_seconds", "lifetime_seconds")
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 keys = typer.Typer(no_args_is_help=True, help="API keys, and what their tenants may.")
@@ -89,7 +91,7 @@ def limit(
     changes: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="`none` takes a limit away.")],
     state: StateOption = None,
 ) -> None:
-    """Change what a tenant may, such as tokens_per_minute=20000 max_concurrent=4 weight=2."""
+    """Change what a tenant may, such as tokens_per_minute=20000 max_live_cells=8000 max_ram_bytes=2GiB weight=2."""
     with opened_state(state) as opened:
         print_json(asdict(opened.tenants.limit(tenant, **dict(_change(change) for change in changes)).limits))
 
@@ -99,6 +101,8 @@ def _change(text: str) -> tuple[str, float | int | None]:
     if value.lower() == "none":
         return name, None
     try:
-        return name, float(value) if name in ("weight", "idle_seconds", "lifetime_seconds") else int(value)
+        if name.endswith("_bytes"):
+            return name, parse_bytes(value)
+        return name, float(value) if name in _FRACTIONS else int(value)
     except ValueError:
         raise ConfigError(f"{text}: a limit is written name=number") from None

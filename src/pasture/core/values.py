@@ -94,6 +94,20 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a tenant may hold of KV, and what it is guaranteed. None: no limit of its own."""
+
+    weight: float = 1.0
+    """of its turn, and of what is guaranteed, among the tenants, against a usual 1"""
+    live_cells: int | None = None
+    """in the live cache at once"""
+    ram_bytes: int | None = None
+    disk_bytes: int | None = None
+    guaranteed_share: float | None = None
+    """0..1 of the live cache and of each tier, that others cannot push it below; None: by weight"""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to be continued once (`n` choices are `n` requests that share their prompt)."""
 
@@ -113,10 +127,10 @@ class Request:
     """from submission; None: no limit"""
     public_tokens: int = 0
     """so many from the prompt's beginning are declared to be no secret: the public namespace may serve them"""
-    weight: float = 1.0
-    """of its tenant's turn among the tenants in line, against a usual 1"""
+    allowance: Allowance = Allowance()
+    """its tenant's: what the namespace may hold"""
     priority: int = 0
-    """among its own tenant's requests in line, the higher go first"""
+    """the higher go first, whoever they are from; where there is no room for them, the lowest that runs makes way"""
     expects: Kind = Kind.CHAT
     """what will probably follow the reply"""
 

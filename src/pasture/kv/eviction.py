@@ -1,6 +1,7 @@
 """Which idle cells go first: a policy is a function from a candidate to a sort key, smallest evicted first.
 
-Only leaves are candidates, so whatever the policy, the head of a shared prefix outlives its tails.
+Only leaves are candidates, so whatever the policy, the head of a shared prefix outlives its tails; and what its tenant is
+guaranteed goes after everything else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ class Candidate:
     n_tokens: int
     last_used: float
     """seconds on the pool's clock"""
+    guaranteed: bool = False
+    """its namespace holds no more than nobody may push it below"""
 
 
 Policy = Callable[[Candidate], float]
@@ -33,6 +36,11 @@ def least_recently_used(candidate: Candidate) -> float:
 def largest_first(candidate: Candidate) -> float:
     """Frees room with the fewest evictions; forgets long documents first."""
     return -candidate.n_tokens
+
+
+def guaranteed_last(policy: Policy) -> Callable[[Candidate], tuple[bool, float]]:
+    """The same order, but for what is guaranteed."""
+    return lambda candidate: (candidate.guaranteed, policy(candidate))
 
 
 POLICIES: dict[str, Policy] = {"lru": least_recently_used, "largest": largest_first}

@@ -13,6 +13,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pasture.core.errors import InvariantBroken
+from pasture.kv.holdings import Holdings
 
 if TYPE_CHECKING:
     from pasture.kv.pool import Pool
@@ -57,9 +58,23 @@ def _check_counts(pool: Pool) -> None:
         raise InvariantBroken(f"{used} cells are held, {pool.used_cells} counted as used")
     if used > pool.shape.n_cells:
         raise InvariantBroken(f"{used} cells used of {pool.shape.n_cells}")
-    if pool.cells_are_shared:
-        locked = sum(len(node) for node in pool.tree.nodes() if node.running)
-    else:
-        locked = sum(sequence.length for sequence in pool.sequences.values() if not sequence.idle)
-    if locked != pool.locked_cells:
-        raise InvariantBroken(f"{locked} cells are locked, {pool.locked_cells} counted")
+    counted, recount = pool.holdings, recounted(pool)
+    if recount.locked_cells != counted.locked_cells:
+        raise InvariantBroken(f"{recount.locked_cells} cells are locked, {counted.locked_cells} counted")
+    if recount.held_by != counted.held_by or recount.locked_by != counted.locked_by:
+        raise InvariantBroken(f"namespaces hold {dict(recount.held_by)}, {dict(counted.held_by)} counted")
+
+
+def recounted(pool: Pool) -> Holdings:
+    """What the holdings should be. O(nodes and sequences)."""
+    holdings = Holdings()
+    if not pool.cells_are_shared:
+        for sequence in pool.sequences.values():
+            holdings.hold(sequence.namespace, sequence.length)
+            holdings.lock(sequence.namespace, 0 if sequence.idle else sequence.length)
+        return holdings
+    for namespace in pool.tree.namespaces():
+        for node in pool.tree.nodes(namespace):
+            holdings.hold(namespace, len(node))
+            holdings.lock(namespace, len(node) if node.running else 0)
+    return holdings

@@ -48,7 +48,7 @@ def unlocked_tokens(match: Match[Sequence]) -> int:
     return unlocked
 
 
-def candidate(sequence: Sequence) -> Candidate:
+def candidate(sequence: Sequence, *, guaranteed: bool) -> Candidate:
     """An idle sequence's leaf, as an eviction policy sees it."""
     leaf = sequence.tail
-    return Candidate(sequence.namespace, leaf.start, len(leaf), leaf.last_used)
+    return Candidate(sequence.namespace, leaf.start, len(leaf), leaf.last_used, guaranteed)

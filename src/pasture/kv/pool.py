@@ -41,14 +41,13 @@ from pasture.core.values import (
     Slab,
 )
 from pasture.kv.eviction import Policy, least_recently_used
-from pasture.kv.law import check
-from pasture.kv.lookup import candidate, holders_state, idle_sequence_at, reusable, unlocked_tokens
+from pasture.kv.evictor import Evictor
+from pasture.kv.holdings import Holdings
+from pasture.kv.law import check, recounted
+from pasture.kv.lookup import holders_state, idle_sequence_at, reusable, unlocked_tokens
 from pasture.kv.picture import draw
 from pasture.kv.radix import Match, Node, RadixTree, common_prefix
 from pasture.kv.sequence import Sequence
-
-TRIM_TOKENS = 64
-"""an idle leaf is trimmed from its end by at least this much, so that eviction is not one operation a token"""
 
 
 class Pool:
@@ -70,8 +69,8 @@ class Pool:
         self.peak_cells = 0
         self._share = share
         self._shareable = shareable
-        self._policy = policy
         self._clock = clock
+        self.evictor = Evictor(self, policy)
         self._save_keys = 0
         self.before_eviction: Callable[[Sequence], object] = lambda sequence: None
         """called while an idle sequence that is about to lose cells still has them all: the moment to `save`"""
@@ -82,8 +81,7 @@ class Pool:
         self.shape = shape
         self.tree: RadixTree[Sequence] = RadixTree()
         self.sequences: dict[SeqId, Sequence] = {}
-        self.locked_cells = 0
-        """cells that a running sequence holds: what eviction cannot give back"""
+        self.holdings = Holdings()
         self._private_cells = 0
         self._journal: list[CellOperation] = []
         self.free_ids = [SeqId(i) for i in range(shape.n_seqs)]
@@ -118,6 +116,11 @@ class Pool:
     @property
     def used_cells(self) -> int:
         return self.tree.n_tokens if self.cells_are_shared else self._private_cells
+
+    @property
+    def locked_cells(self) -> int:
+        """Cells that a running sequence holds: what eviction cannot give back."""
+        return self.holdings.locked_cells
 
     @property
     def unlocked_cells(self) -> int:
@@ -191,8 +194,8 @@ class Pool:
         return sequence
 
     def restore(self, sequence: Sequence, tokens: array[int], slabs: tuple[Slab, ...]) -> bool:
-        """Put stored KV of `tokens` behind what a running sequence has; False, with nothing done, when there is no room."""
-        if not self.make_room(len(tokens)):
+        """Put stored KV of `tokens` behind what a running sequence has; False, and it is not there, when there is no room."""
+        if not self.evictor.keep_within(sequence.namespace, len(tokens)) or not self.make_room(len(tokens)):
             return False
         self._journal.append(Restore(sequence.id, slabs))
         self._last_writer = None
@@ -213,14 +216,7 @@ class Pool:
 
     def make_room(self, n_cells: int) -> bool:
         """Make `n_cells` cells free by evicting idle leaves; False when running sequences hold too many."""
-        if self.shape.layout is Layout.STREAMS:
-            return True  # a stream's cells are its own; admission sees to it that they suffice
-        while (missing := n_cells - (self.shape.n_cells - self.used_cells)) > 0:
-            victim = self._victim()
-            if victim is None:
-                return False
-            self._shrink(victim, missing, "cells")
-        return True
+        return self.evictor.make_room(n_cells)
 
     def evict_idle(self, reason: str) -> None:
         """Drop every idle sequence."""
@@ -256,6 +252,7 @@ class Pool:
         self._private_cells -= sequence.length
         del self.sequences[sequence.id]
         heapq.heappush(self.free_ids, sequence.id)
+        self.holdings.hold(sequence.namespace, self.used_cells - before)
         if reason is not None:
             self.evicted_cells[reason] += before - self.used_cells
 
@@ -298,7 +295,7 @@ class Pool:
         if self.cells_are_shared:
             for sequence in [s for s in self.sequences.values() if s.idle and len(s.tail.holders) > 1]:
                 self.drop(sequence)
-        self._recount_locked()
+        self._recount()
 
     def make_movable(self, layout: Layout, n_seqs: int, cells_per_sequence: int) -> bool:
         """Drop the idle sequences that a move to `layout` could not take along; False when a running one is in the way."""
@@ -334,6 +331,8 @@ class Pool:
         sequence.length = length
         self.sequences[seq_id] = sequence
         self._private_cells += length
+        if not self.cells_are_shared:
+            self.holdings.hold(namespace, length)
         if donor is not None and length:
             self._journal.append(Copy(donor.id, seq_id, 0, length))
         self.tree.hold(node, sequence)
@@ -347,15 +346,14 @@ class Pool:
 
     def _cut_down(self, node: Node[Sequence], request_id: RequestId) -> Sequence | None:
         """No id is left but those of idle sequences that run on beyond `node`: one of them gives its tail and goes on."""
-        idle = [sequence for sequence in node.holders if sequence.idle]
-        if not idle or not self.cuttable:
+        sequence = self.evictor.first([sequence for sequence in node.holders if sequence.idle]) if self.cuttable else None
+        if sequence is None:
             return None
-        sequence = min(idle, key=lambda s: self._policy(candidate(s)))
-        self._cut_back(sequence, node, "sequences")
+        self.cut_back(sequence, node, "sequences")
         self._take_over(sequence, request_id)
         return sequence
 
-    def _cut_back(self, sequence: Sequence, node: Node[Sequence], reason: str) -> None:
+    def cut_back(self, sequence: Sequence, node: Node[Sequence], reason: str) -> None:
         """The idle sequence leaves everything below `node`, which is on its path."""
         self.before_eviction(sequence)
         before = self.used_cells
@@ -363,14 +361,15 @@ class Pool:
         self._private_cells -= sequence.length - node.end
         sequence.tail, sequence.length = node, node.end
         self._journal.append(Remove(sequence.id, node.end, None))
+        self.holdings.hold(sequence.namespace, self.used_cells - before)
         self.evicted_cells[reason] += before - self.used_cells
 
     def _take_id(self, keep: Sequence | None) -> SeqId | None:
         if not self.free_ids:
-            idle = [s for s in self.sequences.values() if s.idle and s is not keep]
-            if not idle:
+            victim = self.evictor.victim(keep=keep)
+            if victim is None:
                 return None
-            self.drop(min(idle, key=lambda s: self._policy(candidate(s))), "sequences")
+            self.drop(victim, "sequences")
         return heapq.heappop(self.free_ids)
 
     def _append(self, sequence: Sequence, tokens: array[int], rejoin: bool = False) -> None:
@@ -385,7 +384,8 @@ class Pool:
                     grown.breaks.append(start + at)
                 if grown is not node:
                     grown.running = 1
-                self.locked_cells += (n - at) if self.cells_are_shared else 0
+                if self.cells_are_shared:
+                    self._grew(sequence, n - at)
                 node = grown
                 break
             node = self._pass_through(sequence, child, tokens, at, rejoin)
@@ -394,9 +394,13 @@ class Pool:
         sequence.length += n
         self._private_cells += n
         if not self.cells_are_shared:
-            self.locked_cells += n
+            self._grew(sequence, n)
         self._last_writer = sequence
         self.peak_cells = max(self.peak_cells, self.used_cells)
+
+    def _grew(self, sequence: Sequence, n_cells: int) -> None:
+        self.holdings.hold(sequence.namespace, n_cells)
+        self.holdings.lock(sequence.namespace, n_cells)
 
     def _pass_through(
         self, sequence: Sequence, child: Node[Sequence], tokens: array[int], at: int, rejoin: bool
@@ -408,23 +412,23 @@ class Pool:
             donor = next(iter(node.holders))
             self._journal.append(Share(donor.id, sequence.id, node.start, node.end))
         node.holders.add(sequence)
-        self._gain_runner(node)
+        self._gain_runner(node, sequence.namespace)
         node.last_used = self._clock()
         redundant = idle_sequence_at(node) if self.cells_are_shared else None
         if redundant is not None:
             self.drop(redundant)
         return node
 
-    def _gain_runner(self, node: Node[Sequence]) -> None:
+    def _gain_runner(self, node: Node[Sequence], namespace: Namespace) -> None:
         node.running += 1
         if node.running == 1 and self.cells_are_shared:
-            self.locked_cells += len(node)
+            self.holdings.lock(namespace, len(node))
 
     def _run(self, sequence: Sequence) -> None:
         for node in sequence.tail.path():
-            self._gain_runner(node)
+            self._gain_runner(node, sequence.namespace)
         if not self.cells_are_shared:
-            self.locked_cells += sequence.length
+            self.holdings.lock(sequence.namespace, sequence.length)
             return
         # an idle sequence that ended where this one now runs through holds nothing of its own any more
         for node in sequence.tail.path():
@@ -436,31 +440,14 @@ class Pool:
         for node in sequence.tail.path():
             node.running -= 1
             if node.running == 0 and self.cells_are_shared:
-                self.locked_cells -= len(node)
+                self.holdings.lock(sequence.namespace, -len(node))
         if not self.cells_are_shared:
-            self.locked_cells -= sequence.length
+            self.holdings.lock(sequence.namespace, -sequence.length)
 
     def _touch(self, sequence: Sequence) -> None:
         now = self._clock()
         for node in sequence.tail.path():
             node.last_used = now
-
-    def _victim(self) -> Sequence | None:
-        idle = [sequence for sequence in self.sequences.values() if sequence.idle]
-        return min(idle, key=lambda s: self._policy(candidate(s)), default=None)
-
-    def _shrink(self, victim: Sequence, n_cells: int, reason: str) -> None:
-        """Give back at least `n_cells` of an idle sequence's own cells, or all its own cells when it has fewer."""
-        leaf = victim.tail
-        n = max(n_cells, TRIM_TOKENS)
-        parent = leaf.parent
-        assert parent is not None
-        if self.cells_are_shared and n < len(leaf):
-            self._cut_back(victim, self.tree.split(leaf, len(leaf) - n), reason)
-        elif self.cells_are_shared and parent.parent is not None and len(parent.holders) == 1:
-            self._cut_back(victim, parent, reason)
-        else:
-            self.drop(victim, reason)
 
     def _count(self, namespace: Namespace, source: str, hit: int, missed: int) -> None:
         if hit:
@@ -470,12 +457,9 @@ class Pool:
         counts[0] += hit
         counts[1] += missed
 
-    def _recount_locked(self) -> None:
+    def _recount(self) -> None:
         self._private_cells = sum(sequence.length for sequence in self.sequences.values())
-        if self.cells_are_shared:
-            self.locked_cells = sum(len(node) for node in self.tree.nodes() if node.running)
-        else:
-            self.locked_cells = sum(s.length for s in self.sequences.values() if not s.idle)
+        self.holdings = recounted(self)
 
     def _depth_first(self) -> Iterable[Node[Sequence]]:
         """Along each path to its end before the next: neighbours in a sequence become neighbours in the cache."""

@@ -3,7 +3,11 @@
 Fairness says who may start (`FairQueue`), promises say who had better wait (`Promises`), and among the rest the shortest
 remaining prompt goes first, counted a head: a prompt that others wait for serves them all. Waiting makes a prompt count as
 shorter, so a long one overtakes newcomers after a while, and past the age bound the oldest goes before everybody: on a server
-that is behind for longer than that, it is first come, first served. Engine thread.
+that is behind for longer than that, it is first come, first served. Before all that come priorities: nobody is looked at while
+somebody more urgent is ready, but whoever has waited past the age bound counts as normal at least.
+
+Nobody is ready whose tenant is at its limit of live cells, or would take idle cells that others are guaranteed, unless nothing
+of that tenant runs: one request at a time always can. Engine thread.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pasture.core.ports import Clock
+from pasture.core.values import RequestId
 from pasture.kv.pool import Pool
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.promises import Promises
@@ -22,6 +27,8 @@ MIN_GAIN_TOKENS = 8
 """waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
 PATIENCE_SHARE = 0.5
 """a prompt that has waited this share of the age bound counts as a quarter of its length"""
+HEADROOM_CELLS = 16
+"""free cells a running request should find before another one starts or comes back"""
 REPLY_GUESS_TOKENS = 64
 """what a reply is taken to need at admission; a longer one grows into free cells, or has the youngest swapped out"""
 
@@ -30,6 +37,8 @@ class Admission:
     def __init__(self, pool: Pool, resting: Resting, settings: SchedulerSettings, clock: Clock) -> None:
         self.waiting = FairQueue()
         self.promises = Promises()
+        self.running: dict[RequestId, Task] = {}
+        """tasks with a sequence; `Places` changes it"""
         self._pool = pool
         self._resting = resting
         self._settings = settings
@@ -42,13 +51,20 @@ class Admission:
         self._followers.clear()
         if not len(self.waiting) or n_running >= self._settings.max_running or not self._pool.has_sequence_to_give:
             return []
-        return self.waiting.eligible(self._ready, self.cost)
+        return self._eligible()
+
+    def first_in_line(self) -> Task | None:
+        """Who would start next if there were a place."""
+        self._followers.clear()
+        return self.choose(self._eligible())
 
     def choose(self, candidates: list[Task]) -> Task | None:
         """The oldest when it has waited too long, else the one that is done soonest for the most people."""
         if not candidates:
             return None
         now = self._clock()
+        urgent = max(self.urgency(task, now) for task in candidates)
+        candidates = [task for task in candidates if self.urgency(task, now) == urgent]
         oldest = min(candidates, key=lambda task: task.submitted_at)
         if now - oldest.submitted_at > self._settings.age_bound_seconds:
             return oldest
@@ -62,6 +78,35 @@ class Admission:
         """Cells that nobody running holds, and that the task will; `reply_tokens`: of its reply, a guess unless given."""
         reply = self.reply_guess(task) if reply_tokens is None else reply_tokens
         return self._pool.cells_to_lock(task.request.namespace, task.tokens) + reply
+
+    def within_limit(self, task: Task) -> bool:
+        """Whether its tenant may hold the cells that it needs beside those of its others that run, and others keep theirs."""
+        namespace, evictor = task.request.namespace, self._pool.evictor
+        limit = evictor.shares.limit(namespace)
+        crowded = self._pool.used_cells + len(task.tokens) + REPLY_GUESS_TOKENS > self._pool.shape.n_cells
+        if limit is None and not crowded:
+            return True
+        others = [
+            other
+            for other in self.running.values()
+            if other.request.namespace == namespace and other.request.priority >= task.request.priority
+        ]
+        if not others:
+            return True
+        needed = self.cells_needed(task)
+        if crowded and needed > self._pool.unlocked_cells - evictor.guaranteed_to_others(namespace):
+            return False
+        promised = sum(other.remaining for other in others)
+        return limit is None or needed + promised <= evictor.room_for(namespace)
+
+    def _eligible(self) -> list[Task]:
+        now = self._clock()
+        return self.waiting.eligible(self._ready, self.cost, lambda task: self.urgency(task, now))
+
+    def urgency(self, task: Task, now: float) -> int:
+        """Its priority; whoever has waited past the age bound counts as normal at least."""
+        late = now - task.submitted_at > self._settings.age_bound_seconds
+        return max(task.request.priority, 0) if late else task.request.priority
 
     def _cached(self, task: Task) -> int:
         """Tokens that need not be computed, live or stored."""
@@ -79,7 +124,7 @@ class Admission:
 
     def _ready(self, task: Task) -> bool:
         """Whether a waiting task has nothing to gain from a prefill, or a fetch, that is under way."""
-        if not self._resting.look(task):
+        if not self._resting.look(task) or not self.within_limit(task):
             return False
         if not self._pool.joins:
             return True

@@ -4,12 +4,14 @@ Deficit round robin (Shreedhar and Varghese, 1995) on two levels. Every flow has
 its flow's deficit covers its cost, and is charged for it. When nobody's deficit suffices, every flow with someone in line gets
 the same number of quanta, the fewest that let somebody start. The line does not say who of those goes first: the scheduler
 chooses among them (shortest first), which is what makes short turns quick without letting anyone starve. An empty flow is
-forgotten. A tenant's weight multiplies its quanta; priorities order a tenant's own requests and give nobody more than that.
+forgotten. A tenant's weight multiplies its quanta. Only the most urgent of those who are ready take part: a higher priority
+goes first whoever it is from, which is why a tenant's requests have no higher one than the operator allows.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,10 +22,11 @@ QUANTUM_TOKENS = 256
 SCAN_PER_USER = 16
 """how far into one user's line to look for somebody who is ready"""
 MAX_OFFERED = 64
-"""users looked at for one choice, longest-waiting first"""
+"""users looked at for one choice, longest-waiting first, the same number of each tenant and one at least"""
 
 Ready = Callable[[Task], bool]
 Cost = Callable[[Task], int]
+Urgency = Callable[[Task], int]
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class _Tenant:
 class FairQueue:
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant] = {}
+        self._priorities: Counter[int] = Counter()
         self._size = 0
 
     def __len__(self) -> int:
@@ -53,10 +57,20 @@ class FairQueue:
             for user in tenant.users.values():
                 yield from user.line
 
+    @property
+    def highest_priority(self) -> int:
+        """Of those in line; 0 for an empty line."""
+        return max(self._priorities, default=0)
+
+    def weights(self) -> Iterator[tuple[str, float]]:
+        """Tenants with somebody in line."""
+        return ((name, tenant.weight) for name, tenant in self._tenants.items())
+
     def push(self, task: Task) -> None:
         tenant = self._tenants.setdefault(task.request.tenant, _Tenant())
-        tenant.weight = task.request.weight
+        tenant.weight = task.request.allowance.weight
         tenant.users.setdefault(task.request.user, _User()).line[task] = None
+        self._priorities[task.request.priority] += 1
         self._size += 1
 
     def remove(self, task: Task, charge_tokens: int = 0) -> None:
@@ -65,6 +79,8 @@ class FairQueue:
         user = tenant.users[task.request.user]
         del user.line[task]
         self._size -= 1
+        self._priorities[task.request.priority] -= 1
+        self._priorities += Counter()  # forgets what nobody in line has
         user.deficit -= charge_tokens
         tenant.deficit -= charge_tokens
         if not user.line:
@@ -77,39 +93,42 @@ class FairQueue:
         user = tenant.users.get(task.request.user) if tenant is not None else None
         return user is not None and task in user.line
 
-    def eligible(self, ready: Ready, cost: Cost) -> list[Task]:
+    def eligible(self, ready: Ready, cost: Cost, urgency: Urgency) -> list[Task]:
         """One task a user whose turn it may be now. Adds quanta where nobody could start; empty when nobody is ready."""
-        able: list[tuple[_Tenant, Task, int]] = []
-        asking: list[_Tenant] = []
-        for tenant in self._tenants.values():
-            offers = self._offers(tenant, ready, cost, MAX_OFFERED - len(able))
-            if offers:
-                asking.append(tenant)
-                able += offers
-        if not able:
+        most = max(1, MAX_OFFERED // max(1, len(self._tenants)))
+        offers = [(tenant, _offers(tenant, ready, urgency, most)) for tenant in self._tenants.values()]
+        urgent = max((urgency(task) for _, able in offers for _, task in able), default=0)
+        chosen: list[tuple[_Tenant, Task, int]] = []
+        for tenant, able in offers:
+            heads = [(user, task, cost(task)) for user, task in able if urgency(task) == urgent]
+            chosen += [(tenant, task, tokens) for task, tokens in _turns(heads)]
+        if not chosen:
             return []
-        rounds = min(_rounds(tenant.deficit, tokens, tenant.weight) for tenant, _, tokens in able)
-        for tenant in asking:
+        rounds = min(_rounds(tenant.deficit, tokens, tenant.weight) for tenant, _, tokens in chosen)
+        for tenant in {id(tenant): tenant for tenant, _, _ in chosen}.values():
             tenant.deficit += rounds * QUANTUM_TOKENS * tenant.weight
-        return [task for tenant, task, tokens in able if tenant.deficit >= tokens]
+        return [task for tenant, task, tokens in chosen if tenant.deficit >= tokens]
 
-    @staticmethod
-    def _offers(tenant: _Tenant, ready: Ready, cost: Cost, most: int) -> list[tuple[_Tenant, Task, int]]:
-        """The tasks that fairness inside the tenant lets go next, at least one where anybody is ready."""
-        able: list[tuple[_User, Task]] = []
-        for user in islice(tenant.users.values(), max(0, most)):
-            line = sorted(islice(user.line, SCAN_PER_USER), key=lambda task: -task.request.priority)
-            task = next((task for task in line if ready(task)), None)
-            if task is not None:
-                able.append((user, task))
-        if not able:
-            return []
-        urgent = max(task.request.priority for _, task in able)
-        heads = [(user, task, cost(task)) for user, task in able if task.request.priority == urgent]
-        rounds = min(_rounds(user.deficit, tokens, 1.0) for user, _, tokens in heads)
-        for user, _, _ in heads:
-            user.deficit += rounds * QUANTUM_TOKENS
-        return [(tenant, task, tokens) for user, task, tokens in heads if user.deficit >= tokens]
+
+def _offers(tenant: _Tenant, ready: Ready, urgency: Urgency, most: int) -> list[tuple[_User, Task]]:
+    """The most urgent task of each user that is ready."""
+    able: list[tuple[_User, Task]] = []
+    for user in islice(tenant.users.values(), most):
+        line = sorted(islice(user.line, SCAN_PER_USER), key=lambda task: -urgency(task))
+        task = next((task for task in line if ready(task)), None)
+        if task is not None:
+            able.append((user, task))
+    return able
+
+
+def _turns(heads: list[tuple[_User, Task, int]]) -> list[tuple[Task, int]]:
+    """Of one tenant's, those that fairness between its users lets go next, with their costs."""
+    if not heads:
+        return []
+    rounds = min(_rounds(user.deficit, tokens, 1.0) for user, _, tokens in heads)
+    for user, _, _ in heads:
+        user.deficit += rounds * QUANTUM_TOKENS
+    return [(task, tokens) for user, task, tokens in heads if user.deficit >= tokens]
 
 
 def _rounds(deficit: float, tokens: int, weight: float) -> int:

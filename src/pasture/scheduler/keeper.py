@@ -90,8 +90,8 @@ class LayoutKeeper:
         if not self._shifts or self._until_shift > 0:
             return None
         self._until_shift = LOOK_STEPS
-        demand = Demand(scheduler.short_of_cells, self._needed_cells())
-        scheduler.short_of_cells = False
+        demand = Demand(scheduler.places.short_of_cells, self._needed_cells())
+        scheduler.places.short_of_cells = False
         return self._shifter.advise(scheduler.pool.shape.form, demand, self._clock())
 
     def rewrite(self, form: Form) -> None:

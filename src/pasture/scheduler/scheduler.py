@@ -6,14 +6,15 @@
 
 A step's work is *tokens per request*: one for a stream, a chunk for a prompt. Every stream whose reader keeps up is in every
 step. Prompts share what the inter-token target leaves, shortest remaining first, the long-waiting before all. A request that
-would compute what another is just computing waits for that one's cells. When cells run out the youngest request is swapped out
-whole and comes back without recomputation; no running request fails for lack of room.
+would compute what another is just computing waits for that one's cells. When cells run out somebody is swapped out whole and
+comes back without recomputation (`places`); no running request fails for lack of room.
 
 Owns the tasks; the pool owns cells. Knows no threads and no asyncio: `pasture.scheduler.loop` drives it on the engine thread.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, RequestError
@@ -34,15 +35,14 @@ from pasture.core.values import (
 from pasture.kv.eviction import POLICIES
 from pasture.kv.pool import Pool
 from pasture.scheduler.accounts import Accounts
-from pasture.scheduler.admission import Admission
+from pasture.scheduler.admission import HEADROOM_CELLS, Admission
 from pasture.scheduler.ahead import Ahead
+from pasture.scheduler.places import Places
 from pasture.scheduler.resting import Resting
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.shaping import StepShaper
 from pasture.scheduler.task import Task
 
-HEADROOM_CELLS = 16
-"""free cells a running request should find before another one starts or comes back"""
 MAX_FAILURES = 3
 """in a row, alone in a step, before a request is given up"""
 MAX_ALONE_TOKENS = 256
@@ -67,11 +67,10 @@ class Scheduler:
         self.ahead = Ahead(self.pool, self.resting, clock, wake)
         self.admission = Admission(self.pool, self.resting, settings, clock)
         self.waiting = self.admission.waiting
-        self.running: dict[RequestId, Task] = {}
-        """tasks with a sequence"""
-        self.swapped: dict[RequestId, Task] = {}
         self.shaper = StepShaper(self.pool, settings.itl_target_seconds)
         self.accounts = Accounts()
+        self.places = Places(self.pool, self.resting, self.admission, self.accounts, settings.max_running, clock)
+        self.running, self.swapped = self.places.running, self.places.swapped
         self._engine = engine
         self._clock = clock
         self._tasks: dict[RequestId, Task] = {}
@@ -80,8 +79,6 @@ class Scheduler:
         self._events: list[Delivery] = []
         self._n_streams = 0
         """of the tasks planned"""
-        self.short_of_cells = False
-        """a request had to wait, or to go, for lack of cells since this was last set to False"""
         self._budget_tokens = 0
 
     # Requests come and go
@@ -91,7 +88,9 @@ class Scheduler:
         return bool(self._tasks)
 
     def submit(self, task: Task) -> None:
-        self._tasks[task.request.request_id] = task
+        request = task.request
+        self._tasks[request.request_id] = task
+        self.pool.evictor.shares.allow(request.namespace, request.allowance)
         self.waiting.push(task)
         self.accounts.submitted += 1
 
@@ -112,12 +111,18 @@ class Scheduler:
         self.ahead.give_way()
         if self._suspects:
             return self._plan_suspect()
+        self.places.make_way()
         works = [self._work(task, 1) for task in self._streams()]
         self._n_streams = len(works)
-        self._resume(len(works))
+        self.places.resume(len(works))
         self._fill(works)
+        if not works and self.swapped and not self.running:
+            self.places.resume_anybody()
+            self._fill(works)
         if not works and any(not task.paused for task in self.running.values()):
             self._unjam(works)
+        if self.pool.evictor.shares.limited:
+            self._keep_within_limits()
         return self._plan(works)
 
     def _plan(self, works: list[Work]) -> StepPlan:
@@ -127,6 +132,9 @@ class Scheduler:
             works = [works[i] if self._planned[i].decoding else self.shaper.padded(works[i]) for i in order]
             self._planned = [self._planned[i] for i in order]
         n_tokens = sum(len(work.tokens) for work in works)
+        if self.pool.evictor.shares.limited:
+            for task, work in zip(self._planned, works, strict=True):
+                self.pool.evictor.keep_within(task.request.namespace, len(work.tokens))
         if n_tokens and not self.pool.make_room(n_tokens):
             raise InvariantBroken(f"a step of {n_tokens} tokens was planned, and they do not fit")
         return self.shaper.plan(works, self._n_streams)
@@ -166,72 +174,39 @@ class Scheduler:
 
     def _streams(self) -> list[Task]:
         streams = [t for t in self.running.values() if t.decoding and not t.paused and self._room_in_stream(t)]
-        while streams and not self.pool.make_room(len(streams)):
-            victim = self._youngest()
-            self._swap_out(victim)
+        while streams and (victim := self._in_the_way(streams)) is not None:
+            self.places.swap_out(victim)
             streams = [task for task in streams if task is not victim]
         return streams[: self.pool.shape.n_batch]
+
+    def _in_the_way(self, streams: list[Task]) -> Task | None:
+        """Who has to go so that each of these can grow by a token; None when there is room."""
+        if self.pool.evictor.shares.limited:
+            for namespace, n in Counter(task.request.namespace for task in streams).items():
+                if not self.pool.evictor.keep_within(namespace, n) and len(self.places.of(namespace)) > 1:
+                    return self.places.last(namespace)
+        return None if self.pool.make_room(len(streams)) else self.places.last()
 
     def _room_in_stream(self, task: Task) -> int:
         """Tokens by which its sequence can grow in this layout."""
         return self.pool.shape.cells_per_sequence - task.computed
 
-    def _youngest(self) -> Task:
-        """Who gives way: a request whose reader does not read, else the last to come."""
-        return max(self.running.values(), key=lambda task: (task.paused, task.submitted_at))
-
-    def _swap_out(self, task: Task) -> None:
-        sequence = task.sequence
-        assert sequence is not None
-        self.admission.promises.remove(task)
-        del self.running[task.request.request_id]
-        if sequence.length == 0:
-            self.pool.drop(sequence)
-            task.sequence = None
-            self.waiting.push(task)
-            return
-        self.resting.park(task)
-        task.n_swaps += 1
-        self.short_of_cells = True
-        self.swapped[task.request.request_id] = task
-        self.accounts.swaps += 1
-
-    def _resume(self, taken: int) -> None:
-        """Bring swapped requests back, oldest first, while there is room for them and for everyone's next tokens."""
-        for task in sorted(self.swapped.values(), key=lambda task: task.submitted_at):
-            if task.paused or task.n_saves:
-                continue
-            needed = self.admission.cells_needed(task, reply_tokens=0) + HEADROOM_CELLS * (len(self.running) + 1)
-            if self.running and needed + taken > self.pool.unlocked_cells:
-                return
-            if not self._enter(task):
-                return
-            del self.swapped[task.request.request_id]
-
-    def _enter(self, task: Task) -> bool:
-        """Give a task a sequence with all that is there of its tokens already; False when there is none to give."""
-        task.sequence = self.resting.enter(task)
-        if task.sequence is None:
-            return False
-        task.sequence.state = SequenceState.DECODING if task.decoding else SequenceState.PREFILLING
-        task.save_at = self.resting.branch_point(task)
-        self._run(task)
-        return True
-
-    def _run(self, task: Task) -> None:
-        self.running[task.request.request_id] = task
-        if not task.n_generated:
-            self.admission.promises.add(task)
+    def _keep_within_limits(self) -> None:
+        """Where a tenant's own limit lets none of its prompts go on, the last of them makes way, from the next step on."""
+        working = {task.request.namespace for task in self._planned}
+        for namespace in {task.request.namespace for task in self.running.values()} - working:
+            if self.pool.evictor.shares.limit(namespace) is not None and len(self.places.of(namespace)) > 1:
+                self.places.swap_out(self.places.last(namespace))
 
     # Prompts: what the budget leaves
 
     def _fill(self, works: list[Work]) -> None:
         budget: int | None = None
         started = [t for t in self.running.values() if not t.decoding and not t.paused and t not in self._planned]
-        may_start = not self.swapped
+        may_start = True
         while budget is None or budget > 0:
             taken = sum(len(work.tokens) for work in works)
-            newcomers = self.admission.newcomers(len(self.running)) if may_start else []
+            newcomers = self.places.may_start(self.admission.newcomers(len(self.running))) if may_start else []
             task = self.admission.choose(started + newcomers)
             if task is None:
                 return
@@ -240,13 +215,17 @@ class Scheduler:
             elif not self._arm(task):
                 continue
             elif not self._start(task, taken):
-                may_start = self._swap_out_unread()
+                self.places.turned_away = True
+                may_start = self.places.swap_out_unread(self._planned)
                 continue
             if budget is None:
                 budget = self._budget_tokens = self.shaper.prompt_share(works[: self._n_streams], task)
             n = min(self._chunk(task, budget), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return
+            n = min(n, self._room_within_limit(task, works))
+            if n <= 0:
+                continue
             works.append(self._work(task, n))
             if self.pool.shape.layout is Layout.STREAMS:
                 return  # two prompts would be cut into equal pieces, each shorter than a tile
@@ -262,12 +241,13 @@ class Scheduler:
             n = min(task.remaining, shape.n_batch - len(self._planned))
         return n
 
-    def _swap_out_unread(self) -> bool:
-        """Let a request whose reader is behind make way for one that waits; False when there is none."""
-        unread = next((task for task in self.running.values() if task.paused and task not in self._planned), None)
-        if unread is not None:
-            self._swap_out(unread)
-        return unread is not None
+    def _room_within_limit(self, task: Task, works: list[Work]) -> int:
+        """Cells that its tenant's limit leaves beside these works; idle ones of its own are given up for them."""
+        namespace, evictor = task.request.namespace, self.pool.evictor
+        if evictor.shares.limit(namespace) is None or len(self.places.of(namespace)) == 1:
+            return task.remaining
+        own = zip(self._planned, works, strict=True)
+        return evictor.room_for(namespace) - sum(len(work.tokens) for t, work in own if t.request.namespace == namespace)
 
     def _start(self, task: Task, taken: int) -> bool:
         """Give a waiting task its sequence; False when there is no room for it now."""
@@ -275,11 +255,11 @@ class Scheduler:
         if len(task.tokens) >= pool.shape.cells_per_sequence:
             return False  # a long one among streams: the layout has to change first
         needed = self.admission.cells_needed(task)
-        self.short_of_cells |= needed > pool.unlocked_cells
+        self.places.short_of_cells |= needed > pool.unlocked_cells
         if self.running and needed + taken + HEADROOM_CELLS * len(self.running) > pool.unlocked_cells:
             return False
         charge = self.admission.cost(task)
-        if not self._enter(task):
+        if not self.places.enter(task):
             return False
         self.waiting.remove(task, charge)
         task.leader = None
@@ -312,7 +292,7 @@ class Scheduler:
     def _unjam(self, works: list[Work]) -> None:
         """Prompts fill the pool between them and none can go on: the youngest make way for the oldest."""
         while len(self.running) > 1:
-            self._swap_out(self._youngest())
+            self.places.swap_out(self.places.last())
             self._fill(works)
             if works:
                 return
@@ -428,7 +408,7 @@ class Scheduler:
                 most = min(MAX_ALONE_TOKENS, self.pool.unlocked_cells, self.pool.shape.n_batch)
                 works.append(self._work(task, min(task.remaining, most)))
             else:
-                self._swap_out(task)
+                self.places.swap_out(task)
                 self._suspects.pop(0)
         return self._plan(works)
 

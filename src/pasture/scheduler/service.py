@@ -194,6 +194,13 @@ class LocalService:
         if request.max_tokens < 0:
             raise RequestError("max_tokens must not be negative", param="max_tokens")
         needed = len(request.prompt) + request.max_tokens
+        cells = request.allowance.live_cells
+        if cells is not None and needed > cells:
+            raise PromptTooLong(
+                f"{len(request.prompt)} prompt tokens and {request.max_tokens} for the reply are {needed}; "
+                f"{request.tenant} may have {cells} in the cache at once. Shorten the prompt or lower max_tokens",
+                param="messages",
+            )
         if needed > self._limit:
             raise PromptTooLong(
                 f"{len(request.prompt)} prompt tokens and {request.max_tokens} for the reply are {needed}; "

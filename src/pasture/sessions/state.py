@@ -6,10 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from pasture.core.errors import NotFound
 from pasture.core.ports import Clock
 from pasture.sessions.database import Database
 from pasture.sessions.expiry import Expiry
@@ -23,6 +26,8 @@ from pasture.sessions.values import DEFAULT_TENANT, Limits, Share, Tenant
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
+HIGHEST_PRIORITY = 1
+"""where nobody has a key, everybody is trusted alike"""
 
 
 class State:
@@ -42,7 +47,7 @@ class State:
         self.database = Database(location)
         self.share = share
         self.now = wall_clock
-        self.open_tenant = Tenant(DEFAULT_TENANT, limits=limits or Limits())
+        self.open_tenant = Tenant(DEFAULT_TENANT, limits=replace(limits or Limits(), max_priority=HIGHEST_PRIORITY))
         """who everybody is on a server without keys"""
         self.tenants = Tenants(self.database, limits, clock=wall_clock)
         self.keyring = Keyring(self.tenants, keys, clock=clock)
@@ -58,6 +63,14 @@ class State:
         """Forget what is due every so often, on a thread of its own, until `close`."""
         self._sweeper = threading.Thread(target=self._sweep, args=(seconds,), name="pasture-expiry", daemon=True)
         self._sweeper.start()
+
+    def tenant_named(self, name: str) -> Tenant | None:
+        """Who sessions are filed under; None for a tenant whose key is no longer in the settings."""
+        if name == self.open_tenant.name and not self.keyring.closed():
+            return self.open_tenant
+        with suppress(NotFound):
+            return self.keyring.written(name) or self.tenants.get(name)
+        return None
 
     def kept(self) -> dict[str, int]:
         """How much there is of everything that is kept, over all tenants."""

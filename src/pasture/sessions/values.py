@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 
-from pasture.core.values import DEFAULT_NAMESPACE, Namespace
+from pasture.core.values import DEFAULT_NAMESPACE, Allowance, Namespace
 
 Message = Mapping[str, object]
 """as in OpenAI's API, JSON through and through"""
@@ -34,13 +34,23 @@ class Limits:
     """What one tenant may have. None: no limit of its own."""
 
     weight: float = 1.0
-    """of its turn among the tenants, against a usual 1"""
+    """of its turn and of what is guaranteed, among the tenants, against a usual 1"""
+    max_priority: int = 0
+    """the highest that its requests may have: -1 low, 0 normal, 1 high, which makes others wait"""
     max_concurrent: int | None = None
     """requests at the scheduler at once"""
     max_queued: int = 256
     """requests that wait for one of those places"""
     tokens_per_minute: int | None = None
     """prompt and reply tokens together"""
+    max_live_cells: int | None = None
+    """tokens of its conversations in the live cache at once; the longest conversation it can have"""
+    max_ram_bytes: int | None = None
+    """of its conversations that rest in RAM"""
+    max_disk_bytes: int | None = None
+    """the same on disk"""
+    guaranteed_share: float | None = None
+    """0..1 of the live cache, RAM and disk that no other tenant can push it below; None: by weight"""
     max_sessions: int = 10_000
     max_responses: int = 10_000
     """stored ones; the least recently used goes when another is stored"""
@@ -51,6 +61,11 @@ class Limits:
     """unused for so long, a session or a response that is not pinned is forgotten"""
     lifetime_seconds: float = 30 * DAY_SECONDS
     """the same from its beginning on, however often it is used"""
+
+    @property
+    def allowance(self) -> Allowance:
+        """What of this concerns the cache."""
+        return Allowance(self.weight, self.max_live_cells, self.max_ram_bytes, self.max_disk_bytes, self.guaranteed_share)
 
 
 @dataclass(frozen=True, slots=True)

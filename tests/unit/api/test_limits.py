@@ -38,7 +38,7 @@ async def test_each_key_is_its_tenants_and_an_open_server_is_one(connect: Connec
 async def test_weight_and_priority_reach_the_line() -> None:
     service, state = StubService(), State()
     secret, _ = state.tenants.add_key("heavy")
-    state.tenants.limit("heavy", weight=3.0)
+    state.tenants.limit("heavy", weight=3.0, max_priority=1)
     async with client_of(service, state) as client:
         client.headers["authorization"] = f"Bearer {secret}"
         await client.post(CHAT, json=chat_body(service_tier="priority"))
@@ -46,7 +46,7 @@ async def test_weight_and_priority_reach_the_line() -> None:
         await client.post(CHAT, json=chat_body())
         assert (await client.post(CHAT, json=chat_body(), headers={"x-priority": "most"})).status_code == 400
     assert [request.priority for request in service.requests] == [1, -1, 0]
-    assert {request.weight for request in service.requests} == {3.0}
+    assert {request.allowance.weight for request in service.requests} == {3.0}
     state.close()
 
 

@@ -248,7 +248,7 @@ def test_the_check_notices(damage: str) -> None:
     if damage == "holder":
         sequence.tail.holders.clear()
     elif damage == "count":
-        pool.locked_cells += 1
+        pool.holdings.lock(A, 1)
     else:
         del pool.sequences[SeqId(0)]
     with pytest.raises(InvariantBroken):

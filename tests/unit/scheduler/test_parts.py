@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from pasture.core.values import Layout, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import Allowance, Layout, PoolShape, Request, RequestId, SamplingParams
 from pasture.scheduler.costs import Load, StepCosts
 from pasture.scheduler.fairness import FairQueue
 from pasture.scheduler.layout import SETTLE_STEPS, LayoutAdvisor, Target, Traffic
@@ -23,7 +23,7 @@ def task(name: str, tenant: str = "t", user: str = "u", n_tokens: int = 100, wei
         SamplingParams(),
         tenant=tenant,
         user=user,
-        weight=weight,
+        allowance=Allowance(weight),
         priority=priority,
     )
     return Task(request, 0.0, lambda: False)
@@ -33,7 +33,7 @@ def serve(queue: FairQueue, n: int) -> list[Task]:
     """Start `n` tasks, each time the first that fairness offers."""
     started = []
     for _ in range(n):
-        offered = queue.eligible(lambda _: True, lambda t: len(t.tokens))
+        offered = queue.eligible(lambda _: True, lambda t: len(t.tokens), lambda t: t.request.priority)
         queue.remove(offered[0], len(offered[0].tokens))
         started.append(offered[0])
     return started
@@ -67,17 +67,27 @@ def test_a_tenant_of_three_times_the_weight_gets_three_times_the_turns() -> None
     assert 26 <= tenants["large"] <= 34
 
 
-def test_priority_orders_a_tenants_own_requests_and_takes_nothing_from_others() -> None:
+def test_the_more_urgent_go_first_whoever_they_are_from() -> None:
     queue = FairQueue()
-    for i in range(20):
+    for i in range(4):
         queue.push(task(f"later{i}", tenant="one", user="v", priority=-1))
         queue.push(task(f"other{i}", tenant="two"))
         queue.push(task(f"usual{i}", tenant="one"))
         queue.push(task(f"urgent{i}", tenant="one", priority=1))
-    started = serve(queue, 20)
-    names = [t.request.request_id for t in started if t.request.tenant == "one"]
-    assert all(name.startswith("urgent") for name in names)
-    assert 7 <= len(names) <= 13
+    assert queue.highest_priority == 1
+    names = [t.request.request_id for t in serve(queue, 16)]
+    assert all(name.startswith("urgent") for name in names[:4])
+    assert {name[:5] for name in names[4:12]} == {"other", "usual"}
+    assert all(name.startswith("later") for name in names[12:])
+    assert queue.highest_priority == 0
+
+
+def test_a_tenant_with_more_users_than_are_looked_at_does_not_hide_another() -> None:
+    queue = FairQueue()
+    for i in range(200):
+        queue.push(task(f"a{i}", tenant="big", user=f"u{i}"))
+    queue.push(task("b", tenant="small"))
+    assert "b" in [t.request.request_id for t in serve(queue, 3)]
 
 
 def test_long_prompts_pay_for_their_length() -> None:
@@ -97,7 +107,7 @@ def test_who_is_not_ready_does_not_hold_up_the_same_user_or_others() -> None:
     tasks = [task("first"), task("second"), task("other", user="v")]
     for t in tasks:
         queue.push(t)
-    offered = queue.eligible(lambda t: t is not tasks[0], lambda t: 1)
+    offered = queue.eligible(lambda t: t is not tasks[0], lambda t: 1, lambda t: 0)
     assert offered == tasks[1:]
     assert len(queue) == 3
 
