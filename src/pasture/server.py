@@ -7,12 +7,14 @@ scheduler and HTTP in that order. What goes wrong on the way is a PastureError w
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from pasture.api import ApiSettings, create_app, run
+from pasture.api.peers import parse_keys, parse_peers
 from pasture.api.server import bind
 from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError
@@ -21,9 +23,9 @@ from pasture.core.storage import Store
 from pasture.core.values import Form, Layout, ModelInfo, PoolShape, SamplingParams
 from pasture.engine import EngineSettings, open_engine, probe_model
 from pasture.engine.fake import FakeEngine
-from pasture.engine.paced import Pace, PacedEngine
 from pasture.engine.gguf_header import read_header
 from pasture.engine.memory import MemoryPlan, available_bytes, check_fits, plan_memory
+from pasture.engine.paced import Pace, PacedEngine
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
 from pasture.sessions.state import State
@@ -86,18 +88,29 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
             _read(file, name)
     with (
         closing(bind(settings.host, settings.port)) as listener,
+        _admin_listener(settings) as admin,
         closing(open_state(settings, api.api_keys)) as state,
         closing(start_service(settings)) as service,
     ):
         state.keep_sweeping()
         run(
-            create_app(service, api, state=state),
+            create_app(service, replace(api, admin_port=None if admin is None else admin.getsockname()[1]), state=state),
             ssl_cert_file=settings.ssl_cert_file,
             ssl_key_file=settings.ssl_key_file,
             log_level=settings.log_level,
-            sockets=[listener],
+            sockets=[listener, *([] if admin is None else [admin])],
             on_started=lambda url: on_started(url, service),
         )
+
+
+@contextmanager
+def _admin_listener(settings: Settings) -> Iterator[socket.socket | None]:
+    """The admin port, where one was asked for."""
+    if settings.admin_port is None:
+        yield None
+        return
+    with closing(bind(settings.admin_host, settings.admin_port)) as listener:
+        yield listener
 
 
 @contextmanager
@@ -207,6 +220,7 @@ def api_settings(settings: Settings) -> ApiSettings:
         chat_template=chat_template_of(settings),
         deadline_seconds=settings.timeout,
         turn_ahead=settings.turn_ahead,
+        peers=parse_peers(settings.peer, _peer_keys(settings.peer_key_file)),
         log_level=settings.log_level,
     )
 
@@ -258,6 +272,10 @@ def _keys(file: str | None) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"api_key_file: {file} holds no key, and a server without keys is open to everybody")
     return keys
+
+
+def _peer_keys(file: str | None) -> dict[str, str]:
+    return {} if file is None else parse_keys(_read(file, "peer_key_file"))
 
 
 def _read(file: str, setting: str) -> str:

@@ -185,6 +185,10 @@ class SentSession(_Answer):
     restored_tokens: NonNegative
 
 
+class CopiedSession(RootModel[SessionBody | SentSession]):
+    """The session as it is now, here or on a peer."""
+
+
 class SessionPage(_Answer):
     object: Literal["list"]
     data: list[SessionBody]

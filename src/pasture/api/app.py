@@ -17,7 +17,7 @@ from pasture.api.gateway import Gateway
 from pasture.api.generation import generation_routes
 from pasture.api.hints import hint_routes
 from pasture.api.inspection import health_routes, inspection_routes, text_routes
-from pasture.api.middleware import ApiKeys, LastResort, RequestIds
+from pasture.api.middleware import AdminPort, ApiKeys, LastResort, RequestIds
 from pasture.api.response_routes import response_routes
 from pasture.api.session_routes import session_routes
 from pasture.api.settings import ApiSettings
@@ -62,6 +62,8 @@ def create_app(
     app.add_exception_handler(ClientGone, _nobody_listens)
     # added last is outermost: ids on every answer, CORS before keys since browsers ask first without one
     app.add_middleware(ApiKeys, keyring=state.keyring, admin_key=settings.admin_key)
+    if settings.admin_port is not None:
+        app.add_middleware(AdminPort, port=settings.admin_port)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

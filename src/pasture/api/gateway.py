@@ -8,10 +8,12 @@ from pasture.api.expecting import Expecting
 from pasture.api.jobs import Jobs
 from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
+from pasture.api.pinned import Pinned
 from pasture.api.publics import Publics
 from pasture.api.settings import ApiSettings
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
+from pasture.sessions.values import Message, Session
 from pasture.text.prompts import Prompts
 from pasture.web import Live
 
@@ -41,9 +43,17 @@ class Gateway:
         return Jobs(self.service, self.prompts, self.settings, self.publics)
 
     @cached_property
+    def pinned(self) -> Pinned:
+        return Pinned(self.service, self.state, self.session_tokens)
+
+    @cached_property
     def expecting(self) -> Expecting:
         settings = self.settings
         return Expecting(self.service, self.jobs, turn_ahead=settings.turn_ahead, prefetch=settings.prefetch)
+
+    async def session_tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
+        """A session's conversation as the model reads it."""
+        return await self.jobs.tokens(messages, session.context)  # type: ignore[arg-type]  # JSON, from the database
 
     @property
     def model_name(self) -> str:

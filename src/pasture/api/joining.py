@@ -49,14 +49,14 @@ class Joined:
     edited_at: int | None = None
     """the first message that differs from what was said; None: the conversation only goes on"""
 
-    async def go_on(self, reply: str, finish: Finish) -> None:
-        """The reply is complete and belongs to the conversation. Raises Conflict, RateLimited."""
+    async def go_on(self, reply: str, finish: Finish) -> str | None:
+        """The reply is complete and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
         if finish.reason is FinishReason.CANCELLED:
-            return
+            return None
         messages = [*self.messages, {"role": "assistant", "content": reply}]
-        await asyncio.to_thread(self._keep, messages, finish)
+        return await asyncio.to_thread(self._keep, messages, finish)
 
-    def _keep(self, messages: Sequence[Message], finish: Finish) -> None:
+    def _keep(self, messages: Sequence[Message], finish: Finish) -> str | None:
         usage = finish.usage
         used = Counters(1, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
         n_tokens = usage.prompt_tokens + usage.completion_tokens
@@ -69,6 +69,8 @@ class Joined:
             if self.session_id is not None:
                 raise
             _log.info("a session that was only named is not kept: %s", error)
+            return None
+        return session_id
 
     def _named(self) -> str:
         assert self.name is not None

@@ -9,13 +9,13 @@ from hashlib import sha256
 
 from pydantic import ValidationError
 
+from pasture.api import peers
 from pasture.api.callers import Caller
 from pasture.api.errors import explain
 from pasture.api.gateway import Gateway
 from pasture.api.session_schemas import Json, NewSession, describe, describe_cache
 from pasture.core.errors import Conflict, NotFound, RequestError
 from pasture.core.ports import Service
-from pasture.core.storage import Pin
 from pasture.core.values import ModelInfo
 from pasture.sessions import portable
 from pasture.sessions.values import Message, Session, Tenant
@@ -30,11 +30,10 @@ class Keepers:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._sessions = gateway.state.sessions
-        self._pins: dict[str, Pin] = {}
 
     async def tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
         """The conversation as the model reads it."""
-        return await self._gateway.jobs.tokens(messages, session.context)  # type: ignore[arg-type]  # JSON, from the database
+        return await self._gateway.session_tokens(session, messages)
 
     async def show(self, caller: Caller, session_id: str) -> tuple[Json, list[Message]]:
         """A session with where its KV is, and its messages. Raises NotFound."""
@@ -88,29 +87,6 @@ class Keepers:
         found = await self._service.locate(caller.namespace, tokens)
         return max(found.live_tokens, found.ram_tokens)
 
-    async def pin(self, caller: Caller, session_id: str) -> Session:
-        """The session does not expire, and what there is of its KV stays in RAM. Raises NotFound, RateLimited."""
-        session = await asyncio.to_thread(self._sessions.pin, caller.tenant, session_id, True)
-        _, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
-        tokens = await self.tokens(session, messages)
-        pin = await self._service.pin(caller.namespace, tokens) if tokens else None
-        self.let_go(session_id)
-        if pin is not None:
-            self._pins[session_id] = pin
-        return session
-
-    async def unpin(self, caller: Caller, session_id: str) -> Session:
-        """Raises NotFound."""
-        session = await asyncio.to_thread(self._sessions.pin, caller.tenant, session_id, False)
-        self.let_go(session_id)
-        return session
-
-    def let_go(self, session_id: str) -> None:
-        """Nothing keeps the session's KV any more."""
-        pin = self._pins.pop(session_id, None)
-        if pin is not None:
-            pin.release()
-
     async def truncate(self, caller: Caller, session_id: str, messages: int | None, tokens: int | None) -> Session:
         """Keep so many messages, or as many as fit into so many tokens. Raises NotFound, RequestError."""
         if (messages is None) == (tokens is None):
@@ -137,6 +113,13 @@ class Keepers:
         file = portable.Portable(model_id(self._service.model), messages, tokens, exported, session.context, session.metadata)
         return await asyncio.to_thread(portable.dump, file)
 
+    async def send(self, caller: Caller, session_id: str, wanted: str, key: str | None) -> Json:
+        """The session on another server, as a new one there. Raises NotFound, RequestError, Conflict, PeerFailed."""
+        peer = peers.chosen(self._gateway.settings.peers, wanted)
+        file = await self.export(caller, session_id, blocks=True)
+        made, n_tokens = await asyncio.to_thread(peers.send, peer, key, file)
+        return {"id": made, "object": "session.sent", "peer": peer.name, "restored_tokens": n_tokens}
+
     async def take_in(self, caller: Caller, data: bytes, *, adopt: bool) -> tuple[Session, int]:
         """A session out of a file, and how many tokens of KV came with it.
 
@@ -156,6 +139,8 @@ class Keepers:
             if tuple(file.tokens) != tokens:
                 raise RequestError("the exported session's tokens are not those of its transcript")
             n_restored = await self._service.restore(caller.namespace, tokens, file.blocks)
+            if self._gateway.settings.turn_ahead:  # to where a conversation is that goes on here
+                self._service.anticipate(caller.namespace, tokens)
         session = await asyncio.to_thread(
             lambda: self._sessions.create(caller.tenant, body.messages, context=body.context, metadata=body.metadata)
         )

@@ -72,6 +72,25 @@ class LastResort:
             await problem(error).response()(scope, receive, send)
 
 
+class AdminPort:
+    """Two ports, one app: what tells of everybody's doing on the one, everything else on the other, and on both what is open.
+
+    A request's port is the one that its connection came in by; nothing in the request can say otherwise.
+    """
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self._app = app
+        self._port = port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_open(scope["path"]):
+            came_in = scope["server"][1] if scope.get("server") else None
+            if is_admins(scope["path"]) != (came_in == self._port):
+                await problem(HTTPException(404, "Not Found")).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class ApiKeys:
     """Lets through who presents a valid key, and notes in the scope whose it is. A server without keys lets everybody through.
 

@@ -136,7 +136,7 @@ def _hoist(value: object, schemas: Json) -> None:
     if not isinstance(value, dict):
         return
     for name, item in value.items():
-        if name == "schema" and isinstance(item, dict) and "title" in item and item.keys() & {"properties", "items"}:
+        if name == "schema" and isinstance(item, dict) and "title" in item and item.keys() & {"properties", "items", "anyOf"}:
             schemas.update(item.pop("$defs", {}))
             schemas[item["title"]] = item
             value[name] = {"$ref": _REF.format(model=item["title"])}

@@ -90,7 +90,9 @@ class Run:
         reply, finish = "".join(replies[0].text), replies[0].finish
         assert finish is not None  # a reply without one has raised
         if self._joined is not None:
-            await self._joined.go_on(reply, finish)
+            session_id = await self._joined.go_on(reply, finish)
+            if session_id is not None:
+                self._gateway.pinned.went_on(self._caller.tenant, session_id)
         if self._chat is not None and len(replies) == 1:
             self._gateway.expecting.answered(self._chat, self._caller, reply)
 

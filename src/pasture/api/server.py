@@ -21,6 +21,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from pasture.api.gateway import Gateway
 from pasture.api.loiterers import Loiterers
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Service
@@ -98,6 +99,7 @@ class DrainingServer(uvicorn.Server):
             raise ConfigError(f"the TLS certificate or its key cannot be used: {error.strerror or error}") from error
         super().__init__(config)
         self._service: Service = app.state.service
+        self._gateway: Gateway = app.state.gateway
         self._on_started = on_started
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -107,6 +109,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if self.started:
+            self._gateway.pinned.started()
         if self._on_started is not None and self.started:
             self._on_started(self.url)
 
@@ -116,6 +120,10 @@ class DrainingServer(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         scheme = "https" if self.config.is_ssl else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._gateway.pinned.close()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn's, ten times a second: every few seconds, who owes a request for too long is dropped."""

@@ -9,20 +9,30 @@ import orjson
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from pasture.api.answers import Deleted, ImportedSession, Prefetched, SessionBody, SessionList, SessionPage, SessionView
+from pasture.api.answers import (
+    CopiedSession,
+    Deleted,
+    ImportedSession,
+    Prefetched,
+    SessionBody,
+    SessionList,
+    SessionPage,
+    SessionView,
+)
 from pasture.api.bodies import read_body, read_bytes
-from pasture.api.callers import caller_of
+from pasture.api.callers import Caller, caller_of
 from pasture.api.gateway import Gateway
 from pasture.api.keepers import Keepers
 from pasture.api.openapi import GENERATES, described
-from pasture.api.session_schemas import ForkBody, NewSession, TargetBody, TruncateBody
+from pasture.api.session_schemas import ForkBody, Json, NewSession, TargetBody, TruncateBody
+from pasture.core.errors import RequestError
 
 MAX_PAGE = 1000
 MAX_IMPORT_BYTES = 1 << 30
 
 _TAG = "Sessions"
 _FILE = "application/vnd.pasture.session"
-_SENDS = (404, 409, 429)
+_SENDS = (404, 409, 429, 502, 503)
 
 _Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
@@ -68,7 +78,7 @@ def _whole_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None
     @router.delete("/{session_id}", **described(_TAG, "Forget a session", Deleted, errors=(404,)))
     async def delete(session_id: str, request: Request) -> Response:
         await asyncio.to_thread(state.sessions.delete, caller_of(request, state).tenant, session_id)
-        keepers.let_go(session_id)
+        gateway.pinned.let_go(session_id)
         return _json({"id": session_id, "object": "session", "deleted": True})
 
 
@@ -131,8 +141,8 @@ def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
         "/{session_id}/copy",
         **described(
             _TAG,
-            "The session as another tenant's, which shares nothing with this one",
-            SessionBody,
+            "The session as another tenant's, here or on another server; the copy shares nothing with this one",
+            CopiedSession,
             body=TargetBody,
             status=201,
             errors=_SENDS,
@@ -140,20 +150,28 @@ def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
     )
     async def copy(session_id: str, request: Request) -> Response:
         body = await read_body(request, TargetBody, limit)
-        caller, target = caller_of(request, state), await keepers.target(body.target_key)
-        made = await asyncio.to_thread(state.sessions.copy, caller.tenant, session_id, target)
-        return _json(keepers.describe(target, made), 201)
+        return _json(await sent(caller_of(request, state), session_id, body), 201)
 
     @router.post(
         "/{session_id}/move",
-        **described(_TAG, "The same, and it is gone from here", SessionBody, body=TargetBody, status=201, errors=_SENDS),
+        **described(_TAG, "The same, and it is gone from here", CopiedSession, body=TargetBody, status=201, errors=_SENDS),
     )
     async def move(session_id: str, request: Request) -> Response:
         body = await read_body(request, TargetBody, limit)
-        caller, target = caller_of(request, state), await keepers.target(body.target_key)
-        made = await asyncio.to_thread(state.sessions.move, caller.tenant, session_id, target)
-        keepers.let_go(session_id)
-        return _json(keepers.describe(target, made), 201)
+        caller = caller_of(request, state)
+        made = await sent(caller, session_id, body)
+        await asyncio.to_thread(state.sessions.delete, caller.tenant, session_id)
+        gateway.pinned.let_go(session_id)
+        return _json(made, 201)
+
+    async def sent(caller: Caller, session_id: str, body: TargetBody) -> Json:
+        if body.peer is not None:
+            return await keepers.send(caller, session_id, body.peer, body.target_key)
+        if body.target_key is None:
+            raise RequestError("whose shall it be? give target_key, peer, or both", param="target_key")
+        target = await keepers.target(body.target_key)
+        made = await asyncio.to_thread(state.sessions.copy, caller.tenant, session_id, target)
+        return keepers.describe(target, made)
 
 
 def _cache_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None:
@@ -171,12 +189,12 @@ def _cache_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None
     )
     async def pin(session_id: str, request: Request) -> Response:
         caller = caller_of(request, state)
-        return _json(keepers.describe(caller.tenant, await keepers.pin(caller, session_id)))
+        return _json(keepers.describe(caller.tenant, await gateway.pinned.pin(caller.tenant, session_id)))
 
     @router.post("/{session_id}/unpin", **described(_TAG, "The session may expire again", SessionBody, errors=(404,)))
     async def unpin(session_id: str, request: Request) -> Response:
         caller = caller_of(request, state)
-        return _json(keepers.describe(caller.tenant, await keepers.unpin(caller, session_id)))
+        return _json(keepers.describe(caller.tenant, await gateway.pinned.unpin(caller.tenant, session_id)))
 
     @router.post(
         "/{session_id}/prefetch",

@@ -43,8 +43,10 @@ class TruncateBody(_Body):
 
 
 class TargetBody(_Body):
-    target_key: Annotated[str, Field(min_length=1, max_length=1024)]
+    target_key: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """a key of the tenant that gets it: having one is what owning means"""
+    peer: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """another server, by the name that the operator gave it, or by its URL; without `target_key`, by the operator's key"""
 
 
 def describe(session: Session, now: float, *, idle_seconds: float, lifetime_seconds: float) -> Json:

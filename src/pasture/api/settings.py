@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pasture.api.peers import Peer
 from pasture.core.values import SamplingParams
 
 MIB = 1024 * 1024
@@ -30,4 +31,8 @@ class ApiSettings:
     """whether what a next turn will need is computed while nobody asks"""
     prefetch: bool = True
     """whether what a client says will be asked for soon is brought back and computed before it is"""
+    admin_port: int | None = None
+    """where what looks at everybody's doing is served, and nothing else but pages and health; None: beside everything else"""
+    peers: tuple[Peer, ...] = ()
+    """servers that sessions may be sent to"""
     log_level: str = "info"

@@ -239,6 +239,18 @@ class Settings(BaseSettings):
         min_length=1,
         description="A key for what shows everybody's doing (/metrics, /slots, /v1/admin); safer in the environment.",
     )
+    admin_port: Annotated[int | None, Flag(("--admin-port",), TENANTS, "PORT")] = Field(
+        default=None, ge=0, lt=65536, description="Serve that on a port of its own, and nowhere else; needs the admin key."
+    )
+    admin_host: Annotated[str, Flag(("--admin-host",), TENANTS, "HOST")] = Field(
+        default="127.0.0.1", description="The address of the admin port."
+    )
+    peer: Annotated[Texts, Flag(("--peer",), TENANTS, "NAME=URL,..")] = Field(
+        default=(), description="Other pasture servers that sessions may be copied and moved to, by name."
+    )
+    peer_key_file: Annotated[str | None, Flag(("--peer-key-file",), TENANTS, "FILE")] = Field(
+        default=None, description="Keys at these peers, for clients that bring none of their own: lines of NAME=KEY."
+    )
 
     turn_ahead: Annotated[bool, Flag(("--turn-ahead",), SERVER, off="--no-turn-ahead")] = Field(
         default=True,
@@ -295,6 +307,10 @@ class Settings(BaseSettings):
             raise ValueError("kv_cache is written through RAM: give kv_ram some room, 256MiB at least is sensible")
         if self.kv_key_file is not None and self.kv_cache is None:
             raise ValueError("kv_key_file encrypts the directory of kv_cache: give that too")
+        if self.admin_port is not None and self.admin_key is None:
+            raise ValueError("admin_port serves what the admin key opens: give admin_key too")
+        if self.peer_key_file is not None and not self.peer:
+            raise ValueError("peer_key_file holds keys at peers: give peer too")
         if self.chat_template is not None and self.chat_template_file is not None:
             raise ValueError("chat_template and chat_template_file are the same thing: give one of them")
         if self.flash_attn == "off" and self.cache_type_v not in ("f32", "f16", "bf16"):

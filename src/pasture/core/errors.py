@@ -14,6 +14,7 @@
     │   ├── DeadlineExceeded    the request's own time limit passed
     │   ├── ShuttingDown        the server is draining
     │   └── NoReplica           of several machines none can take it now; try again
+    ├── PeerFailed              another server that was asked cannot be reached, or failed
     ├── EngineError             the engine failed; the request is lost, the server goes on
     └── InvariantBroken         a conservation law does not hold: a bug, never the caller's fault
 
@@ -85,6 +86,10 @@ class ShuttingDown(RequestError):
 
 class NoReplica(RequestError):
     """There are several machines, and none of them can take the request at present."""
+
+
+class PeerFailed(PastureError):
+    """Another server that was asked cannot be reached, or failed."""
 
 
 class EngineError(PastureError):

@@ -101,6 +101,12 @@ class Sessions:
             ).all()
         return tuple(_as_session(row) for row in rows)
 
+    def pinned(self) -> tuple[Session, ...]:
+        """Everybody's pinned sessions, last used first."""
+        with self._database.read() as connection:
+            rows = connection.execute(text("SELECT * FROM sessions WHERE pinned = 1 ORDER BY last_used DESC")).all()
+        return tuple(_as_session(row) for row in rows)
+
     def count(self, tenant: Tenant) -> int:
         with self._database.read() as connection:
             return _count(connection, tenant)
