@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +26,8 @@ from pasture.sessions.values import DEFAULT_TENANT, Limits, Share, Tenant
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
+HIGHEST_PRIORITY = 1
+"""where nobody has a key, everybody is trusted alike"""
 
 
 class State:
@@ -44,7 +47,7 @@ class State:
         self.database = Database(location)
         self.share = share
         self.now = wall_clock
-        self.open_tenant = Tenant(DEFAULT_TENANT, limits=limits or Limits())
+        self.open_tenant = Tenant(DEFAULT_TENANT, limits=replace(limits or Limits(), max_priority=HIGHEST_PRIORITY))
         """who everybody is on a server without keys"""
         self.tenants = Tenants(self.database, limits, clock=wall_clock)
         self.keyring = Keyring(self.tenants, keys, clock=clock)

@@ -34,6 +34,8 @@ MAX_REMEMBERED = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIMIT_NAMES = {item.name for item in fields(Limits)}
+_OPTIONAL = {"max_concurrent", "tokens_per_minute", "max_live_cells", "max_ram_bytes", "max_disk_bytes", "guaranteed_share"}
+_BOUNDS = {"guaranteed_share": (0, 1), "max_priority": (-1, 1)}
 
 
 class Tenants:
@@ -197,9 +199,13 @@ def with_limits(limits: Limits, changes: dict[str, float | int | None]) -> Limit
         if name not in _LIMIT_NAMES:
             raise RequestError(f"there is no limit {name}")
         if value is None:
-            if name not in ("max_concurrent", "tokens_per_minute"):
+            if name not in _OPTIONAL:
                 raise RequestError(f"{name} cannot be without a limit")
-        elif value < 0 or (value == 0 and name in ("weight", "max_concurrent", "tokens_per_minute")):
+        elif name in _BOUNDS:
+            least, most = _BOUNDS[name]
+            if not least <= value <= most:
+                raise RequestError(f"{name} is a number from {least} to {most}")
+        elif value < 0 or (value == 0 and (name in _OPTIONAL or name == "weight")):
             raise RequestError(f"{name} must be greater than 0")
     return replace(limits, **changes)  # type: ignore[arg-type]  # numbers all, checked above
 
