@@ -1,7 +1,7 @@
 // The dashboard: one snapshot after the other, drawn whole. lit-html touches only what differs.
 
 import { html, nothing, render, svg } from "./lit-html.js";
-import { PoolPicture, colourOf, holdersOf, treeOf } from "./pool.js";
+import { PoolPicture, colourOf, holdersOf, ownerOf, treeOf } from "./pool.js";
 import { ask, follow } from "./server.js";
 import { header, keyDialog, openKey, speak } from "./shell.js";
 import { bytes, compact, count, percent, plural, seconds } from "./words.js";
@@ -13,7 +13,7 @@ const SPEAK_EVERY = 30000;
 
 const page = document.getElementById("app");
 page.replaceChildren();
-const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, inRam: null, unfolded: new Set(), turned: new Set() };
+const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, inRam: null, listed: false, unfolded: new Set(), turned: new Set() };
 const history = { generated: [], first: [], inter: [] };
 let picture = null;
 let spokenAt = 0;
@@ -190,7 +190,7 @@ const branch = (node, level) => html`<li><div class="row">
   ${node.children.length && isOpen(node, level) ? html`<ul>${family(node, node.children, level + 1)}</ul>` : nothing}</li>`;
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const swatch = (node) => (node.holders > 1 ? (dark.matches ? "#fabe46" : "#e28e00") : `rgb(${colourOf(holdersOf(node)[0] ?? 0, dark.matches).join(" ")})`);
+const swatch = (node) => (node.holders > 1 ? (dark.matches ? "#fabe46" : "#e28e00") : `rgb(${colourOf(ownerOf(node), dark.matches).join(" ")})`);
 
 const rest = (idle) => (idle < 1 ? "just used" : `idle for ${seconds(idle)}`);
 
@@ -258,12 +258,14 @@ const namespaces = ({ namespaces: rows, pool: p }) => rows.length < 2 ? nothing 
   </section>`;
 
 const sequences = ({ sequences: rows }) => html`
-  <details class="sequences"><summary>${plural(rows.length, "sequence")} in the live cache</summary>
-    <div class="scroll" tabindex="0" role="region" aria-label="Sequences"><table>
+  <details class="sequences" @toggle=${(event) => { view.listed = event.target.open; draw(); }}><summary>${plural(rows.length, "sequence")} in the live cache</summary>
+    ${view.listed ? sequenceTable(rows) : nothing}
+  </details>`;
+
+const sequenceTable = (rows) => html`<div class="scroll" tabindex="0" role="region" aria-label="Sequences"><table>
       <thead><tr><th scope="col">Sequence</th><th scope="col">State</th><th scope="col">Tokens</th><th scope="col">Shared</th><th scope="col">Idle</th></tr></thead>
       <tbody>${rows.map(([id, state, tokens, shared, idle]) => html`<tr><th scope="row">${id}</th><td>${state}</td><td>${count(tokens)}</td><td>${percent(shared, tokens)}</td><td>${idle ? seconds(idle) : ""}</td></tr>`)}</tbody>
-    </table></div>
-  </details>`;
+    </table></div>`;
 
 addEventListener("resize", draw);
 draw();

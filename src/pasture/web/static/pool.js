@@ -8,11 +8,16 @@ export function treeOf(snapshot) {
   const nodes = new Map();
   const roots = [];
   for (const [number, parent, namespace, start, tokens, holders, running, idle, hits] of snapshot.prefixes) {
-    const node = { number, parent: nodes.get(parent), namespace, start, tokens, holders, running, idle, hits, children: [], ends: [] };
+    const node = { number, parent: nodes.get(parent), namespace, start, tokens, holders, running, idle, hits, children: [], ends: [], owner: null };
     nodes.set(number, node);
     (node.parent ? node.parent.children : roots).push(node);
   }
   for (const sequence of snapshot.sequences) nodes.get(sequence[5])?.ends.push(sequence[0]);
+  // parents come before children, so backwards every node has heard of its owner before its parent asks
+  for (const node of [...nodes.values()].reverse()) {
+    node.owner = Math.min(node.owner ?? Infinity, ...node.ends);
+    if (node.parent) node.parent.owner = Math.min(node.parent.owner ?? Infinity, node.owner);
+  }
   const byAge = (a, b) => a.number - b.number;
   roots.sort(byAge);
   for (const node of nodes.values()) node.children.sort(byAge);
@@ -24,12 +29,15 @@ export function holdersOf(node) {
   return [...node.ends, ...node.children.flatMap(holdersOf)].sort((a, b) => a - b);
 }
 
+/** The first of the sequences that hold a node: it gives the colour. */
+export const ownerOf = (node) => (Number.isFinite(node.owner) ? node.owner : 0);
+
 /** [{tokens, node | sequence, ...}], what to paint in which order. Private copies (streams) are painted by sequence. */
 function segments(snapshot, tree) {
   const out = [];
   if (snapshot.pool.layout === "unified") {
     const walk = (node) => {
-      out.push({ tokens: node.tokens, node, owner: holdersOf(node)[0] ?? 0, holders: node.holders, running: node.running, idle: node.idle });
+      out.push({ tokens: node.tokens, node, owner: ownerOf(node), holders: node.holders, running: node.running, idle: node.idle });
       node.children.forEach(walk);
     };
     tree.roots.forEach(walk);
@@ -96,7 +104,9 @@ export class PoolPicture {
   /** Fade the squares whose colour is not the one they should have; the others are left alone. */
   #animate() {
     cancelAnimationFrame(this.#frame);
-    const goals = this.#targets.map((segment) => this.#colour(segment));
+    const colours = new Map();
+    for (const segment of this.#targets) if (!colours.has(segment)) colours.set(segment, this.#colour(segment));
+    const goals = this.#targets.map((segment) => colours.get(segment));
     const fresh = this.#shown.length !== goals.length;
     if (fresh) this.#shown = goals.map((goal) => [...goal]);
     let moving = [...goals.keys()].filter((k) => fresh || goals[k].some((value, i) => value !== this.#shown[k][i]));
