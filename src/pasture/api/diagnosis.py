@@ -3,6 +3,8 @@
     low_hit_rate       prompts are computed that could have been found
     interference       conversations could see each other: the books are verified, damage is counted
     memory_growth      something grows past its budget: cells, tiers, what the state keeps
+    memory_pressure    the machine swaps, or is about to
+    turned_off         the self-check had to turn something off that would have made the model faster
 
 Everything but the verification of the books is read from statistics.
 """
@@ -10,7 +12,7 @@ Everything but the verification of the books is read from statistics.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import orjson
 from fastapi import APIRouter
@@ -19,8 +21,10 @@ from starlette.responses import Response
 from pasture.api.answers import Diagnosis
 from pasture.api.gateway import Gateway
 from pasture.api.openapi import described
+from pasture.api.pressure import Memory, read_memory, trouble
 from pasture.core.errors import InvariantBroken
 from pasture.core.statistics import ServiceStatistics
+from pasture.core.values import ModelInfo
 
 LOW_HIT_RATIO = 0.2
 ENOUGH_TOKENS = 10_000
@@ -54,6 +58,7 @@ def diagnosis_routes(gateway: Gateway) -> APIRouter:
         statistics = gateway.service.statistics()
         kept = await asyncio.to_thread(gateway.state.kept)
         checks = [hit_rate(statistics), interference(statistics, broken), memory_growth(statistics, kept)]
+        checks += [memory_pressure(await asyncio.to_thread(read_memory)), turned_off(statistics.model)]
         ok = all(check.status != "warning" for check in checks)
         return Response(orjson.dumps({"object": "diagnosis", "ok": ok, "checks": checks}), media_type="application/json")
 
@@ -122,3 +127,21 @@ def memory_growth(statistics: ServiceStatistics, kept: dict[str, int]) -> Check:
     if over:
         return Check("memory_growth", "warning", f"over budget: {', '.join(over)}", facts)
     return Check("memory_growth", "ok", "cells and tiers are within their budgets; unused sessions expire", facts)
+
+
+def memory_pressure(memory: Memory) -> Check:
+    """Whether the machine has the memory that the model and the cache need."""
+    wrong = trouble(memory)
+    if wrong is None:
+        return Check("memory_pressure", "ok", "nothing is swapped out, and there is memory left", asdict(memory))
+    advice = "--mlock keeps the model in RAM; a smaller --kv-ram or --kv-memory leaves more room"
+    return Check("memory_pressure", "warning", f"{wrong}; {advice}", asdict(memory))
+
+
+def turned_off(model: ModelInfo) -> Check:
+    """Whether the model runs as fast as it could."""
+    facts: dict[str, object] = {"reasons": list(model.turned_off)}
+    if not model.turned_off:
+        return Check("turned_off", "ok", "the self-check had nothing to turn off", facts)
+    advice = "it answers more slowly than it could; a host that carries out what its processor announces (AMX) does not need it"
+    return Check("turned_off", "warning", f"{'; '.join(model.turned_off).replace(';', ',')}; {advice}", facts)

@@ -20,7 +20,7 @@ from pasture.engine.llama import LlamaEngine
 from pasture.engine.memory import check_fits, plan_memory
 from pasture.engine.model import Model, load_model
 from pasture.engine.probe import probe_model
-from pasture.engine.selfcheck import find_safe_settings
+from pasture.engine.selfcheck import examine
 from pasture.engine.settings import EngineSettings
 from pasture.engine.stateblob import StateFormat, detect_state_format
 
@@ -40,13 +40,18 @@ def open_engine(settings: EngineSettings) -> LlamaEngine:
         plan = plan_memory(info, settings, n_embd=header.number("embedding_length"))
         check_fits(plan, settings.n_cells)
     if settings.self_check:
-        settings = find_safe_settings(settings)
+        verdict = examine(settings)
+        return open_unchecked(verdict.apply(settings), verdict.reasons)
     return open_unchecked(settings)
 
 
-def open_unchecked(settings: EngineSettings) -> LlamaEngine:
-    """Load and lay out, without the checks before: the child process of the self-check does this too."""
+def open_unchecked(settings: EngineSettings, turned_off: tuple[str, ...] = ()) -> LlamaEngine:
+    """Load and lay out, without the checks before: the child process of the self-check does this too.
+
+    `turned_off`: what the checks say that the settings lack; the model's info tells it.
+    """
     model = load_model(settings)
+    model.info = replace(model.info, turned_off=turned_off)
     try:
         n_seqs = min(settings.n_seqs, max_sequences(model, settings.layout))
         if n_seqs < settings.n_seqs:

@@ -52,6 +52,11 @@ class Verdict:
 
 def find_safe_settings(settings: EngineSettings) -> EngineSettings:
     """The settings, or the nearest safer ones that this machine survives. Raises ModelError when none do."""
+    return examine(settings).apply(settings)
+
+
+def examine(settings: EngineSettings) -> Verdict:
+    """What of the settings this machine survives. Raises ModelError when nothing does."""
     cache = _cache_file(settings)
     verdict = _recall(cache)
     if verdict is None:
@@ -64,7 +69,7 @@ def find_safe_settings(settings: EngineSettings) -> EngineSettings:
             _remember(cache, verdict)
     for reason in verdict.reasons:
         logger.warning("%s", reason)
-    return verdict.apply(settings)
+    return verdict
 
 
 def _candidates(settings: EngineSettings) -> Iterator[tuple[str, EngineSettings]]:

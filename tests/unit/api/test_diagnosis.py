@@ -2,11 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
-from pasture.api.diagnosis import hit_rate, interference, memory_growth
+from pasture.api import pressure
+from pasture.api.diagnosis import hit_rate, interference, memory_growth, memory_pressure, turned_off
+from pasture.api.pressure import Memory, read_memory
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import StoreStatistics, TierStatistics
 from tests.session_support import world
@@ -26,7 +30,13 @@ async def test_a_healthy_server_says_so(client: httpx.AsyncClient) -> None:
     told = (await client.get("/v1/diagnosis")).json()
     assert told["ok"] is True
     statuses = {check["name"]: check["status"] for check in told["checks"]}
-    assert statuses == {"low_hit_rate": "unknown", "interference": "ok", "memory_growth": "ok"}
+    assert statuses == {
+        "low_hit_rate": "unknown",
+        "interference": "ok",
+        "memory_growth": "ok",
+        "memory_pressure": "ok",
+        "turned_off": "ok",
+    }
     assert told["checks"][2]["facts"]["state"] == {"sessions": 0, "responses": 0, "turns": 0, "bytes": 0}
 
 
@@ -88,3 +98,36 @@ async def test_in_a_session_the_reason_is_known() -> None:
         assert (await ask(messages=[hi]))["reason"] == "new"
         edited = await ask(messages=[{"role": "system", "content": "Be brief."}, hi])
         assert (edited["reason"], edited["first_edited_message"]) == ("edited_history", 0)
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (Memory(300 << 20, 4 << 30, 0.0), "300 MiB of the server are swapped out"),
+        (Memory(0, 50 << 20, None), "50 MiB of memory left"),
+        (Memory(0, 4 << 30, 12.4), "waited for memory in 12 % of the last minute"),
+    ],
+)
+def test_a_machine_short_of_memory_is_told(memory: Memory, said: str) -> None:
+    check = memory_pressure(memory)
+    assert check.status == "warning"
+    assert said in check.message
+
+
+def test_memory_is_read_from_what_the_system_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status, stalls = tmp_path / "status", tmp_path / "pressure"
+    status.write_text("VmRSS:\t  100 kB\nVmSwap:\t  2048 kB\n")
+    stalls.write_text("some avg10=9.00 avg60=8.00 avg300=7.00 total=1\nfull avg10=0.00 avg60=6.50 avg300=0.00 total=1\n")
+    monkeypatch.setattr(pressure, "_STATUS", status)
+    monkeypatch.setattr(pressure, "_PRESSURE", stalls)
+    found = read_memory()
+    assert (found.swapped_bytes, found.stalled_percent) == (2 << 20, 6.5)
+    monkeypatch.setattr(pressure, "_PRESSURE", tmp_path / "absent")
+    assert read_memory().stalled_percent is None
+
+
+def test_what_the_self_check_turned_off_is_told() -> None:
+    reason = "self-check: a trial run was killed by SIGILL; repacked weight buffers (use_extra_bufts) turned off"
+    check = turned_off(replace(StubService().model, turned_off=(reason,)))
+    assert check.status == "warning"
+    assert "repacked weight buffers" in check.message.partition("; ")[0]
