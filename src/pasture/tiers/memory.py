@@ -33,8 +33,10 @@ HIGH_WATER = 0.97
 """share of the budget above which `trim` evicts"""
 LOW_WATER = 0.93
 """and down to which"""
-PASSING_SHARE = 1 / 16
-"""of the budget: what waits for the writer beside it"""
+PASSING_SHARE = 1 / 4
+"""of the budget, at most, for what is not kept here and only waits for the writers"""
+BESIDE_SHARE = 1 / 16
+"""of the budget: so much of that does not count against it"""
 SHARED_FORKS = 3
 """paths that begin below a block from which on it counts as shared by many: a system prompt"""
 
@@ -164,13 +166,17 @@ class MemoryTier:
             return self._insert(block, freed, source=source, ahead=True) is not None
 
     def pass_by(self, block: Block) -> bool:
-        """Show a block that is not kept here to the writers alone; False when there is none, or they have too much to do."""
+        """Show a block that is not kept here to the writers alone; False when there is none, or they have too much to do.
+
+        Until they have taken it, it has room that blocks give up which every slow tier has.
+        """
+        freed: list[Block] = []
         with self._lock:
-            room = PASSING_SHARE * self._budget_bytes - self._lines.passing_bytes
-            if not self._lines or size_of(block) > room:
+            if block.address.key in self._index:
+                return len(self._lines) > 0
+            if not self._make_way(size_of(block), freed):
                 return False
-            if block.address.key not in self._index:
-                self._lines.pass_by(block)
+            self._lines.pass_by(block)
             return True
 
     def insert_pinned(self, block: Block, *, source: int | None = None, ahead: bool = False) -> MemoryPin:
@@ -243,7 +249,7 @@ class MemoryTier:
         """Above the high watermark, evict down to the low one; returns the bytes freed. For a background thread."""
         freed: list[Block] = []
         with self._lock:
-            if self._bytes > HIGH_WATER * self._budget_bytes:
+            if self._taken() > HIGH_WATER * self._budget_bytes:
                 self._evict_to(int(LOW_WATER * self._budget_bytes), freed)
         return sum(map(size_of, freed))
 
@@ -317,7 +323,7 @@ class MemoryTier:
                 ("bytes by form", self._bytes == sum(self._bytes_by_form.values())),
                 ("pinned bytes", self._pinned_bytes == sum(entry.size for entry in entries if entry.pins)),
                 ("links", self._index.check()),
-                ("budget", self._bytes <= self._budget_bytes or not any(map(self._evictable, entries))),
+                ("budget", self._taken() <= self._budget_bytes or not any(map(self._evictable, entries))),
                 ("unwritten", self._lines.check({entry.block.address.key: entry for entry in entries})),
             ):
                 if not holds:
@@ -408,15 +414,43 @@ class MemoryTier:
     def _can_be_squeezed(self, entry: Entry) -> bool:
         return not entry.gone and entry.stage < self._squeeze_stages
 
+    def _taken(self, more_bytes: int = 0) -> int:
+        """Of the budget; with `more_bytes` passing by."""
+        beside = self._lines.passing_bytes + more_bytes - int(BESIDE_SHARE * self._budget_bytes)
+        return self._bytes + beside if beside > 0 else self._bytes
+
+    def _may_pass(self, n_bytes: int) -> bool:
+        return len(self._lines) > 0 and n_bytes <= PASSING_SHARE * self._budget_bytes - self._lines.passing_bytes
+
+    def _make_way(self, n_bytes: int, freed: list[Block]) -> bool:
+        """Evict what is written until so many bytes are free for what passes by; False when that cannot be."""
+        if not self._may_pass(n_bytes):
+            return False
+        while self._taken(n_bytes) > self._budget_bytes:
+            victim = self._policy.victim()
+            if victim is None:
+                return False
+            if self._lines.lack(victim):
+                self._policy.offered(victim)
+                return False
+            freed.append(self._remove(victim))
+            self._evicted_blocks += 1
+        return True
+
     def _evict_to(self, target_bytes: int, freed: list[Block], newcomer: Entry | None = None) -> bool:
-        """Evict until at most `target_bytes` are used; False when all that is left is pinned, needed or worth more."""
-        while self._bytes > target_bytes:
+        """Evict until at most `target_bytes` are used; False when all that is left is pinned, needed or worth more.
+
+        What goes before every slow tier has it still passes by their writers.
+        """
+        while self._taken() > target_bytes:
             victim = self._policy.victim()
             if victim is None:
                 return False
             if newcomer is not None and not self._policy.admits(newcomer, victim):
                 self._policy.offered(victim)
                 return False
+            if self._may_pass(victim.size):
+                self._lines.pass_on(victim)
             freed.append(self._remove(victim))
             self._evicted_blocks += 1
         return True

@@ -76,12 +76,23 @@ class Lines:
             self._passing[key] = len(self._lines)
             self.passing_bytes += size_of(block)
 
+    def lack(self, entry: Entry) -> bool:
+        """Whether a writer has not taken it yet."""
+        return any(entry.block.address.key in line.entries for line in self._lines)
+
+    def pass_on(self, entry: Entry) -> None:
+        """A block is about to leave RAM: the writers that have not taken it yet keep it."""
+        key = entry.block.address.key
+        lines = [line for line in self._lines if key in line.entries]
+        for line in lines:
+            line.passing[key] = entry.block
+        if lines:
+            self._passing[key] = len(lines)
+            self.passing_bytes += entry.size
+
     def next(self, writer: int) -> Unwritten | None:
-        """Take the oldest block off this writer's line."""
+        """Take a block off this writer's line: the oldest of those that pass by, whose room is wanted, else the oldest."""
         line = self._lines[writer]
-        for key, entry in line.entries.items():
-            del line.entries[key]
-            return Unwritten(entry.block, tuple(line.supersedes.pop(key, ())))
         for key, block in line.passing.items():
             del line.passing[key]
             self._passing[key] -= 1
@@ -89,6 +100,9 @@ class Lines:
                 del self._passing[key]
                 self.passing_bytes -= size_of(block)
             return Unwritten(block, ())
+        for key, entry in line.entries.items():
+            del line.entries[key]
+            return Unwritten(entry.block, tuple(line.supersedes.pop(key, ())))
         return None
 
     def put_back(self, writer: int, item: Unwritten, entry: Entry | None) -> None:

@@ -59,6 +59,46 @@ def test_without_a_slow_tier_nothing_passes() -> None:
     memory = MemoryTier(BUDGET, policy=Stubborn)
     store = make_store(memory)
     put(store, FIRST)
+    store.pin(NAME, FIRST)
     put(store, SECOND)
     assert store.reach(NAME, SECOND) == 0
     assert memory.statistics().in_flight_bytes == 0
+
+
+def test_what_leaves_before_it_is_written_is_written_all_the_same() -> None:
+    memory = MemoryTier(32 * 3073 + 1_000, n_writers=1)  # least recently used: what comes pushes out what came before
+    shelf = ShelfTier()
+    shelf.open.clear()
+    store = make_store(memory, [shelf])
+    put(store, toks(range(64 * 32)))
+    put(store, toks(range(9000, 9064)))
+    memory.check()
+    assert memory._lines.passing_bytes > 0, "the first conversation's end waits for the writer"
+    shelf.open.set()
+    assert store.flush(30)
+    assert len(shelf.blocks) == 33
+    assert memory._lines.passing_bytes == 0
+    memory.check()
+
+
+def test_for_what_passes_by_only_blocks_go_that_every_tier_has() -> None:
+    memory = MemoryTier(BUDGET, policy=Stubborn, n_writers=2)
+    store = make_store(memory)  # the writers are this test
+    put(store, FIRST)
+    refused = [toks(range(start, start + 64)) for start in range(20_000, 20_000 + 64 * 40, 64)]
+    for tokens in refused:
+        put(store, tokens)
+    n_first = memory._lines.length(0)
+    assert memory.statistics().blocks == 64, "nothing is written yet, so nothing gives up its room"
+    for _ in range(n_first):
+        memory.next_unwritten(0)
+    for tokens in refused:
+        put(store, tokens)
+    assert memory.statistics().blocks == 64, "the second tier lacks it"
+    for _ in range(n_first):
+        memory.next_unwritten(1)
+    for tokens in refused:
+        put(store, tokens)
+    assert memory.statistics().blocks < 64
+    assert memory._lines.passing_bytes > BUDGET / 16
+    memory.check()
