@@ -45,6 +45,7 @@ class TraceTrail(Trail):
 
     def __init__(self, addresses: list[Address], ids: Sequence[int]) -> None:
         self.tokens = array("i", np.repeat(np.asarray(ids, np.int32), BLOCK_TOKENS).tobytes())
+        self.owner = _ROOT
         self.n_blocks = len(addresses)
         self._found = addresses
 
