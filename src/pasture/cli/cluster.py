@@ -50,13 +50,14 @@ def up(
     settings = _prepared(configuration.settings, local=address == "local")
     set_up_logging(settings.log_level)
     with _ray():
-        from pasture.fleet import application
         from pasture.fleet.connection import connected, local_ray
-        from pasture.fleet.directory import Blueprint
 
-        blueprint = Blueprint(settings, secrets.token_bytes(32), ingresses, cpus, gpus)
         err().print(f"Starting {replicas} replicas and {ingresses} ingresses ...", style="dim")
         with local_ray() if address == "local" else connected(address):
+            from pasture.fleet import application
+            from pasture.fleet.directory import Blueprint
+
+            blueprint = Blueprint(settings, secrets.token_bytes(32), ingresses, cpus, gpus)
             application.up(blueprint, replicas)
             scheme = "https" if settings.ssl_cert_file else "http"
             host = settings.host.replace("0.0.0.0", "127.0.0.1")
@@ -125,12 +126,13 @@ def drain(
 def down(address: Address = None) -> None:
     """End the cluster."""
     with _ray():
-        from pasture.fleet import application
         from pasture.fleet.connection import connected, held
 
         local = held() if address in (None, "local") else None
         if local is None:
             with connected(address):
+                from pasture.fleet import application
+
                 application.down()
             return
         os.kill(local.pid, signal.SIGTERM)

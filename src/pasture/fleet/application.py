@@ -26,6 +26,8 @@ from pasture.fleet.directory import Blueprint, RayDirectory, find_directory, mak
 from pasture.fleet.ingress import RunningIngress
 from pasture.fleet.replica import RunningReplica
 
+logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells of every step, to people who asked for the result
+
 APPLICATION = "pasture-"
 INGRESS = f"{APPLICATION}ingress"
 HEALTH_SECONDS = 1.0
@@ -149,7 +151,10 @@ async def _drain(directory: RayDirectory, names: Sequence[ReplicaId]) -> dict[st
         await directory.drain(name)
     await asyncio.sleep(NOTICED_SECONDS)
     known = {member.replica: member for member in (await directory.roll()).members}
-    stay = [member for member in known.values() if not member.draining]
+    well = {part.name for part in status() if part.status == ApplicationStatus.RUNNING.value}
+    stay = [member for member in known.values() if not member.draining and f"{APPLICATION}{member.replica}" in well]
+    if not stay:
+        raise ConfigError("no other replica is there that could take over; `pasture cluster scale` makes one")
     told: dict[str, dict[str, object]] = {}
     for name in names:
         if name in known:

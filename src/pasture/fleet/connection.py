@@ -1,7 +1,7 @@
 """How a command reaches Ray: one that is there, by its address, or one that it starts on this machine and that ends with it.
 
-A local one listens on the loopback network alone. Where it is, and who holds it, is in a small file of the user's, so that
-other commands find it without being told.
+A local one listens on the loopback network alone, and to those who have the user's token (`~/.ray/auth_token`). Where it is,
+and who holds it, is in a small file of the user's, so that other commands find it without being told.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+from pasture.core.errors import ConfigError
+from pasture.fleet.paths import state_directory
 
 LOCAL = "local"
 LOOPBACK = "127.0.0.2"
@@ -23,12 +27,7 @@ OBJECT_STORE_BYTES = 80 << 20
 LOCAL_CPUS = 64
 """that Ray may count: processes here share the machine, whatever Ray believes"""
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-import ray  # noqa: E402  reads the environment when it is imported
-
-from pasture.core.errors import ConfigError  # noqa: E402
-from pasture.fleet.paths import state_directory  # noqa: E402
+AUTHENTICATION = "RAY_AUTH_MODE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def local_ray() -> Iterator[str]:
     """A Ray of this machine's own for the length of the block; the address others reach it by."""
     if (there := held()) is not None:
         raise ConfigError(f"a local cluster is up already, held by process {there.pid}: `pasture cluster down` ends it")
-    quiet()
+    ray = _ray()
     ray.init(
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -80,8 +79,11 @@ def connected(address: str | None) -> Iterator[None]:
     wanted = there.address if there is not None else address or "auto"
     if address == LOCAL and there is None:
         raise ConfigError("no local cluster is up: `pasture cluster up` starts one")
-    quiet()
-    here = _loopback() if there is not None else None
+    here = None
+    if there is not None:
+        here = _loopback()
+        os.environ.setdefault(AUTHENTICATION, "token")  # which Ray turns on by itself for what it starts locally
+    ray = _ray()
     try:
         ray.init(address=wanted, log_to_driver=False, logging_level=logging.ERROR, _node_ip_address=here)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -93,9 +95,13 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def quiet() -> None:
-    """What Ray Serve tells of every step goes to its own log files, and not to people."""
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+def _ray() -> ModuleType:
+    """Ray, which reads the environment when it is imported; what it tells of every step goes to its own log files."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    return ray
 
 
 def _loopback() -> str | None:
