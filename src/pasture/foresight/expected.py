@@ -114,7 +114,8 @@ class ExpectedSaving:
         self._fresh.clear()
 
     def _make_order(self, now: float) -> None:
-        self.model.refresh(now)
+        if now >= self.model.refreshed_at + ORDER_SECONDS:
+            self.model.refresh(now)
         self._leaves = {name: entry for name, entry in self._leaves.items() if self._wanted(entry)}
         self._heap = [(self.value(entry, now), next(self._turn), entry) for entry in self._leaves.values()]
         heapq.heapify(self._heap)

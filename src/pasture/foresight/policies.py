@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from pasture.core.ports import Clock
 from pasture.foresight.expected import ExpectedSaving
+from pasture.foresight.reuse import ReuseModel
 from pasture.foresight.s3fifo import S3Fifo
 from pasture.tiers.eviction import PolicyMaker, least_recently_used
 
@@ -24,7 +25,8 @@ def _s3fifo(clock: Clock) -> PolicyMaker:
 
 
 def _foresight(clock: Clock) -> PolicyMaker:
-    return lambda wanted: ExpectedSaving(wanted, clock)
+    model = ReuseModel()  # one for all the owners of a tier, so that each can value the others' blocks
+    return lambda wanted: ExpectedSaving(wanted, clock, model)
 
 
 POLICIES: dict[str, Callable[[Clock], PolicyMaker]] = {"lru": _lru, "s3fifo": _s3fifo, "foresight": _foresight}

@@ -76,6 +76,7 @@ class ReuseModel:
         """block -> the last visit that came through, longest ago first"""
         self._arrivals: OrderedDict[BlockKey, _Arrivals] = OrderedDict()
         self._refreshes = 1
+        self.refreshed_at = -math.inf
 
     # The past
 
@@ -131,6 +132,7 @@ class ReuseModel:
         self._returns.advance(now)
         self._returns.refresh()
         self._refreshes += 1
+        self.refreshed_at = now
 
     def rate(self, key: BlockKey, now: float) -> float:
         """Uses a second that keeping the block is expected to bring, at best."""
