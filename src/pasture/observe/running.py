@@ -1,4 +1,5 @@
-"""What a running server's own numbers say is wrong. Reads what `/v1/live/now`, `/v1/diagnosis` and `/props` answer."""
+"""What a running server's own numbers say is wrong. Reads what its public routes answer (`/v1/live/now`, `/v1/diagnosis`,
+`/props`, `/apply-template`); asks nobody itself."""
 
 from __future__ import annotations
 
@@ -11,10 +12,42 @@ Json = Mapping[str, Any]
 
 _BLOCK_TOKENS = 64
 
+_THOUGHT = "a thought of the pasture doctor's"
+TEMPLATE_PROBE: Json = {
+    "messages": [
+        {"role": "user", "content": "How many sheep?"},
+        {"role": "assistant", "content": f"<think>{_THOUGHT}</think>\n\nForty."},
+        {"role": "user", "content": "And goats?"},
+    ]
+}
+"""what `/apply-template` is asked: does a reply come back as it was generated?"""
 
-def examine_server(live: Json, diagnosis: Json, props: Json) -> list[Finding]:
-    """Everything that is wrong now. The three answers are one server's, of about the same moment."""
-    return [*_diagnosed(diagnosis), *_model(props), *_pool(live, diagnosis), *_layout(live), *_line(live), *_tiers(live)]
+
+def examine_server(live: Json, diagnosis: Json, props: Json | None) -> list[Finding]:
+    """Everything that is wrong now, from one server's answers of about the same moment; `props` is None where it is closed."""
+    return [
+        *_diagnosed(diagnosis),
+        *(() if props is None else _model(props)),
+        *_pool(live, diagnosis),
+        *_layout(live),
+        *_line(live),
+        *_tiers(live),
+    ]
+
+
+def examine_template(prompt: str) -> list[Finding]:
+    """Whether the chat template leaves replies as they were generated; `prompt`: what it makes of TEMPLATE_PROBE."""
+    if _THOUGHT in prompt:
+        return []
+    return [
+        Finding(
+            "template_strips_reasoning",
+            "the chat template takes reasoning out of earlier replies, so a conversation parts from its own past",
+            "<think>...</think> of an earlier reply is not in the prompt that the template makes of it",
+            "leave --turn-ahead on, which computes the next turn's beginning while nobody asks; or a template that keeps it "
+            "(--chat-template-file)",
+        )
+    ]
 
 
 def _diagnosed(diagnosis: Json) -> Iterator[Finding]:
