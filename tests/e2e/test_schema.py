@@ -77,13 +77,13 @@ def url() -> Iterator[str]:
     state.close()
 
 
-@AS_TENANT.parametrize()
+@AS_TENANT.parametrize()  # type: ignore[untyped-decorator]
 @EXAMPLES
 def test_a_tenants_requests_get_what_is_documented(case: Case[Any], url: str) -> None:
     case.call_and_validate(base_url=url, excluded_checks=EXCLUDED, timeout=30)
 
 
-@AS_OPERATOR.parametrize()
+@AS_OPERATOR.parametrize()  # type: ignore[untyped-decorator]
 @EXAMPLES
 def test_the_operators_requests_get_what_is_documented(case: Case[Any], url: str) -> None:
     case.call_and_validate(base_url=url, excluded_checks=EXCLUDED, timeout=30)

@@ -139,7 +139,7 @@ class StubService:
             return None
         return TokenLogprobs(-0.5, tuple((token - i, -0.5 - i) for i in range(request.n_logprobs)))
 
-    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
+    async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         return Whereabouts(len(tokens), 2, 5)
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> StubPin:

@@ -43,7 +43,7 @@ class Keepers:
             tokens = await self.tokens(session, messages)
         except RequestError:  # this model's template refuses what was said to another
             return shown, messages
-        found = await self._service.locate(caller.namespace, tokens)
+        found = await self._service.locate(caller.namespace, tokens, deep=True)
         return shown | {"cache": describe_cache(found, len(tokens), self._service.model.cell_bytes)}, messages
 
     def describe(self, tenant: Tenant, session: Session) -> Json:

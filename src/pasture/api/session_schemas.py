@@ -82,5 +82,5 @@ def describe_cache(found: Whereabouts, n_tokens: int, cell_bytes: int) -> Json:
         "cells": found.live_tokens,
         "shared_cells": found.shared_tokens,
         "bytes": found.live_tokens * cell_bytes,
-        "tiers": {"live": found.live_tokens, "ram": found.ram_tokens},
+        "tiers": {"live": found.live_tokens, "ram": found.ram_tokens, **found.slow_tokens},
     }

@@ -224,8 +224,8 @@ class ClusterService:
 
     # What is asked about tokens
 
-    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
-        """Of the replica that has most."""
+    async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
+        """Of the replica that has most; slow tiers are not asked."""
         return (await self._best(namespace, array("i", tokens)))[1]
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:

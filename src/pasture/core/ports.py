@@ -122,8 +122,8 @@ class Service(Protocol):
         """
         ...
 
-    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
-        """Where the KV of these tokens is now. Raises ShuttingDown."""
+    async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
+        """Where the KV of these tokens is now. `deep`: slow tiers are asked as well. Raises ShuttingDown."""
         ...
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:

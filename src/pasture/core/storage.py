@@ -137,6 +137,10 @@ class Store(Protocol):
         """Keep what RAM has of `tokens`, as far as `reach` goes, until the pin is released."""
         ...
 
+    def held_by_slow(self, namespace: Namespace, tokens: array[int]) -> Mapping[str, int]:
+        """How many leading tokens each slow tier has, by its name. Asks them, so it may wait; any thread but the engine's."""
+        ...
+
     def observe(self, transfers: Sequence[Transfer]) -> None:
         """What saving and restoring costs at the engine."""
         ...

@@ -193,6 +193,8 @@ class Whereabouts:
     """of those, in cells that more than one sequence holds"""
     ram_tokens: int
     """in the store's RAM"""
+    slow_tokens: Mapping[str, int] = field(default_factory=dict)
+    """in each slow tier, by its name; none where nobody asked them"""
 
 
 # What the engine is

@@ -57,11 +57,13 @@ def live(scheduler: Scheduler) -> list[tuple[Namespace, array[int]]]:
 
 
 def save(scheduler: Scheduler, namespace: Namespace, tokens: array[int]) -> None:
-    """Engine thread: have what is live of these tokens saved, if somebody idle holds it."""
-    match = scheduler.pool.tree.match(namespace, tokens)
-    idle = [sequence for sequence in match.node.holders if sequence.idle]
-    if idle:
-        scheduler.resting.save(min(idle, key=lambda sequence: sequence.length))
+    """Engine thread: have what is live of these tokens saved, as far as somebody idle holds it."""
+    scheduler.ahead.give_way()  # who computes ahead holds what its conversation ends in
+    for node in scheduler.pool.tree.match(namespace, tokens).node.path():
+        idle = [sequence for sequence in node.holders if sequence.idle]
+        if idle:
+            scheduler.resting.save(min(idle, key=lambda sequence: sequence.length))
+            return
 
 
 def take(scheduler: Scheduler, namespace: Namespace, tokens: array[int]) -> tuple[Slab, ...]:

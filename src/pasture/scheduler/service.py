@@ -117,10 +117,14 @@ class LocalService:
             if self._empty is not None and not self._channels:
                 self._empty.set()
 
-    async def locate(self, namespace: Namespace, tokens: Sequence[int]) -> Whereabouts:
+    async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         """See `pasture.core.ports.Service.locate`."""
         path = token_array(tokens)
-        return await self._ask(lambda scheduler: keeping.locate(scheduler, namespace, path))
+        found = await self._ask(lambda scheduler: keeping.locate(scheduler, namespace, path))
+        if deep and path:
+            slow = await asyncio.to_thread(self._store.held_by_slow, namespace, path)
+            found = dataclasses.replace(found, slow_tokens=slow)
+        return found
 
     async def live(self) -> Sequence[tuple[Namespace, array[int]]]:
         """The tokens of every sequence in the live cache, as far as they are computed. Raises ShuttingDown."""

@@ -52,6 +52,24 @@ def plan(memory: MemoryTier, tiers: Sequence[SlowTier], gate: Gate, trail: Trail
     return readings
 
 
+def leading_tokens(tier: SlowTier, trail: Trail, *, divisible: bool) -> int:
+    """How many tokens from its beginning the tier has of a path; the blocks of a model that cannot be cut are whole states."""
+    found = tier.stored([trail[index] for index in range(trail.n_blocks)])
+    if divisible:
+        first_missing = next((index for index, there in enumerate(found) if not there), trail.n_blocks)
+    else:
+        first_missing = 1 + max((index for index, there in enumerate(found) if there), default=-1)
+    if first_missing == trail.n_blocks:
+        return len(trail)
+    part = trail.part(first_missing)
+    behind = _behind(tier, trail, [first_missing])[0]
+    if divisible:
+        agreeing = max((common_prefix(tokens, part) for _, tokens in behind), default=0)
+    else:
+        agreeing = max((len(tokens) for _, tokens in behind if tokens == part[: len(tokens)]), default=0)
+    return first_missing * BLOCK_TOKENS + agreeing
+
+
 def _first_of_last_run(readings: Sequence[Reading]) -> int:
     """Where the neighbours begin that come from the same tier as the last."""
     first = len(readings) - 1

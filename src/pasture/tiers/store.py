@@ -17,7 +17,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from pasture.core.errors import EngineError
 from pasture.core.ports import Clock
@@ -31,6 +31,7 @@ from pasture.tiers.guard import GuardLimits, MemoryGuard
 from pasture.tiers.lifting import Readers
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.meter import Meter
+from pasture.tiers.planning import leading_tokens
 from pasture.tiers.ports import SlowTier
 from pasture.tiers.prefetch import Prefetcher
 from pasture.tiers.trail import Trails
@@ -179,6 +180,10 @@ class TieredStore:
 
     def pin(self, namespace: Namespace, tokens: array[int]) -> Pin:
         return self._memory.pin(self._trails.of(namespace, tokens))
+
+    def held_by_slow(self, namespace: Namespace, tokens: array[int]) -> Mapping[str, int]:
+        trail = self._trails.fresh(namespace, tokens)
+        return {tier.name: leading_tokens(tier, trail, divisible=self._memory.divisible) for tier in self._slow}
 
     def observe(self, transfers: Sequence[Transfer]) -> None:
         self._gate.observe(transfers)

@@ -68,6 +68,8 @@ async def test_a_pin_survives_a_restart(tmp_path: Path) -> None:
         assert before > 0
     async with life(tmp_path) as server:
         assert server.pinned_bytes == 0
+        found = (await server.client.get(f"/v1/sessions/{session_id}")).json()["cache"]
+        assert found["tiers"] == {"live": 0, "ram": 0, "disk": found["tokens"]}
         await server.gateway.pinned.bring_back()
         assert server.pinned_bytes == before
         found = (await server.client.get(f"/v1/sessions/{session_id}")).json()
