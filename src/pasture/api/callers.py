@@ -37,6 +37,8 @@ class Caller:
     """already within what the tenant is allowed"""
     allowance: Allowance = field(default_factory=Allowance)
     """of its namespace; where everybody shares one, nobody's limits apply to it"""
+    session: str | None = None
+    """what its header says that the request belongs to"""
 
     def allowed(self, priority: int) -> int:
         """The priority, or the highest that the tenant may have."""
@@ -52,7 +54,8 @@ def caller_of(request: Request, state: State) -> Caller:
     limits, namespace = tenant.limits, tenant.namespace(state.share)
     own = namespace == tenant.namespace()
     allowance = limits.allowance if own else Allowance(limits.weight)
-    return Caller(tenant, namespace, _user(request), min(PRIORITIES[wanted], limits.max_priority), allowance)
+    priority = min(PRIORITIES[wanted], limits.max_priority)
+    return Caller(tenant, namespace, _user(request), priority, allowance, request.headers.get("x-session-id"))
 
 
 def tenant_of(scope: Scope, state: State) -> Tenant:

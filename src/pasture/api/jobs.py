@@ -182,6 +182,7 @@ class Jobs:
                 n_logprobs=n_logprobs,
                 deadline_seconds=body.deadline_seconds or self._settings.deadline_seconds,
                 expects=_expects(body, len(prompts)),
+                session=_session(body, caller),
             )
             for i in range(n):
                 index = len(choices)
@@ -231,6 +232,12 @@ def sampling_params(body: GenerationBody, defaults: SamplingParams, vocabulary: 
     # llama-server's clients send -1 for "any seed"
     seed = defaults.seed if body.seed is None else None if body.seed == -1 else body.seed % _SEEDS
     return replace(defaults, **given, seed=seed, logit_bias=bias)  # type: ignore[arg-type]  # names and types checked by the schema
+
+
+def _session(body: GenerationBody, caller: Caller) -> str | None:
+    """What the client says that the request belongs to: an id, or any name that it uses again."""
+    named = (body.session_id or body.prompt_cache_key) if isinstance(body, ChatBody) else None
+    return named or caller.session
 
 
 def _expects(body: GenerationBody, n_prompts: int) -> Kind:

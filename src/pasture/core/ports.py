@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import Pin, SlabCodec
@@ -97,6 +97,19 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A service over several replicas, which can carry a conversation from one to another."""
+
+    async def move(self, namespace: Namespace, tokens: Sequence[int], sessions: Sequence[str], replica: str) -> int:
+        """Carry the KV of these tokens to a replica, where the sessions of these names are at home from then on.
+
+        Returns how many of the tokens it has then. Raises NotFound for a replica that is not there, Conflict for one that
+        takes nothing new, NoReplica where one is lost on the way.
+        """
+        ...
 
 
 class Service(Protocol):
