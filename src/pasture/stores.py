@@ -1,4 +1,4 @@
-"""Builds the store that the settings ask for: RAM, behind it the disk, encrypted where there is a key.
+"""Builds the store that the settings ask for: RAM, behind it the disk and what machines share, encrypted where there is a key.
 
 Part of the composition: knows settings and tiers, and gets from the engine only its codec and what the model needs. Everything
 that can be wrong with a directory or a key file is a ConfigError here, before the server listens.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pasture.config import Settings
+from pasture.config.remote import MooncakeUrl, RemoteUrl, parse_remote
 from pasture.core.storage import SlabCodec, Store
 from pasture.core.values import Form, ModelInfo
 from pasture.foresight.policies import POLICIES
@@ -18,8 +19,15 @@ from pasture.tiers.compression import Compression
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.eviction import PolicyMaker
 from pasture.tiers.ports import SlowTier
+from pasture.tiers.remote import RemoteTier
+from pasture.tiers.remote_mooncake import MooncakeShelf
+from pasture.tiers.remote_mooncake import load as load_mooncake
+from pasture.tiers.remote_redis import redis_shelf
+from pasture.tiers.remote_ring import Ring
+from pasture.tiers.remote_server import Server
 from pasture.tiers.sealed import SealedWire, read_secret
 from pasture.tiers.store import open_store
+from pasture.tiers.wire import Wire
 
 DEFAULT_RAM_BYTES = 4 << 30
 FREE_SHARE = 0.25
@@ -65,11 +73,45 @@ def store_for(
 
 def slow_tiers(settings: Settings) -> tuple[SlowTier, ...]:
     """The tiers behind RAM, fastest first. Raises ConfigError for a directory or a key that cannot be trusted."""
-    if settings.kv_cache is None:
-        return ()
     secret = read_secret(Path(settings.kv_key_file)) if settings.kv_key_file is not None else None
     wire = SealedWire(secret) if secret is not None else None
-    return (DiskTier(Path(settings.kv_cache).expanduser(), settings.kv_disk, wire=wire),)
+    tiers: list[SlowTier] = []
+    if settings.kv_cache is not None:
+        tiers.append(DiskTier(Path(settings.kv_cache).expanduser(), settings.kv_disk, wire=wire))
+    if settings.kv_remote is not None:
+        tiers.append(open_remote(parse_remote(settings.kv_remote), wire))
+    return tuple(tiers)
+
+
+def open_remote(url: RemoteUrl, wire: Wire | None) -> RemoteTier:
+    """The remote tier at this address; it connects in the background. Raises ConfigError where a package is missing."""
+    if isinstance(url, MooncakeUrl):
+        load_mooncake()
+        pool = MooncakeShelf(url.master, protocol=url.protocol, device=url.device, share_bytes=url.share_bytes, host=url.host)
+        ring = Ring([Server(pool, lookup_seconds=url.lookup_seconds)])
+        return RemoteTier(
+            ring, kind="mooncake", transport=pool.transport, lookup_seconds=url.lookup_seconds, wire=wire, list_all=False
+        )
+    parts = [url.servers] if url.cluster else [(server,) for server in url.servers]
+    shelves = [
+        redis_shelf(
+            part,
+            cluster=url.cluster,
+            username=url.username,
+            password=url.password,
+            database=url.database,
+            tls=url.tls,
+            ca_file=url.ca_file,
+            cert_file=url.cert_file,
+            key_file=url.key_file,
+            lookup_seconds=url.lookup_seconds,
+            ttl_seconds=url.ttl_seconds,
+        )
+        for part in parts
+    ]
+    ring = Ring([Server(shelf, lookup_seconds=url.lookup_seconds) for shelf in shelves], url.replicas)
+    transport = "tls" if url.tls else "tcp"
+    return RemoteTier(ring, kind="redis", transport=transport, lookup_seconds=url.lookup_seconds, wire=wire)
 
 
 def ram_bytes(settings: Settings, available: int) -> int:

@@ -1,7 +1,7 @@
 """What rests outside the live cache, in Prometheus' words: one set of names for every tier, labelled by the tier's name.
 
-Owns the names. Labels are the tiers' names, the forms of stored KV and the kinds of transfer, all of them few and fixed: no
-user, conversation or file is ever a label. Reads a frozen value; any thread.
+Owns the names. Labels are the tiers' names, the forms of stored KV, the kinds of transfer and the addresses of shared stores,
+all of them few and fixed: no user, conversation or file is ever a label. Reads a frozen value; any thread.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pasture.core.storage import StoreStatistics, TierStatistics
+from pasture.core.storage import RemoteServerStatistics, StoreStatistics, TierStatistics
 from pasture.core.values import Form
 
 _Value = Callable[[TierStatistics], float]
@@ -36,6 +36,20 @@ _COUNTERS: tuple[tuple[str, str, _Value], ...] = (
 )
 
 
+_RemoteValue = Callable[[RemoteServerStatistics], float]
+
+_REMOTE_GAUGES: tuple[tuple[str, str, _RemoteValue], ...] = (
+    ("pasture_remote_up", "Whether a shared store is asked (1) or left alone (0)", lambda s: s.state == "closed"),
+    ("pasture_remote_round_trip_seconds", "Of a small question, the median", lambda s: s.round_trip_seconds),
+    ("pasture_remote_slow_round_trip_seconds", "All but one in a hundred were faster", lambda s: s.slow_round_trip_seconds),
+)
+
+_REMOTE_COUNTERS: tuple[tuple[str, str, _RemoteValue], ...] = (
+    ("pasture_remote_outages", "Times that a shared store went away", lambda s: s.openings),
+    ("pasture_remote_failures", "Questions that it did not answer, or not in time", lambda s: s.failures),
+)
+
+
 def store_metrics(store: StoreStatistics) -> Iterator[Metric]:
     """Every tier, then what the cost gate goes by."""
     for name, text, value in _GAUGES:
@@ -49,6 +63,7 @@ def store_metrics(store: StoreStatistics) -> Iterator[Metric]:
         for tier in store.tiers:
             counter.add_metric([tier.name], value(tier))
         yield counter
+    yield from _remote(store)
     yield GaugeMetricFamily(
         "pasture_gate_prefill_tokens_per_second", "What recomputing is taken to cost", store.prefill_tokens_per_second
     )
@@ -80,6 +95,20 @@ def _foresight(store: StoreStatistics) -> Iterator[Metric]:
         ("pasture_policy_cpu_seconds", "CPU time that choosing what stays in RAM took", store.policy_seconds),
     ):
         yield CounterMetricFamily(name, text, value)
+
+
+def _remote(store: StoreStatistics) -> Iterator[Metric]:
+    servers = [server for tier in store.tiers if tier.remote is not None for server in tier.remote.servers]
+    for name, text, value in _REMOTE_GAUGES if servers else ():
+        gauge = GaugeMetricFamily(name, text, labels=["server"])
+        for server in servers:
+            gauge.add_metric([server.address], value(server))
+        yield gauge
+    for name, text, value in _REMOTE_COUNTERS if servers else ():
+        counter = CounterMetricFamily(name, text, labels=["server"])
+        for server in servers:
+            counter.add_metric([server.address], value(server))
+        yield counter
 
 
 def _forms(store: StoreStatistics) -> Metric:

@@ -111,7 +111,7 @@ def _users(n_cells: int, settings: Settings) -> str:
 
 def resting(store: StoreStatistics, settings: Settings) -> str:
     """Where conversations are that nobody continues at present, and in which form."""
-    places = [_place(tier, settings) for tier in store.tiers if tier.budget_bytes]
+    places = [_place(tier, settings) for tier in store.tiers if tier.budget_bytes or tier.remote is not None]
     if not places:
         return "nowhere: what leaves the live cache is computed again"
     forms = {"auto": "smaller forms when RAM is short", "off": "as computed"}
@@ -124,6 +124,9 @@ def _place(tier: TierStatistics, settings: Settings) -> str:
     if tier.name == "ram":
         return f"{size} of RAM"
     encrypted = ", encrypted" if settings.kv_key_file is not None else ""
+    if tier.remote is not None:
+        servers = ", ".join(server.address for server in tier.remote.servers)
+        return f"{tier.remote.kind} over {tier.remote.transport} ({servers}{encrypted})"
     return f"{size} of {tier.name} ({settings.kv_cache}{encrypted})"
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pasture.config.remote import parse_remote
 from pasture.config.units import parse_bytes, parse_seconds
 
 ENV_PREFIX = "PASTURE_"
@@ -58,11 +59,18 @@ def _switch(value: object) -> object:
     return spellings.get(str(value).lower(), str(value).lower())
 
 
+def _remote(value: str | None) -> str | None:
+    if value is not None:
+        parse_remote(value)
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
 Layers = Annotated[int | None, BeforeValidator(_all_layers)]
 Shares = Annotated[tuple[float, ...], NoDecode, BeforeValidator(_numbers)]
+Remote = Annotated[str | None, AfterValidator(_remote)]
 Compress = Literal["auto", "off", "lossless", "q8_0", "q4_0"]
 Policy = Literal["foresight", "lru", "s3fifo"]
 OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_switch)]
@@ -148,7 +156,12 @@ class Settings(BaseSettings):
         default=50 << 30, description="How large that directory may grow."
     )
     kv_key_file: Annotated[str | None, Flag(("--kv-key-file",), STORE, "FILE")] = Field(
-        default=None, description="A secret of 32 bytes under which that directory is encrypted (AES-256-GCM)."
+        default=None,
+        description="A secret of 32 bytes under which blocks are encrypted on disk and on other machines (AES-256-GCM).",
+    )
+    kv_remote: Annotated[Remote, Flag(("--kv-remote",), STORE, "URL", secret=True)] = Field(
+        default=None,
+        description="A store that several servers share: redis://HOST,.., rediss://HOST,.. or mooncake://MASTER.",
     )
     kv_compress: Annotated[Compress, Flag(("--kv-compress",), STORE, "FORM")] = Field(
         default="auto",
@@ -303,10 +316,11 @@ class Settings(BaseSettings):
             raise ValueError("kv_cells and kv_memory both size the cache: give one of them")
         if (self.ssl_key_file is None) != (self.ssl_cert_file is None):
             raise ValueError("ssl_key_file and ssl_cert_file go together: HTTPS needs both")
-        if self.kv_cache is not None and self.kv_ram == 0:
-            raise ValueError("kv_cache is written through RAM: give kv_ram some room, 256MiB at least is sensible")
-        if self.kv_key_file is not None and self.kv_cache is None:
-            raise ValueError("kv_key_file encrypts the directory of kv_cache: give that too")
+        for name in ("kv_cache", "kv_remote"):
+            if getattr(self, name) is not None and self.kv_ram == 0:
+                raise ValueError(f"{name} is written through RAM: give kv_ram some room, 256MiB at least is sensible")
+        if self.kv_key_file is not None and self.kv_cache is None and self.kv_remote is None:
+            raise ValueError("kv_key_file encrypts what is in kv_cache and kv_remote: give one of them too")
         if self.admin_port is not None and self.admin_key is None:
             raise ValueError("admin_port serves what the admin key opens: give admin_key too")
         if self.peer_key_file is not None and not self.peer:

@@ -160,6 +160,37 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteServerStatistics:
+    """One store that a remote tier asks; counters since start."""
+
+    address: str
+    state: str
+    """of its breaker: closed (asked), open (left alone) or half-open (being probed)"""
+    openings: int
+    """times that it went away"""
+    failures: int
+    round_trip_seconds: float
+    """the median of the last ones measured; 0: none yet"""
+    slow_round_trip_seconds: float
+    """all but one in a hundred were faster"""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStatistics:
+    """What only a remote tier has."""
+
+    kind: str
+    """redis or mooncake"""
+    transport: str
+    """what is in fact used: tcp, tls or rdma"""
+    sealed: bool
+    """blocks are encrypted before they leave this machine"""
+    warnings: tuple[str, ...]
+    """what is not as it was asked for"""
+    servers: tuple[RemoteServerStatistics, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TierStatistics:
     """One tier; counters since start."""
 
@@ -183,6 +214,7 @@ class TierStatistics:
     """of a small read, measured"""
     bytes_per_second: float
     """of a large read, measured"""
+    remote: RemoteStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)

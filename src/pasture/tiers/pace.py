@@ -1,8 +1,8 @@
 """How fast a device answers, kept current: the latency of a small read and the bandwidth of a large one.
 
 Begins with what was measured at start and follows each real read with an exponential average. What it has learnt fades with
-a half-life of a minute back to the first figures: a device that was slow once and is therefore not asked any more gets
-another chance. Any thread.
+a half-life (a minute, unless somebody says otherwise) back to the first figures: a device that was slow once and is therefore
+not asked any more gets another chance. Any thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Speed:
 class Pace:
     """`clock` is monotonic, in seconds."""
 
-    def __init__(self, start: Speed, clock: Callable[[], float]) -> None:
+    def __init__(self, start: Speed, clock: Callable[[], float], *, half_life_seconds: float = HALF_LIFE_SECONDS) -> None:
+        self._half_life_seconds = half_life_seconds
         self._start = start
         self._clock = clock
         self._lock = Lock()
@@ -56,7 +57,7 @@ class Pace:
             return self._faded(self._clock())
 
     def _faded(self, now: float) -> Speed:
-        forgotten = 1.0 - 0.5 ** (max(0.0, now - self._learnt_at) / HALF_LIFE_SECONDS)
+        forgotten = 1.0 - 0.5 ** (max(0.0, now - self._learnt_at) / self._half_life_seconds)
         latency = _mixed(self._learnt.latency_seconds, self._start.latency_seconds, forgotten)
         seconds_a_byte = _mixed(1.0 / self._learnt.bytes_per_second, 1.0 / self._start.bytes_per_second, forgotten)
         return Speed(latency, 1.0 / seconds_a_byte)

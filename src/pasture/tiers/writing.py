@@ -74,7 +74,7 @@ class Writer:
             seen = self._rounds
             self._wake.set()
             self._settled.wait_for(lambda: self._rounds > seen or self._shut(), timeout_seconds)
-            return self._rounds > seen
+            return self._rounds > seen or not self._memory.unwritten_blocks(self._number)
 
     def stop(self, timeout_seconds: float) -> bool:
         """End after the block that is being written; False when it is stuck in one."""

@@ -71,7 +71,7 @@ def test_normalise_leaves_everything_else_alone() -> None:
 
 def test_every_spelling_of_every_setting_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"SIZE": "1GiB", "TIME": "1s", "LAYOUT": "auto", "TYPE": "f16", "LEVEL": "info", "P": "0.5", "on|off|auto": "on"}
-    values |= {"FORM": "q8_0", "WITH": "all", "POLICY": "lru"}
+    values |= {"FORM": "q8_0", "WITH": "all", "POLICY": "lru", "URL": "redis://h"}
     partners = {
         "ssl_key_file": ["--ssl-cert-file", "c"],
         "ssl_cert_file": ["--ssl-key-file", "k"],

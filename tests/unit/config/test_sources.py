@@ -44,6 +44,7 @@ def test_every_setting_can_be_set_in_the_environment_and_in_the_file(monkeypatch
         "kv_layout": "streams",
         "kv_compress": "q8_0",
         "kv_policy": "lru",
+        "kv_remote": "redis://h",
         "share": "all",
         "log_level": "debug",
         "timeout": "5s",
