@@ -185,8 +185,18 @@ class SentSession(_Answer):
     restored_tokens: NonNegative
 
 
-class CopiedSession(RootModel[SessionBody | SentSession]):
-    """The session as it is now, here or on a peer."""
+class CarriedSession(_Answer):
+    """A session whose KV is on another replica of the cluster now."""
+
+    id: str
+    object: Literal["session.carried"]
+    replica: str
+    tokens: NonNegative
+    carried_tokens: NonNegative
+
+
+class CopiedSession(RootModel[SessionBody | SentSession | CarriedSession]):
+    """The session as it is now, here or on a peer, or where its KV is."""
 
 
 class SessionPage(_Answer):

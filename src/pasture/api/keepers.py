@@ -15,7 +15,7 @@ from pasture.api.errors import explain
 from pasture.api.gateway import Gateway
 from pasture.api.session_schemas import Json, NewSession, describe, describe_cache
 from pasture.core.errors import Conflict, NotFound, RequestError
-from pasture.core.ports import Service
+from pasture.core.ports import Movable, Service
 from pasture.core.values import ModelInfo
 from pasture.sessions import portable
 from pasture.sessions.values import Message, Session, Tenant
@@ -112,6 +112,17 @@ class Keepers:
             exported = await self._service.export(caller.namespace, tokens)
         file = portable.Portable(model_id(self._service.model), messages, tokens, exported, session.context, session.metadata)
         return await asyncio.to_thread(portable.dump, file)
+
+    async def carry(self, caller: Caller, session_id: str, replica: str) -> Json:
+        """Have a session's KV on another replica of the cluster. Raises NotFound, Conflict, RequestError, NoReplica."""
+        if not isinstance(self._service, Movable):
+            raise RequestError("this server is one machine: there is no replica to move to", param="replica")
+        session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
+        tokens = await self.tokens(session, messages)
+        names = [session_id] if session.name is None else [session_id, session.name]
+        n_carried = await self._service.move(caller.namespace, tokens, names, replica)
+        found: Json = {"id": session_id, "object": "session.carried", "replica": replica}
+        return found | {"tokens": len(tokens), "carried_tokens": n_carried}
 
     async def send(self, caller: Caller, session_id: str, wanted: str, key: str | None) -> Json:
         """The session on another server, as a new one there. Raises NotFound, RequestError, Conflict, PeerFailed."""

@@ -159,6 +159,8 @@ def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
     async def move(session_id: str, request: Request) -> Response:
         body = await read_body(request, TargetBody, limit)
         caller = caller_of(request, state)
+        if body.replica is not None:
+            return _json(await keepers.carry(caller, session_id, body.replica), 201)
         made = await sent(caller, session_id, body)
         await asyncio.to_thread(state.sessions.delete, caller.tenant, session_id)
         gateway.pinned.let_go(session_id)

@@ -47,6 +47,8 @@ class TargetBody(_Body):
     """a key of the tenant that gets it: having one is what owning means"""
     peer: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """another server, by the name that the operator gave it, or by its URL; without `target_key`, by the operator's key"""
+    replica: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """of this cluster: the session stays what it is, and its KV is carried there (`move` alone)"""
 
 
 def describe(session: Session, now: float, *, idle_seconds: float, lifetime_seconds: float) -> Json:
