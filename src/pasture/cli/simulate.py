@@ -14,7 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from pasture.cli.output import err, out, print_json
+from pasture.cli.simulate_nodes import Fleet, simulate_nodes
 from pasture.core.errors import ConfigError
+from pasture.foresight.nodes import LoadModel
 from pasture.foresight.simulator import Comparison, Result, lines, simulate
 from pasture.foresight.traces import SESSION_SECONDS, TRACE_BLOCK_TOKENS, read_trace
 
@@ -45,6 +47,16 @@ def simulate_command(
         float, typer.Option("--session-every", metavar="SECONDS", help="Between the starts of two coding sessions.")
     ] = SESSION_SECONDS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    nodes: Annotated[
+        int | None,
+        typer.Option("--nodes", min=1, metavar="N", help="Nodes that share the capacity: the router, beside others."),
+    ] = None,
+    in_flight: Annotated[
+        int | None, typer.Option("--in-flight", min=1, metavar="N", help="Requests kept running a node, for --nodes.")
+    ] = None,
+    prefill_rate: Annotated[
+        float, typer.Option("--prefill-rate", min=1.0, metavar="TOKENS/S", help="What a node computes, for --nodes.")
+    ] = LoadModel().prefill_tokens_per_second,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a plot (HTML) here; needs plotly.")] = None,
 ) -> None:
     """Replay recorded traffic against a cache policy and print how much of it would have been found.
@@ -53,6 +65,10 @@ def simulate_command(
     """
     capacities = [parse_tokens(part) for part in capacity.split(",")]
     requests = read_trace(trace, session_seconds=session_every)
+    if nodes is not None:
+        fleet = Fleet(nodes, tuple(capacities), policy.value, LoadModel(prefill_rate), in_flight)
+        simulate_nodes(trace, requests, fleet, as_json=as_json)
+        return
     compared = lines(policy.value, references=references)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err(), transient=True) as progress:
