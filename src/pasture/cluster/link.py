@@ -93,8 +93,8 @@ class Link:
             if not ended:
                 self._wire.send({"op": "cancel", "id": number})
 
-    async def locate(self, namespace: Namespace, tokens: array[int]) -> Whereabouts:
-        answer, _ = await self._call("locate", namespace, tokens)
+    async def locate(self, namespace: Namespace, tokens: array[int], *, deep: bool = False) -> Whereabouts:
+        answer, _ = await self._call("locate", namespace, tokens, deep=deep)
         return from_plain(Whereabouts, answer["value"])
 
     async def export(self, namespace: Namespace, tokens: array[int]) -> bytes:

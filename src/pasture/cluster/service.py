@@ -226,7 +226,7 @@ class ClusterService:
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         """Of the replica that has most; slow tiers are not asked."""
-        return (await self._best(namespace, array("i", tokens)))[1]
+        return (await self._best(namespace, array("i", tokens), deep=deep))[1]
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
         """On the replica that has most; gone with it."""
@@ -266,11 +266,8 @@ class ClusterService:
         except ReplicaLost as lost:
             raise NoReplica(f"{lost} was lost") from lost
 
-    async def move(self, namespace: Namespace, tokens: Sequence[int], session: str | None, replica: str) -> int:
-        """Carry the KV of these tokens to a replica, where the session is at home from then on; returns tokens there.
-
-        Raises NotFound for a replica that is not there, Conflict for one that takes nothing.
-        """
+    async def move(self, namespace: Namespace, tokens: Sequence[int], sessions: Sequence[str], replica: str) -> int:
+        """See `core.ports.Movable.move`."""
         target = self.links.open.get(ReplicaId(replica))
         if target is None:
             raise NotFound(f"there is no replica {replica}", param="replica")
@@ -284,7 +281,7 @@ class ClusterService:
             n_tokens = await target.restore(namespace, path, exported) if exported else 0
         except ReplicaLost as lost:
             raise NoReplica(f"{lost} was lost; nothing was moved") from lost
-        if session is not None:
+        for session in sessions:
             await self._directory.moved(f"{namespace}\0{session}", target.member.replica)
             self._settle(SessionKey(f"{namespace}\0{session}"), target.member.replica)
         found = await target.locate(namespace, path)
@@ -309,10 +306,10 @@ class ClusterService:
         decision = self.router.place(Placement(path, len(tokens), session))
         return None if decision is None else self.links.open.get(decision.replica)
 
-    async def _best(self, namespace: Namespace, tokens: array[int]) -> tuple[Link, Whereabouts]:
+    async def _best(self, namespace: Namespace, tokens: array[int], *, deep: bool = False) -> tuple[Link, Whereabouts]:
         """Who has most of the tokens. Raises NoReplica."""
         links = list(self.links.open.values())
-        answers = await asyncio.gather(*(link.locate(namespace, tokens) for link in links), return_exceptions=True)
+        answers = await asyncio.gather(*(link.locate(namespace, tokens, deep=deep) for link in links), return_exceptions=True)
         found = [(link, where) for link, where in zip(links, answers, strict=True) if isinstance(where, Whereabouts)]
         if not found:
             raise NoReplica("no replica is there at present; try again")

@@ -297,7 +297,8 @@ class _Caller:
         await self._wire.drained()
 
     async def _locate(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        return to_plain(await self._replica.service.locate(_namespace(message), _tokens(payload))), b""
+        deep = message.get("deep") is True
+        return to_plain(await self._replica.service.locate(_namespace(message), _tokens(payload), deep=deep)), b""
 
     async def _export(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
         return None, await self._replica.service.export(_namespace(message), _tokens(payload))

@@ -1,4 +1,4 @@
-"""An ingress' service over replicas behind real sockets: streams that survive, sessions that stay, replicas that come and go."""
+"""A service over replicas behind real sockets: streams that survive, sessions that stay, replicas that come and go."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pasture.core.errors import NoReplica, PromptTooLong, RequestError
 from pasture.core.values import DEFAULT_NAMESPACE, FinishReason, PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.engine.paced import Pace, PacedEngine
-from tests.cluster_support import GREEDY, Fleet, collect, fleet, request, usual
+from tests.cluster_support import GREEDY, Fleet, collect, fleet, request, until, usual
 
 PROMPT = tuple(i % 250 for i in range(200))
 SLOW = Pace(0.005, 0.0)
@@ -28,12 +28,11 @@ def slow() -> FakeEngine:
 
 async def serving(made: Fleet, name: str) -> str:
     """Which replica the request runs on."""
-    async with asyncio.timeout(10):
-        while True:
-            for replica in made.replicas.values():
-                if replica.service.statistics().scheduler.decoding:
-                    return str(replica.member.replica)
-            await asyncio.sleep(0.01)
+    def busy() -> list[str]:
+        return [name for name, replica in made.replicas.items() if replica.service.statistics().scheduler.decoding]
+
+    await until(busy)
+    return busy()[0]
 
 
 async def test_a_reply_is_what_one_machine_would_have_answered() -> None:
@@ -101,9 +100,7 @@ async def test_a_request_waits_for_a_replica_that_comes_back() -> None:
 async def test_nothing_is_credited_to_the_dead() -> None:
     async with fleet() as made:
         await collect(made.service, request("a", PROMPT, 4))
-        async with asyncio.timeout(10):
-            while not made.service.router.statistics().known_blocks:
-                await asyncio.sleep(0.02)
+        await until(lambda: made.service.router.statistics().known_blocks)
         for name in ("r0", "r1"):
             await made.replicas[name].die()
         await made.settled(0)
@@ -128,9 +125,7 @@ async def test_what_its_client_leaves_is_ended_on_the_replica() -> None:
             async for event in events:
                 if event.token is not None:
                     break
-        async with asyncio.timeout(10):
-            while made.replicas["r0"].service.statistics().scheduler.decoding:
-                await asyncio.sleep(0.01)
+        await until(lambda: not made.replicas["r0"].service.statistics().scheduler.decoding)
 
 
 async def test_turns_of_a_conversation_stay_together_without_a_session() -> None:
@@ -171,7 +166,7 @@ async def test_a_session_moves_without_recomputation() -> None:
         here = next(name for name, replica in made.replicas.items() if replica.engine.n_computed)
         there = "r1" if here == "r0" else "r0"
         tokens = [*PROMPT, *reply]
-        assert await made.service.move(DEFAULT_NAMESPACE, tokens, "s", there) == len(tokens) - 1
+        assert await made.service.move(DEFAULT_NAMESPACE, tokens, ["s"], there) == len(tokens) - 1
         before = made.replicas[there].engine.n_computed
         _, finish = await collect(made.service, Request(RequestId("b"), (*tokens, 1, 2), 4, GREEDY, session="s"))
         assert finish.usage.cached_tokens == len(tokens) - 1
@@ -182,9 +177,7 @@ async def test_statistics_are_those_of_all() -> None:
     async with fleet() as made:
         for n in range(6):
             await collect(made.service, request(f"a{n}", (n, *PROMPT), 4))
-        async with asyncio.timeout(10):
-            while made.service.statistics().scheduler.submitted_total != 6:
-                await asyncio.sleep(0.05)
+        await until(lambda: made.service.statistics().scheduler.submitted_total == 6)
         found = made.service.statistics()
         assert found.pool.shape.n_cells == 2 * 8192
         ids = [sequence.sequence for sequence in found.pool.sequences]
@@ -216,9 +209,7 @@ async def test_locate_pin_and_release() -> None:
         assert any(pinned)
         pin.release()
         pin.release()
-        async with asyncio.timeout(10):
-            while any(r.service.statistics().store.tiers[0].pinned_bytes for r in made.replicas.values()):
-                await asyncio.sleep(0.01)
+        await until(lambda: not any(r.service.statistics().store.tiers[0].pinned_bytes for r in made.replicas.values()))
 
 
 async def test_an_export_of_the_cluster_is_one_of_a_replica() -> None:
