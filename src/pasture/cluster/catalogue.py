@@ -53,6 +53,11 @@ class Catalogue:
         holder = self._holders.get(replica)
         return None if holder is None else holder.epoch
 
+    def credited(self, replica: ReplicaId) -> int:
+        """How many keys a holder is known to hold; 0 for a stranger."""
+        holder = self._holders.get(replica)
+        return 0 if holder is None else len(holder.blocks)
+
     def begin(self, replica: ReplicaId, epoch: Epoch) -> bool:
         """A holder in this epoch, with nothing where it is new. False, and no change, where a later one is known."""
         holder = self._holders.get(replica)

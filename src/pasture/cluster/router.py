@@ -177,6 +177,10 @@ class Router:
         """It has ended, however; nothing happens when it is unknown."""
         self._loads.finished(request)
 
+    def known_blocks(self, replica: ReplicaId) -> int:
+        """How many it is credited with; 0 for a stranger."""
+        return self._catalogue.credited(replica)
+
     def statistics(self) -> RouterStatistics:
         return RouterStatistics(
             decisions=dict(self._decisions),
