@@ -15,11 +15,14 @@ from rich.table import Table
 
 from pasture.cli.output import err, out, print_json
 from pasture.cli.simulate_nodes import Fleet, simulate_nodes
+from pasture.cli.simulate_tiers import Tiers, simulate_tiers
 from pasture.core.errors import ConfigError
 from pasture.foresight.nodes import LoadModel
 from pasture.foresight.simulator import Comparison, Result, lines, simulate
 from pasture.foresight.traces import SESSION_SECONDS, TRACE_BLOCK_TOKENS, read_trace
 
+CELL_BYTES = 23_040
+"""KV of a token of SmolLM2 135M in f16"""
 _SUFFIXES = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 
@@ -47,6 +50,12 @@ def simulate_command(
         float, typer.Option("--session-every", metavar="SECONDS", help="Between the starts of two coding sessions.")
     ] = SESSION_SECONDS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    disk: Annotated[
+        str | None, typer.Option("--disk", metavar="TOKENS", help="Tokens a disk behind it holds: two tiers, and prefetching.")
+    ] = None,
+    cell_bytes: Annotated[
+        int, typer.Option("--cell-bytes", min=1, metavar="BYTES", help="KV of a token, for the bytes that --disk tells of.")
+    ] = CELL_BYTES,
     nodes: Annotated[
         int | None,
         typer.Option("--nodes", min=1, metavar="N", help="Nodes that share the capacity: the router, beside others."),
@@ -68,6 +77,12 @@ def simulate_command(
     if nodes is not None:
         fleet = Fleet(nodes, tuple(capacities), policy.value, LoadModel(prefill_rate), in_flight)
         simulate_nodes(trace, requests, fleet, as_json=as_json)
+        return
+    if disk is not None:
+        if len(capacities) != 1:
+            raise ConfigError("--disk takes one --capacity: what RAM holds")
+        tiers = Tiers(capacities[0], parse_tokens(disk), policy.value, cell_bytes)
+        simulate_tiers(trace, requests, tiers, as_json=as_json, plot=plot)
         return
     compared = lines(policy.value, references=references)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())

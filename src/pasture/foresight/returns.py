@@ -137,6 +137,11 @@ class Returns:
         self._hazards = _drawn(self._events, self._seconds, groups[self._group_of])
         self._index = _indices(self._hazards).tolist()
 
+    @property
+    def hazards(self) -> Table:
+        """Returns a second, by category and age, at the last refresh."""
+        return self._hazards
+
     def index(self, category: int, age_seconds: float) -> float:
         """Returns a second that keeping a wait of this age brings, until the best moment to let it go."""
         return self._index[category][bin_of(age_seconds)]

@@ -71,7 +71,7 @@ class ReuseModel:
 
     def __init__(self, *, remembered_keys: int = REMEMBERED_KEYS) -> None:
         self._remembered_keys = remembered_keys
-        self._returns = Returns(_GROUPS)
+        self.returns = Returns(_GROUPS)
         self._visits: OrderedDict[BlockKey, Visit] = OrderedDict()
         """block -> the last visit that came through, longest ago first"""
         self._arrivals: OrderedDict[BlockKey, _Arrivals] = OrderedDict()
@@ -82,15 +82,15 @@ class ReuseModel:
 
     def arrived(self, path: Sequence[BlockKey], now: float) -> Visit:
         """A request over these blocks begins; `path` is a whole prefix, from its first block on."""
-        self._returns.advance(now)
-        before = self._continued(path)
+        self.returns.advance(now)
+        before = self.continued(path)
         kind, turn = Kind.CHAT, 0
         if before is not None:
-            self._returns.end(before.wait, now)
+            self.returns.end(before.wait, now)
             before.valued_at = 0
             kind, turn = before.kind, before.turn + 1
         visit = Visit(len(path), turn, kind, Wait(_category(kind, turn), now))
-        self._returns.begin(visit.wait)
+        self.returns.begin(visit.wait)
         visits = self._visits
         for key in path:
             last = visits.pop(key, None)
@@ -116,7 +116,7 @@ class ReuseModel:
         visit.kind = kind
         visit.valued_at = 0
         visit.wait.category = _category(kind, visit.turn)
-        self._returns.restart(visit.wait, now)
+        self.returns.restart(visit.wait, now)
 
     def adopt(self, key: BlockKey, parent: BlockKey) -> None:
         """A block was stored that no request has asked for yet: what a reply added belongs to whoever it was given to."""
@@ -125,12 +125,20 @@ class ReuseModel:
             if visit is not None:
                 self._visits[key] = visit
 
+    def continued(self, path: Sequence[BlockKey]) -> Visit | None:
+        """The visit this one goes on from: the deepest known block's, if it is most of what that visit left."""
+        for index in range(len(path) - 1, -1, -1):
+            visit = self._visits.get(path[index])
+            if visit is not None:
+                return visit if index + 1 > CONTINUES * visit.n_blocks else None
+        return None
+
     # The future
 
     def refresh(self, now: float) -> None:
         """Draw conclusions from what came since the last time: until then, rates stand still."""
-        self._returns.advance(now)
-        self._returns.refresh()
+        self.returns.advance(now)
+        self.returns.refresh()
         self._refreshes += 1
         self.refreshed_at = now
 
@@ -149,7 +157,7 @@ class ReuseModel:
         visit = self._visits.get(key)
         if visit is not None:
             wait = visit.wait
-            returns = self._returns.probability(wait.category, now - wait.since, within_seconds)
+            returns = self.returns.probability(wait.category, now - wait.since, within_seconds)
             unused -= returns * LEFT_BEHIND if wait.over else returns
         arrivals = self._arrivals.get(key)
         return 1 - unused * math.exp(-within_seconds * arrivals.rate(now)) if arrivals is not None else 1 - unused
@@ -163,18 +171,10 @@ class ReuseModel:
 
     def _value(self, visit: Visit, now: float) -> float:
         wait = visit.wait
-        rate = self._returns.index(wait.category, now - wait.since)
+        rate = self.returns.index(wait.category, now - wait.since)
         visit.rate = rate * LEFT_BEHIND if wait.over else rate
         visit.valued_at = self._refreshes
         return visit.rate
-
-    def _continued(self, path: Sequence[BlockKey]) -> Visit | None:
-        """The visit this one goes on from: the deepest known block's, if it is most of what that visit left."""
-        for index in range(len(path) - 1, -1, -1):
-            visit = self._visits.get(path[index])
-            if visit is not None:
-                return visit if index + 1 > CONTINUES * visit.n_blocks else None
-        return None
 
     def _count_arrival(self, key: BlockKey, now: float) -> None:
         arrivals = self._arrivals.pop(key, None)

@@ -1,15 +1,15 @@
 """A trace against two tiers: RAM under a policy, behind it a disk, and what is brought up before it is asked for.
 
-A request asks for its blocks one after the other. What RAM has is used; what only the disk has is lifted, *on demand*; the first
-block that nobody has ends that, and the rest is computed and stored in both. Lifted blocks are pinned until the request is
-through, as in the server. What may come up earlier depends on `Ahead`:
+A request asks for its blocks one after the other. What RAM has is used; what only the disk has is lifted, *on demand*; the
+first block that nobody has ends that, and the rest is computed and stored in both. Lifted blocks are pinned until the request
+is through, as in the server. What may come up earlier depends on `Ahead`:
 
     OFF        nothing
     RETURNS    before a request arrives: the server's own prefetcher, on the virtual clock, with what the policy expects
     PATHS      after a request has arrived: what follows the blocks that it has asked for so far, by the paths of earlier ones
 
-Both know the past alone. No time passes between two blocks of a request: PATHS counts what was foreseen before it was asked for,
-not whether a disk would have been fast enough. One thread.
+Both know the past alone. No time passes between two blocks of a request: PATHS counts what was foreseen before it was asked
+for, not whether a disk would have been fast enough. One thread.
 """
 
 from __future__ import annotations
@@ -145,9 +145,8 @@ class TwoTiers:
                 pins.append(ram.insert_pinned(disk.block(key)))
                 n_lifted += 1
             if reading is not None:
-                for foreseen in reading.asked(key):
-                    if foreseen in disk and foreseen not in ram:
-                        pins.append(ram.insert_pinned(disk.block(foreseen), ahead=True))
+                wanted = [foreseen for foreseen in reading.asked(key) if foreseen in disk and foreseen not in ram]
+                pins += [ram.insert_pinned(disk.block(foreseen), ahead=True) for foreseen in wanted]
         ram.missing(trail, 0, len(path) * BLOCK_TOKENS, use=True)
         for pin in pins:
             pin.release()
