@@ -6,11 +6,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs screenshots clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-8s %s\n' "$$name" "$$text"; done
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.demo  ## sixteen people on one small model, against one context each; then a server to talk to
 	@$(BIN)/pasture demo
@@ -26,6 +26,12 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev  ## put the code into shape
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+docs: $(VENV)/.docs  ## the documentation as a site, in site/
+	@$(BIN)/python -m mkdocs build --strict --quiet
+
+screenshots: $(VENV)/.dev  ## the documentation's pictures, made by the product itself
+	@$(BIN)/python tools/screenshots.py
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,6 +16,7 @@ from pathlib import Path
 from pasture.api import ApiSettings, create_app, run
 from pasture.api.peers import parse_keys, parse_peers
 from pasture.api.server import bind
+from pasture.api.tracing import open_tracing
 from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Engine, Service
@@ -90,8 +91,10 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
         closing(bind(settings.host, settings.port)) as listener,
         _admin_listener(settings) as admin,
         closing(open_state(settings, api.api_keys)) as state,
+        closing(open_tracing(settings.otel_endpoint)) as tracing,
         closing(start_service(settings)) as service,
     ):
+        api = replace(api, tracing=tracing)
         state.keep_sweeping()
         run(
             create_app(service, replace(api, admin_port=None if admin is None else admin.getsockname()[1]), state=state),

@@ -31,7 +31,10 @@ def flags_of(name: str) -> set[str]:
     for word in name.split():
         command = command.commands[word]
     return {
-        flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts) if flag.startswith("-")
+        flag
+        for parameter in command.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+        if flag.startswith("-") and not getattr(parameter, "hidden", False)
     }
 
 

@@ -182,6 +182,7 @@ class Jobs:
                 n_logprobs=n_logprobs,
                 deadline_seconds=body.deadline_seconds or self._settings.deadline_seconds,
                 expects=_expects(body, len(prompts)),
+                traced=self._settings.tracing.on,
                 session=_session(body, caller),
             )
             for i in range(n):

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 import secrets
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -14,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pasture.api.callers import KEY, TENANT
 from pasture.api.errors import problem
+from pasture.core.context import REQUEST_ID, TRACE_PARENT
 from pasture.sessions.tenants import Keyring
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/", "/chat"})
@@ -26,11 +29,15 @@ ADMIN_PATHS = frozenset({"/metrics", "/slots", "/v1/diagnosis", "/v1/live", "/v1
 ADMIN_PREFIX = "/v1/admin/"
 """the admin key's alone; without one, these routes do not exist"""
 
+UNLOGGED_PATHS = OPEN_PATHS | {"/metrics", "/v1/live/now"}
+"""asked every few seconds by machines"""
+
+_requests = logging.getLogger("pasture.requests")
 _USABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestIds:
-    """Echoes the client's X-Request-Id, or makes one."""
+    """Echoes the client's X-Request-Id, or makes one; whatever is logged or traced meanwhile belongs to it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -39,15 +46,27 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if _USABLE_ID.fullmatch(given) else secrets.token_hex(16)
+        REQUEST_ID.set(request_id)
+        TRACE_PARENT.set(headers.get("traceparent"))
+        started, status = time.monotonic(), None
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            if scope["path"] not in UNLOGGED_PATHS:
+                seconds = round(time.monotonic() - started, 4)
+                about = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
+                _requests.info("answered", extra=about)
 
 
 class LastResort:

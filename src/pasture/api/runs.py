@@ -83,6 +83,7 @@ class Run:
         events = gateway.service.generate(choice.request)
         if self._caller.tenant.limits.tokens_per_minute is not None:
             events = _counted(events, self._passage, len(choice.request.prompt))
+        events = gateway.settings.tracing.observed(events, choice.request)
         timed = gateway.metrics.observed(events, gateway.clock)
         return read_reply(timed, gateway.service.vocabulary, self.job.stops, len(choice.request.prompt), clock=gateway.clock)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pasture.api.peers import Peer
+from pasture.api.tracing import NoTracing, Tracing
 from pasture.core.values import SamplingParams
 
 MIB = 1024 * 1024
@@ -36,3 +37,5 @@ class ApiSettings:
     peers: tuple[Peer, ...] = ()
     """servers that sessions may be sent to"""
     log_level: str = "info"
+    tracing: Tracing = field(default_factory=NoTracing)
+    """where spans go; the caller's to close"""

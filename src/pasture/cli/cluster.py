@@ -48,7 +48,7 @@ def up(
     returns. Every setting of `pasture serve` is passed on to each replica.
     """
     settings = _prepared(configuration.settings, local=address == "local")
-    set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_format)
     with _ray():
         from pasture.fleet.connection import connected, local_ray
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from pasture.cli.logs import JsonLines
 from pasture.core.errors import ConfigError, PastureError
 
 FAILURE = 1
@@ -25,11 +26,18 @@ def err() -> Console:
     return Console(stderr=True)
 
 
-def set_up_logging(level: str) -> None:
-    """Log to stderr, pasture's own loggers at `level`; llama.cpp's lines only when they warn, or all of them at debug."""
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", level=level.upper())
+def set_up_logging(level: str, form: str = "text") -> None:
+    """Log to stderr, pasture's own loggers at `level`; llama.cpp's lines only when they warn, or all of them at debug.
+
+    `form`: text for people, or json, which has a line for each answered request too.
+    """
+    handler = logging.StreamHandler()
+    as_text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    handler.setFormatter(JsonLines() if form == "json" else as_text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     if level != "debug":
         logging.getLogger("pasture.llama").setLevel(logging.WARNING)
+        logging.getLogger("pasture.requests").setLevel(logging.INFO if form == "json" else logging.WARNING)
 
 
 class _Remarks(logging.Handler):

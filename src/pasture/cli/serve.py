@@ -47,7 +47,7 @@ def serve(
 
     settings = configuration.settings
     prefixes = [prefix for file in warm or () for prefix in read_prefixes(file)]
-    set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_format)
     err().print(f"Loading {settings.model or 'the model'} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
     with remarks() as found:
 

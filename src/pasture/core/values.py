@@ -138,6 +138,8 @@ class Request:
     """what its client says that it belongs to: what belongs together is served in one place, where there are several"""
     drawn_tokens: int = 0
     """so many of the last tokens of the prompt are the beginning of this very reply, drawn by another engine"""
+    traced: bool = False
+    """whether its usage tells the phases"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,29 @@ class TokenLogprobs:
     logprob: float
     top: tuple[tuple[int, float], ...]
     """(token id, logprob), most probable first"""
+
+
+class PhaseKind(StrEnum):
+    QUEUE = "queue"
+    """until it had a place in the live cache"""
+    RESTORE = "restore"
+    """KV came back from the store"""
+    PREFILL = "prefill"
+    """a chunk of its prompt was computed"""
+    DECODE = "decode"
+    SWAP = "swap"
+    """it had given its place up"""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of a request's life; seconds from its submission."""
+
+    kind: PhaseKind
+    start_seconds: float
+    end_seconds: float
+    n_tokens: int
+    """restored or computed"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +187,8 @@ class Usage:
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
     n_swaps: int = 0
+    phases: tuple[Phase, ...] = ()
+    """of a request that is `traced`"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,8 @@ class Places:
             return
         self._resting.park(task)
         task.n_swaps += 1
+        if task.timeline is not None:
+            task.timeline.left(self._clock())
         self.short_of_cells = True
         self.swapped[task.request.request_id] = task
         self._accounts.swaps += 1

@@ -157,8 +157,11 @@ class Resting:
             return None
         if pool.shares and not task.n_swaps and request.max_tokens:  # who wants no reply comes before somebody who does
             self.store.arrived(namespace, tokens)
+        before = sequence.length
         if restores:
             self._put_back(sequence, source, tokens[:reach])
+        if task.timeline is not None:
+            task.timeline.restores(sequence.length - before)
         self.forget(task)
         return sequence
 

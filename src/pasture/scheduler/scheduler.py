@@ -22,6 +22,7 @@ from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import SchedulerStatistics, SequenceState
 from pasture.core.storage import Store
 from pasture.core.values import (
+    Direction,
     Finish,
     FinishReason,
     Layout,
@@ -80,6 +81,7 @@ class Scheduler:
         self._n_streams = 0
         """of the tasks planned"""
         self._budget_tokens = 0
+        self._step_at = 0.0
 
     # Requests come and go
 
@@ -105,6 +107,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step. A plan without works still has operations to carry out."""
         self._expire()
+        self._step_at = self._clock()
         self._planned, self._n_streams = [], 0
         if not self._tasks and (plan := self.ahead.next()) is not None:
             return plan
@@ -266,6 +269,8 @@ class Scheduler:
         if task.started_at is None:
             task.started_at = self._clock()
             task.cached_tokens = task.computed
+            if task.timeline is not None:
+                task.timeline.started(task.started_at)
             self.accounts.prompt_tokens += len(request.prompt)
             self.accounts.cached_tokens += task.computed
         return True
@@ -308,6 +313,10 @@ class Scheduler:
             sequence = task.sequence
             assert sequence is not None
             task.n_failures = 0
+            if task.timeline is not None:
+                moved = sum(move.seconds for move in result.transfers if move.direction is Direction.RESTORE)
+                decodes = task.decoding
+                task.timeline.step(self._step_at, now, len(work.tokens), decodes=decodes, restore_seconds=moved)
             self.pool.extend(sequence, task.tokens[work.start : work.start + len(work.tokens)])
             if task.save_at is not None and sequence.length >= task.save_at:
                 if sequence.length == task.save_at:  # a task alone under suspicion may have passed it

@@ -8,6 +8,7 @@ from pasture.core.storage import Lift, Pin
 from pasture.core.values import Request, Sampler, Usage
 from pasture.kv.radix import token_array
 from pasture.kv.sequence import Sequence
+from pasture.scheduler.timeline import Timeline
 
 Paused = Callable[[], bool]
 
@@ -39,6 +40,7 @@ class Task:
         "started_at",
         "stored_tokens",
         "submitted_at",
+        "timeline",
         "tokens",
     )
 
@@ -67,6 +69,7 @@ class Task:
         self.n_generated = 0
         self.n_swaps = 0
         self.n_failures = 0
+        self.timeline = Timeline(submitted_at) if request.traced else None
         self.leader: Task | None = None
         """whose prefill this one waits for, until that one's sequence is `leader_length` long"""
         self.leader_length = 0
@@ -109,6 +112,7 @@ class Task:
             first_token_seconds=first - self.submitted_at,
             total_seconds=now - self.submitted_at,
             n_swaps=self.n_swaps,
+            phases=self.timeline.phases(now) if self.timeline is not None else (),
         )
 
     def release_sampler(self) -> None:
