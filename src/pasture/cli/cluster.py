@@ -146,9 +146,10 @@ def down(address: Address = None) -> None:
 def _prepared(settings: Settings, *, local: bool) -> Settings:
     """With one port for all ingresses, and one database."""
     changes: dict[str, object] = {}
-    if settings.port == 0:
-        with socket.create_server((settings.host, 0)) as free:
-            changes["port"] = free.getsockname()[1]
+    for host, port in (("host", "port"), ("admin_host", "admin_port")):
+        if getattr(settings, port) == 0:
+            with socket.create_server((getattr(settings, host), 0)) as free:
+                changes[port] = free.getsockname()[1]
     if settings.state is None:
         if not local:
             raise ConfigError("--state: ingresses on several machines need one database: postgresql://...")

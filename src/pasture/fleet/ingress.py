@@ -11,6 +11,7 @@ import asyncio
 import logging
 import socket
 import threading
+from dataclasses import replace
 
 from pasture.api import create_app
 from pasture.api.server import DrainingServer, ServerOptions
@@ -22,6 +23,7 @@ from pasture.core.ports import Vocabulary
 from pasture.core.values import ModelInfo
 from pasture.engine.fake import FakeEngine
 from pasture.fleet.loops import LoopThread
+from pasture.fleet.routes import cluster_routes
 from pasture.server import api_settings, open_state, start_engine
 
 log = logging.getLogger(__name__)
@@ -40,13 +42,16 @@ class RunningIngress:
         self._state.keep_sweeping()
         model, vocabulary = model_and_vocabulary(settings)
         self.service = ClusterService(model, vocabulary, directory, key, ClusterSettings(drain_seconds=settings.drain_timeout))
-        app = create_app(self.service, api, state=self._state)
+        listeners = [bind_shared(settings.host, settings.port)]
+        if settings.admin_port is not None:
+            listeners.append(bind_shared(settings.admin_host, settings.admin_port))
+        app = create_app(self.service, replace(api, admin_port=settings.admin_port), state=self._state)
+        app.include_router(cluster_routes(self.service))
         options = ServerOptions(settings.ssl_cert_file, settings.ssl_key_file, settings.log_level)
         listening = threading.Event()
         self._server = DrainingServer(app, options, lambda _: listening.set())
         self._loop = LoopThread("pasture-ingress")
-        listener = bind_shared(settings.host, settings.port)
-        self._serving = asyncio.run_coroutine_threadsafe(self._serve(listener), self._loop.loop)
+        self._serving = asyncio.run_coroutine_threadsafe(self._serve(listeners), self._loop.loop)
         if not listening.wait(START_SECONDS):
             raise EngineError("the ingress does not listen")
 
@@ -67,9 +72,9 @@ class RunningIngress:
         self._loop.stop()
         self._state.close()
 
-    async def _serve(self, listener: socket.socket) -> None:
+    async def _serve(self, listeners: list[socket.socket]) -> None:
         self.service.start()
-        await self._server.serve(sockets=[listener])
+        await self._server.serve(sockets=listeners)
 
 
 def model_and_vocabulary(settings: Settings) -> tuple[ModelInfo, Vocabulary]:
