@@ -1,8 +1,11 @@
 """Tenants who try to reach each other: the same prompts, forged and foreign ids, edited exports, text that imitates templates.
 
+Guessed block keys and namespaces, and on the disk block files that are swapped, planted, cut and scribbled on by somebody
+who can write there.
+
 What must hold: every answer is what the model says to exactly the tokens of its own conversation; no request finds more in
 the cache than its own tenant can have left there; and what belongs to somebody else answers like what does not exist.
-`PASTURE_TEST_OPERATIONS` makes it longer.
+`PASTURE_TEST_OPERATIONS` makes it longer (100,000 take some minutes); the books are then checked less often.
 """
 
 from __future__ import annotations
@@ -10,20 +13,31 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from array import array
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from pasture.core.values import PUBLIC_NAMESPACE, PoolShape
+from pasture.core.values import PUBLIC_NAMESPACE, Namespace, PoolShape
+from pasture.engine.fake import FakeEngine
 from pasture.sessions.values import Share
+from pasture.tiers.disk_files import LAYOUT
+from pasture.tiers.keys import child_key, root_key
+from pasture.tiers.wire import HEADER_BYTES
 from tests.session_support import GREEDY, World, answer_to, rendered, world
 
 N_TENANTS = 50
 N_OPERATIONS = int(os.environ.get("PASTURE_TEST_OPERATIONS", "1200"))
+PATIENCE_SECONDS = 120 + N_OPERATIONS // 10
+EVERY_STEP = N_OPERATIONS <= 2000
+"""whether the books are checked after each step"""
 N_AT_ONCE = 24
 REPLY_TOKENS = 6
+VOCABULARY = FakeEngine(PoolShape(64, 2)).vocabulary
 
 SYSTEM = {"role": "system", "content": "You are careful. " * 8}
 QUESTIONS = [
@@ -50,8 +64,11 @@ class Tenant:
 class Strangers:
     """Random doings of all of them."""
 
-    def __init__(self, at: World, seed: int) -> None:
+    def __init__(self, at: World, seed: int, files: Path | None = None) -> None:
+        """`files`: where the disk tier keeps its blocks."""
         self.random = random.Random(seed)
+        self.files = files
+        self.damaged = 0
         self.at = at
         self.tenants = [Tenant(name, at.http(name)) for name in at.keys]
         self.done = 0
@@ -69,7 +86,10 @@ class Strangers:
             self.reach_for_foreign,
             self.fork,
             self.edited_import,
+            self.guess_keys,
         ]
+        if self.files is not None:
+            operations += [self.meddle_with_files] * 3
 
         async def worker() -> None:
             while self.done < n_operations:
@@ -190,16 +210,63 @@ class Strangers:
         answer = await tenant.client.post("/sessions/import", content=edited)
         assert answer.status_code == 400, answer.text
 
+    async def guess_keys(self, tenant: Tenant) -> None:
+        """Names and keys of blocks as one who has read the source would guess them: nothing is there under any of them."""
+        victim = self.random.choice(self.tenants)
+        messages = [SYSTEM, self.random.choice(QUESTIONS)]
+        tokens = array("i", VOCABULARY.tokenize(rendered(messages), add_special=False, parse_special=True))
+        hashed = sha256(victim.name.encode()).hexdigest()
+        guess = self.random.choice([victim.name, f"t-{victim.name}", f"t-{hashed[:40]}", "", "t-"])
+        found = await self.at.service.locate(Namespace(guess), tokens, deep=True)
+        assert (found.live_tokens, found.ram_tokens, sum(found.slow_tokens.values())) == (0, 0, 0)
+        key = child_key(root_key(b"fake", Namespace(guess)), tokens[:64]).hex()
+        for body in ({"prompt_cache_key": key}, {"session_id": key}, {"prompt_cache_key": guess or "default"}):
+            answer = await tenant.client.post(
+                "/chat/completions", json={"messages": messages, "max_tokens": REPLY_TOKENS, **body}
+            )
+            assert answer.status_code == (404 if "session_id" in body else 200), answer.text
+            if answer.status_code == 200:
+                assert answer.json()["choices"][0]["message"]["content"] == answer_to(messages, REPLY_TOKENS)
+
+    async def meddle_with_files(self, tenant: Tenant) -> None:
+        """Somebody who can write to the disk cache plants what belongs elsewhere, and damages what is there."""
+        assert self.files is not None
+        there = sorted(self.files.rglob("*.kv"))
+        if len(there) < 2:
+            return
+        one, other = self.random.sample(there, 2)
+        try:
+            mine, theirs = bytearray(one.read_bytes()), other.read_bytes()
+            match self.random.randrange(5):
+                case 0:  # the block of somebody else under this one's name
+                    one.write_bytes(theirs)
+                case 1:
+                    one.write_bytes(mine[: self.random.randrange(len(mine))])
+                case 2:
+                    mine[self.random.randrange(len(mine))] ^= 1 << self.random.randrange(8)
+                    one.write_bytes(mine)
+                case 3:  # one's header, the other's content
+                    one.write_bytes(mine[:HEADER_BYTES] + theirs[HEADER_BYTES:])
+                case _:
+                    planted = self.random.randbytes(32).hex()
+                    folder = self.files / LAYOUT / planted[:2]
+                    folder.mkdir(mode=0o700, exist_ok=True)
+                    (folder / f"{planted}.kv").write_bytes(theirs)
+        except FileNotFoundError:
+            return  # the server itself has taken it away
+        self.damaged += 1
+
     async def post(self, tenant: Tenant, path: str, body: dict[str, Any], status: int = 200) -> Any:
         answer = await tenant.client.post(path, json=body)
         assert answer.status_code == status, answer.text
         return answer.json()
 
 
+@pytest.mark.timeout(PATIENCE_SECONDS)
 @pytest.mark.parametrize("declared", [False, True], ids=["all private", "a public prefix"])
 async def test_nobody_reaches_or_feels_anybody_else(declared: bool) -> None:
     names = [f"tenant-{i}" for i in range(N_TENANTS)]
-    async with world(names, shape=PoolShape(16384, 64)) as at:
+    async with world(names, shape=PoolShape(16384, 64), check_every_step=EVERY_STEP) as at:
         if declared:
             at.state.public.add("house", SYSTEM["content"])
         await Strangers(at, seed=27148).run(N_OPERATIONS)
@@ -210,6 +277,21 @@ async def test_nobody_reaches_or_feels_anybody_else(declared: bool) -> None:
         n_public = len(rendered([SYSTEM])) - len("<|assistant|>")
         assert at.service.most_public_tokens == (n_public if declared else 0)
         assert len(spaces) == N_TENANTS
+        await at.service.verify()
+
+
+@pytest.mark.timeout(PATIENCE_SECONDS)
+async def test_hostile_files_in_the_disk_cache_change_no_answer(tmp_path: Path) -> None:
+    names = [f"tenant-{i}" for i in range(N_TENANTS)]
+    async with world(names, shape=PoolShape(2048, 32), ram_bytes=64 << 10, disk=tmp_path, check_every_step=EVERY_STEP) as at:
+        strangers = Strangers(at, seed=5, files=tmp_path)
+        await strangers.run(N_OPERATIONS)
+        assert at.service.foreign_hits == []
+        assert strangers.damaged > 0
+        disk = at.service.statistics().store.tiers[1]
+        assert disk.hit_tokens > 0, "what was not meddled with is used"
+        assert disk.damaged_blocks > 0, "and what was is noticed"
+        await at.service.verify()
 
 
 async def test_the_watch_sees_hits_on_others_where_everybody_shares() -> None:
@@ -218,7 +300,7 @@ async def test_the_watch_sees_hits_on_others_where_everybody_shares() -> None:
         for name in ("one", "two"):
             async with at.http(name) as client:
                 await client.post("/chat/completions", json={"messages": [SYSTEM, QUESTIONS[0]], "max_tokens": 2})
-        assert [request.tenant for request, *_ in at.service.foreign_hits] == ["two"]
+        assert [request.tenant for request, _ in at.service.foreign_hits] == ["two"]
 
 
 async def test_a_prompt_that_another_tenant_has_just_sent_is_as_cold_as_any() -> None:

@@ -8,7 +8,9 @@ route is made, and `install` puts the pieces together: bodies become components,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from enum import Enum
+from functools import cache
 from http import HTTPStatus
 from typing import Any, TypedDict
 
@@ -112,17 +114,17 @@ def complete(found: Json, *, admin: bool) -> Json:
         for operation in operations.values():
             responses: Json = operation["responses"]
             if responses.pop("422", None):
-                responses.setdefault("400", _error(400))
+                responses.setdefault("400", deepcopy(_error(400)))
             if is_open(path):
                 operation["security"] = []
                 continue
             operation["security"] = _KEYS
-            responses["401"] = _error(401)
+            responses["401"] = deepcopy(_error(401))
             if not admin and is_admins(path):
-                responses.setdefault("404", _error(404))
+                responses.setdefault("404", deepcopy(_error(404)))
             for code, response in responses.items():
                 if code >= "400":
-                    response["content"] = _error(int(code))["content"]
+                    response["content"] = deepcopy(_error(int(code))["content"])
     components["securitySchemes"] = _SCHEMES
     _hoist(found["paths"], schemas)
     return found
@@ -144,10 +146,12 @@ def _hoist(value: object, schemas: Json) -> None:
             _hoist(item, schemas)
 
 
+@cache
 def _schema(model: type[BaseModel], mode: JsonSchemaMode) -> Json:
     return model.model_json_schema(ref_template=_REF, mode=mode)
 
 
+@cache
 def _error(status: int) -> Json:
     return {"description": HTTPStatus(status).phrase, "content": {_JSON: {"schema": _schema(Error, "serialization")}}}
 
