@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from itertools import chain
 
 from pasture.cluster.values import ReplicaId
 
@@ -54,7 +55,7 @@ class Ring:
         """Everybody, each once, from the key's place onwards."""
         start = bisect_right(self._places, _place(key))
         seen: set[ReplicaId] = set()
-        for index in (*range(start, len(self._owners)), *range(start)):
+        for index in chain(range(start, len(self._owners)), range(start)):
             owner = self._owners[index]
             if owner not in seen:
                 seen.add(owner)

@@ -45,7 +45,7 @@ def test_shares_are_fair() -> None:
     assert min(shares) > 0.7 / 8
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(n=st.integers(2, 20), salt=st.text(max_size=4))
 def test_joining_and_leaving_move_at_most_one_and_a_half_shares(n: int, salt: str) -> None:
     few, many = [f"{salt}{name}" for name in names(n - 1)], [f"{salt}{name}" for name in names(n)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pasture.cluster.router import PullSeconds, Router, RouterSettings, never_pull
@@ -204,11 +204,12 @@ def test_a_prompt_without_blocks_goes_where_it_begins_soonest() -> None:
     assert placed(router, Placement((), 0)).replica == B
 
 
+@settings(max_examples=15, deadline=None)
 @given(n=st.integers(2, 12), left=st.integers(0, 11))
 def test_when_a_replica_leaves_or_joins_only_its_own_conversations_move(n: int, left: int) -> None:
     names = [ReplicaId(f"replica {number}") for number in range(n)]
     router = router_of(*names)
-    keys = [Placement((BlockKey(f"k{number}".encode()),), BLOCK_TOKENS) for number in range(300)]
+    keys = [Placement((BlockKey(f"k{number}".encode()),), BLOCK_TOKENS) for number in range(120)]
     before = [placed(router, key).replica for key in keys]
     gone = names[left % n]
     router.leave(gone)
