@@ -147,7 +147,9 @@ class Server:
         )
 
     def close(self, timeout_seconds: float) -> None:
-        """End the watcher and close the shelf, as far as they let themselves be closed in this time."""
+        """End the watcher and close the shelf, as far as they let themselves be closed in this time; once."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         deadline = self._clock() + timeout_seconds
         self._watcher.join(timeout_seconds)

@@ -7,7 +7,15 @@ import logging
 import pytest
 
 from pasture.tiers.pace import HALF_LIFE_SECONDS, SMALL_BYTES, Pace, Speed
-from pasture.tiers.trouble import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, QUIET_SECONDS, Circuit, Complaints
+from pasture.tiers.trouble import (
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    QUIET_SECONDS,
+    Breaker,
+    BreakerState,
+    Circuit,
+    Complaints,
+)
 
 
 class Clock:
@@ -36,6 +44,56 @@ def test_a_circuit_opens_for_longer_and_longer() -> None:
     circuit.failed()
     clock.seconds += FIRST_PAUSE_SECONDS
     assert circuit.allows, "a success makes it forget"
+
+
+def breaker(clock: Clock) -> Breaker:
+    """One that a probe has closed."""
+    breaker = Breaker(clock, tolerated=1, first_pause=1.0, longest_pause=3.0)
+    assert not breaker.closed, "nothing is known of it yet"
+    assert breaker.probe()
+    breaker.succeeded()
+    assert breaker.closed
+    return breaker
+
+
+def test_a_breaker_tolerates_one_late_answer_and_no_refusal() -> None:
+    for surely, n_failures in ((False, 2), (True, 1)):
+        it = breaker(Clock())
+        for _ in range(n_failures):
+            assert it.closed
+            it.failed(surely=surely)
+        assert it.state is BreakerState.OPEN
+        assert (it.openings, it.failures) == (1, n_failures)
+    it = breaker(Clock())
+    for _ in range(5):
+        it.failed(surely=False)
+        it.succeeded()
+    assert it.closed, "not in a row"
+
+
+def test_a_breaker_closes_by_a_probe_alone_and_probes_more_and_more_rarely() -> None:
+    clock = Clock()
+    it = breaker(clock)
+    it.failed(surely=True)
+    it.succeeded()
+    assert not it.closed, "what was asked before it opened proves nothing"
+    for pause in (1.0, 2.0, 3.0, 3.0):
+        clock.seconds += pause - 0.01
+        assert not it.probe()
+        clock.seconds += 0.02
+        assert it.probe()
+        assert it.state is BreakerState.HALF_OPEN
+        assert not it.probe(), "one at a time"
+        it.failed(surely=False)
+        assert it.state is BreakerState.OPEN
+    clock.seconds += 3.01
+    assert it.probe()
+    it.succeeded()
+    assert it.closed
+    assert it.openings == 1
+    it.failed(surely=True)
+    clock.seconds += 1.01
+    assert it.probe(), "the pauses begin anew"
 
 
 def test_complaints_are_made_once_a_kind_and_minute(caplog: pytest.LogCaptureFixture) -> None:
