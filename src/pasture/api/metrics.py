@@ -119,7 +119,6 @@ def _scheduler(scheduler: SchedulerStatistics) -> Iterator[Metric]:
     yield _gauge("pasture_prefill_budget_tokens", "Prompt tokens a step may compute", scheduler.prefill_budget_tokens)
     yield _gauge("pasture_prefill_tokens_per_second", "Measured", scheduler.prefill_tokens_per_second)
     yield _counter("pasture_layout_moves", "Moves to the other layout", scheduler.layout_moves_total)
-    yield _counter("pasture_cell_shifts", "Rewritings of the live cells in another form", scheduler.shifts_total)
     yield _counter("pasture_shifts", "Times the live cache was rewritten in another form", scheduler.shifts_total)
     yield _counter("pasture_invariant_failures", "Accounting errors found", scheduler.invariant_failures_total)
 
