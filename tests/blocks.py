@@ -36,14 +36,22 @@ def payload_of(address: Address, n_bytes: int) -> Bytes:
     return np.random.default_rng(list(address.key)).integers(0, 256, n_bytes, np.uint8)
 
 
-def block_at(address: Address, tokens: array[int], n_bytes: int = 1000, *, form: Form = Form.RAW, whole: bool = False) -> Block:
+def block_at(
+    address: Address,
+    tokens: array[int],
+    n_bytes: int = 1000,
+    *,
+    form: Form = Form.RAW,
+    whole: bool = False,
+    owner: BlockKey | None = None,
+) -> Block:
     """The block of `address` in the conversation `tokens`."""
-    return Block(address, tokens[address.p0 : address.p1], form, payload_of(address, n_bytes), whole)
+    return Block(address, tokens[address.p0 : address.p1], form, payload_of(address, n_bytes), whole, owner)
 
 
 def blocks(tokens: array[int], n_bytes: int = 1000, namespace: str = "default") -> Iterator[Block]:
     for address in path(tokens, namespace):
-        yield block_at(address, tokens, n_bytes)
+        yield block_at(address, tokens, n_bytes, owner=root(namespace))
 
 
 def leading(tier: SlowTier, path: Sequence[Address]) -> int:
@@ -58,5 +66,6 @@ def same(found: Block | None, expected: Block) -> bool:
         and found.tokens == expected.tokens
         and found.form is expected.form
         and found.whole is expected.whole
+        and found.owner == expected.owner
         and np.array_equal(found.payload, expected.payload)
     )

@@ -22,6 +22,7 @@ import xxhash
 from pasture.tiers.block import Block
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.disk_cache import DiskCache
+from pasture.tiers.disk_files import LAYOUT
 from pasture.tiers.sealed import SealedWire
 from pasture.tiers.wire import CHECKED_BYTES, HEADER_BYTES, PlainWire, Wire
 from tests.blocks import blocks, conversation, leading, path, same
@@ -190,7 +191,7 @@ def test_a_thousand_damaged_files_are_misses(tmp_path: Path, wire: Wire, caplog:
 
     def place(block: Block) -> Path:
         name = wire.name(block.address.key).hex()
-        return tmp_path / "cache" / "v1" / name[:2] / f"{name}.kv"
+        return tmp_path / "cache" / LAYOUT / name[:2] / f"{name}.kv"
 
     for number in range(N_DAMAGES // 2):
         block, other = rng.sample(stored, 2)

@@ -33,8 +33,9 @@ def any_block(draw: st.DrawFn) -> Block:
     parent = BlockKey(draw(st.binary(min_size=32, max_size=32)))
     p0 = BLOCK_TOKENS * draw(st.integers(0, (1 << 24)))
     payload = np.frombuffer(draw(st.binary(max_size=500)), np.uint8)
+    owner = draw(st.none() | st.builds(BlockKey, st.binary(min_size=32, max_size=32).filter(any)))
     address = Address(child_key(parent, tokens), parent, p0, p0 + len(tokens))
-    return Block(address, tokens, draw(st.sampled_from(Form)), payload, draw(st.booleans()))
+    return Block(address, tokens, draw(st.sampled_from(Form)), payload, draw(st.booleans()), owner)
 
 
 def encoded(wire: Wire, block: Block) -> Bytes:
@@ -93,7 +94,7 @@ class Mutator:
             data[start : start + rng.randrange(1, 64)] = rng.randbytes(rng.randrange(64))
         else:
             for _ in range(rng.randrange(1, 4)):
-                field = rng.choice((0, 8, 10, 11, 12, 16, 20, 24, 32, 64, 96, 112, len(data) - 8))
+                field = rng.choice((0, 8, 10, 11, 12, 16, 20, 24, 32, 64, 96, 112, 128, 144, len(data) - 8))
                 offset = min(len(data) - 1, field + rng.randrange(8))
                 data[offset] = rng.choice((0, 1, 2, 63, 64, 65, 127, 128, 255, rng.randrange(256)))
         if len(data) > HEADER_BYTES and rng.random() < 0.7:  # somebody who can compute a checksum

@@ -1,6 +1,7 @@
 """Random use of a disk cache by two servers, with restarts and damage in between, against what was put into it.
 
-Whatever comes back must be what was put; what is promised must be there unless somebody took it; the budget holds.
+Whatever comes back must be what was put; what is promised must be there unless somebody took it; the budget holds, and one
+owner's limit.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from pasture.core.values import Allowance
 from pasture.tiers.block import Block
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.sealed import SealedWire
 from pasture.tiers.wire import Wire
-from tests.blocks import block_at, conversation, leading, path, same
+from tests.blocks import block_at, conversation, leading, path, root, same
 
 BUDGET_BYTES = 12_000
+LIMIT_BYTES = 5_000
+"""of the second namespace, once it has one"""
 LENGTHS = (1, 63, 64, 65, 128, 150, 200)
 NAMESPACES = ("one", "two")
 
@@ -40,12 +44,14 @@ class DiskMachine(RuleBasedStateMachine):
         self.tiers = [self._open(), self._open()]
 
     def _open(self) -> DiskTier:
-        return DiskTier(self.directory, BUDGET_BYTES, wire=self.wire, clock=lambda: self.now, now=lambda: self.now)
+        tier = DiskTier(self.directory, BUDGET_BYTES, wire=self.wire, clock=lambda: self.now, now=lambda: self.now)
+        tier.allow(root("two"), Allowance(disk_bytes=LIMIT_BYTES))
+        return tier
 
     def _blocks(self, seed: int, length: int, namespace: str) -> list[Block]:
         """Conversations that begin with the same tokens where their seeds are equal modulo two."""
         tokens = (conversation(seed % 2, 64) + conversation(10 + seed, 200))[:length]
-        return [block_at(address, tokens, 500) for address in path(tokens, namespace)]
+        return [block_at(address, tokens, 500, owner=root(namespace)) for address in path(tokens, namespace)]
 
     @rule(tier=tiers, seed=seeds, length=lengths, namespace=namespaces)
     def put(self, tier: int, seed: int, length: int, namespace: str) -> None:
@@ -87,6 +93,8 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((0.5, 5.0, 100.0)))
     def wait(self, seconds: float) -> None:
         self.now += seconds
+        for tier in self.tiers:
+            tier.allow(root("two"), Allowance(disk_bytes=LIMIT_BYTES))
 
     damaged = False
 
@@ -117,6 +125,9 @@ class DiskMachine(RuleBasedStateMachine):
         assert len(counted) == 1, "both see the same"
         assert on_disk <= counted.pop() <= BUDGET_BYTES if self.damaged else {on_disk} == counted
         assert all(tier.statistics().errors == 0 for tier in self.tiers)
+        held = self.tiers[0].bytes_by_owner()
+        assert sum(held.values()) == self.tiers[0].statistics().bytes
+        assert held.get(root("two"), 0) <= LIMIT_BYTES
 
     def _files(self) -> list[Path]:
         return sorted(self.directory.rglob("*.kv"))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from pasture.core.storage import BLOCK_TOKENS, Pin
-from pasture.core.values import Namespace
+from pasture.core.values import Allowance, Namespace
 from pasture.foresight.policies import POLICIES
 from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, ladder
 from pasture.tiers.entries import size_of
@@ -146,6 +146,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def trim(self) -> None:
         self.memory.trim()
+
+    @rule(name=NAMES, limit=st.sampled_from([None, 3, 20]), share=st.sampled_from([None, 0.0, 0.6]))
+    def allow(self, name: Namespace, limit: int | None, share: float | None) -> None:
+        n_bytes = None if limit is None else limit * self.budget // 8
+        self.store.allow(name, Allowance(ram_bytes=n_bytes, guaranteed_share=share))
 
     # The slow tier
 

@@ -53,6 +53,10 @@ class Shares(Generic[O]):
         if before is None or before.allowance != allowance or now >= self._look_at:
             self._look(now)
 
+    def knows(self, owner: O) -> bool:
+        """Whether the owner has asked for something lately."""
+        return owner in self._known
+
     def limit(self, owner: O) -> int | None:
         """What the owner may hold at most; None: no limit of its own."""
         known = self._known.get(owner)

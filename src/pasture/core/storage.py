@@ -18,7 +18,7 @@ from typing import NewType, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pasture.core.values import Form, Kind, Namespace, Slab, Transfer
+from pasture.core.values import Allowance, Form, Kind, Namespace, Slab, Transfer
 
 Bytes = NDArray[np.uint8]
 """a flat buffer, read only by agreement"""
@@ -89,6 +89,10 @@ class Store(Protocol):
 
     def arrived(self, namespace: Namespace, tokens: array[int]) -> None:
         """A request with this prompt begins, whatever it will find: this is what the future is guessed from."""
+        ...
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        """Somebody of this namespace asks for something, under these terms: what it may hold below the live cache."""
         ...
 
     def finished(self, namespace: Namespace, tokens: array[int], kind: Kind) -> None:

@@ -93,6 +93,7 @@ class Scheduler:
         request = task.request
         self._tasks[request.request_id] = task
         self.pool.evictor.shares.allow(request.namespace, request.allowance)
+        self.resting.store.allow(request.namespace, request.allowance)
         self.waiting.push(task)
         self.accounts.submitted += 1
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
-from pasture.core.storage import Bytes
+from pasture.core.storage import BlockKey, Bytes
 from pasture.core.values import Form
 from pasture.tiers.keys import Address
 
@@ -24,6 +24,8 @@ class Block:
     payload: Bytes
     """what `SlabCodec.pack` or `squeeze` gave, or (LOSSLESS) a tier's compression of it"""
     whole: bool = False
+    owner: BlockKey | None = None
+    """the root of its chain: whose account it is on, which nothing but accounts goes by; None: on nobody's"""
 
     @property
     def n_bytes(self) -> int:

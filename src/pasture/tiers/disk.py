@@ -3,9 +3,9 @@
     SlowTier calls ─► circuits (a failing disk is left alone) ─► wire (bytes, perhaps encrypted) ─► DiskCache (files, index)
 
 Owns the policy: what a failure means (a miss, or a write that is skipped, with one warning), when to make room, what counts as
-used, how fast the disk is. The budget is that of the directory, whoever writes to it: totals are in the shared index. Nothing
-read from disk is trusted: `Wire.decode` verifies it, and the address must be the one that was asked for. Background threads
-call it, several at once.
+used, how fast the disk is, what each owner may have. The budget is that of the directory, whoever writes to it: totals are in
+the shared index. Nothing read from disk is trusted: `Wire.decode` verifies it, and the address must be the one that was asked
+for. Background threads call it, several at once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
+from pasture.core.shares import Shares
 from pasture.core.storage import BlockKey, TierStatistics
-from pasture.core.values import Form
+from pasture.core.values import Allowance, Form
 from pasture.tiers.block import Block
 from pasture.tiers.disk_cache import DiskCache
 from pasture.tiers.disk_files import USUAL, private_directory
@@ -27,7 +28,7 @@ from pasture.tiers.disk_rows import Row
 from pasture.tiers.keys import Address
 from pasture.tiers.pace import Pace, Speed
 from pasture.tiers.trouble import Circuit, Complaints
-from pasture.tiers.wire import HEADER_BYTES, BadBlock, Header, PlainWire, Wire
+from pasture.tiers.wire import HEADER_BYTES, NOBODY, BadBlock, Header, PlainWire, Wire
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class DiskTier:
         self._used: dict[bytes, int] = {}
         self._used_since = clock()
         self._totals: Mapping[Form, tuple[int, int]] = {}
+        self._shares: Shares[bytes] = Shares(_disk_bytes, clock)
         self._pace = Pace(self._start(), clock)
 
     @property
@@ -133,9 +135,26 @@ class DiskTier:
             self._count(in_flight=-n_bytes)
         return True
 
+    def allow(self, owner: BlockKey, allowance: Allowance) -> None:
+        """The owner asks for something, under these terms. Any thread; at once."""
+        name = self._wire.name(owner)
+        with self._lock:
+            self._shares.allow(name, allowance)
+
+    def bytes_by_owner(self) -> Mapping[bytes, int]:
+        """What is on whose account, by the owners' names. Raises IndexUnavailable."""
+        return self._cache.index.bytes_by_owner()
+
     def remove(self, key: BlockKey) -> None:
         try:
             self._cache.discard(self._wire.name(key))
+        except _FAILURES as error:
+            self._failed(self._writes, "be written", error)
+
+    def expire(self, unused_seconds: float) -> None:
+        try:
+            self._enter_uses()
+            self._count(evicted=len(self._cache.evict(0, used_before=self._now() - unused_seconds)))
         except _FAILURES as error:
             self._failed(self._writes, "be written", error)
 
@@ -181,6 +200,9 @@ class DiskTier:
         try:
             files.create()
             self._cache.settle(self._now())
+            for owner in self.bytes_by_owner():
+                if owner != NOBODY:
+                    self._shares.allow(owner, Allowance())  # until it says otherwise, so that others begin no sooner than it
             self._make_room(0)
             return files.probe()
         except _FAILURES as error:
@@ -223,6 +245,8 @@ class DiskTier:
             self._complaints.about("size", f"a block of {n_bytes} bytes is larger than the disk cache's budget and is not kept")
             return False
         self._enter_uses()
+        if block.owner is not None and not self._keep_within(self._wire.name(block.owner), n_bytes):
+            return False
         self._make_room(n_bytes)
         self._cache.add(head, payload, self._now())
         self._count(written=n_bytes)
@@ -233,7 +257,24 @@ class DiskTier:
         self._totals = self._cache.index.totals()
         if sum(size for _, size in self._totals.values()) + n_bytes > self._budget_bytes:
             target = min(int(LOW_WATERMARK * self._budget_bytes), self._budget_bytes - n_bytes)
-            self._count(evicted=len(self._cache.evict(target)))
+            self._count(evicted=len(self._cache.evict(target, guaranteed=self._guaranteed)))
+
+    def _keep_within(self, owner: bytes, n_bytes: int) -> bool:
+        """Evict what is coldest on its account where `n_bytes` more would exceed its limit; False for more than that."""
+        with self._lock:
+            limit = self._shares.limit(owner)
+        if limit is None:
+            return True
+        if n_bytes > limit:
+            return False
+        if self.bytes_by_owner().get(owner, 0) + n_bytes > limit:
+            target = min(int(LOW_WATERMARK * limit), limit - n_bytes)
+            self._count(evicted=len(self._cache.evict_owner(owner, target)))
+        return True
+
+    def _guaranteed(self, owner: bytes) -> int:
+        with self._lock:
+            return self._shares.guaranteed(owner, self._budget_bytes)
 
     def _note_use(self, name: bytes, *, hits: int) -> None:
         """Remember a use for the index; enters all of them when it is time."""
@@ -270,7 +311,13 @@ class DiskTier:
                 self._counts[name] += increment
 
 
+def _disk_bytes(allowance: Allowance) -> int | None:
+    return allowance.disk_bytes
+
+
 def _header(row: Row, section: bytes) -> Header:
     """The header of the row's file."""
     n_payload_bytes = max(0, row.n_bytes - HEADER_BYTES - len(section))
-    return Header(row.form, row.whole, row.sealed, row.p0, row.p1, len(section), n_payload_bytes, row.name, row.parent)
+    return Header(
+        row.form, row.whole, row.sealed, row.p0, row.p1, len(section), n_payload_bytes, row.name, row.parent, row.owner
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from pasture.core.storage import Bytes
 from pasture.tiers.disk_files import BlockFiles, FileFacts
 from pasture.tiers.disk_index import DiskIndex, IndexUnavailable
-from pasture.tiers.disk_rows import Row, tick
+from pasture.tiers.disk_rows import Guaranteed, Row, tick
 from pasture.tiers.wire import BadBlock, Header, PlainWire, Wire, parts, read_header
 
 NOTHING = -1
@@ -64,9 +64,17 @@ class DiskCache:
         finally:
             self.files.remove(name)
 
-    def evict(self, target_bytes: int, *, used_before: float | None = None) -> list[Row]:
+    def evict(
+        self, target_bytes: int, *, used_before: float | None = None, guaranteed: Guaranteed = lambda owner: 0
+    ) -> list[Row]:
         """Take blocks away until at most `target_bytes` are left, least recently used first; see `DiskIndex.evict`."""
-        evicted = self.index.evict(target_bytes, used_before=used_before)
+        return self._removed(self.index.evict(target_bytes, used_before=used_before, guaranteed=guaranteed))
+
+    def evict_owner(self, owner: bytes, target_bytes: int) -> list[Row]:
+        """The same for what is on one account."""
+        return self._removed(self.index.evict_owner(owner, target_bytes))
+
+    def _removed(self, evicted: list[Row]) -> list[Row]:
         for row in evicted:
             self.files.remove(row.name)
         return evicted
@@ -145,4 +153,5 @@ def _row(header: Header, section: bytes, written: float) -> Row:
         written=written,
         last_used=tick(written),
         hits=0,
+        owner=header.owner,
     )

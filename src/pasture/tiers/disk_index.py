@@ -32,8 +32,11 @@ from pasture.tiers.disk_rows import (
     SCHEMA,
     SCHEMA_VERSION,
     TOUCHED,
+    Guaranteed,
     Row,
+    bytes_by_owner,
     evict_rows,
+    evict_rows_of,
     insert_row,
     rows_of,
     touch_paths,
@@ -109,6 +112,10 @@ class DiskIndex:
         found = self._ask("SELECT form, n_blocks, n_bytes FROM totals WHERE n_blocks > 0")
         return {FORMS[form]: (n_blocks, n_bytes) for form, n_blocks, n_bytes in found if form in FORMS}
 
+    def bytes_by_owner(self) -> Mapping[bytes, int]:
+        """What is on whose account."""
+        return self._do(bytes_by_owner)
+
     def _ask(self, question: str, *values: bytes | int) -> list[tuple[Any, ...]]:
         return self._do(lambda db: db.execute(question, values).fetchall())
 
@@ -127,12 +134,19 @@ class DiskIndex:
         """Strike out what is not there any more."""
         self._change(lambda db: db.executemany("DELETE FROM blocks WHERE name = ?", [(name,) for name in names]))
 
-    def evict(self, target_bytes: int, *, used_before: float | None = None) -> list[Row]:
+    def evict(
+        self, target_bytes: int, *, used_before: float | None = None, guaranteed: Guaranteed = lambda owner: 0
+    ) -> list[Row]:
         """Strike out least recently used blocks, deepest first, until at most `target_bytes` are left; the caller deletes them.
 
-        With `used_before` (seconds since the epoch), only blocks that were not used since then.
+        With `used_before` (seconds since the epoch), only blocks that were not used since then. What an owner is guaranteed
+        stays while somebody else holds more.
         """
-        return self._change(lambda db: list(evict_rows(db, target_bytes, used_before)))
+        return self._change(lambda db: list(evict_rows(db, target_bytes, used_before, guaranteed)))
+
+    def evict_owner(self, owner: bytes, target_bytes: int) -> list[Row]:
+        """The same until at most `target_bytes` are left on this owner's account."""
+        return self._change(lambda db: list(evict_rows_of(db, owner, target_bytes)))
 
     def reconcile(self, files: Mapping[bytes, int], read: Callable[[bytes], Row | None]) -> tuple[int, int]:
         """Make the index agree with the files there are (name -> bytes); (blocks added, blocks struck out).
@@ -149,6 +163,8 @@ class DiskIndex:
                 _add(db, row)
             db.execute("DELETE FROM totals")
             db.execute("INSERT INTO totals SELECT form, count(*), sum(n_bytes) FROM blocks GROUP BY form")
+            db.execute("DELETE FROM owners")
+            db.execute("INSERT INTO owners SELECT owner, sum(n_bytes) FROM blocks GROUP BY owner")
 
         self._change(work)
         return len(new), len(gone)

@@ -1,13 +1,13 @@
 """One block as the index of a cache directory knows it, and the SQL that belongs to it.
 
 Values that come out of the database are checked, because its file may have been changed by anybody who could also change a
-block's. Totals are kept by triggers. Functions on a connection; transactions are the caller's.
+block's. Totals, of all and of each owner, are kept by triggers. Functions on a connection; transactions are the caller's.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pasture.core.storage import BLOCK_TOKENS
@@ -19,25 +19,30 @@ EVICT_ROWS = 64
 TICK_SECONDS = 2.0
 """times of use are kept this coarsely: within a tick a path needs to be touched once only, and its end is evicted first"""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE blocks (
     name BLOB PRIMARY KEY, parent BLOB NOT NULL, p0 INTEGER NOT NULL, p1 INTEGER NOT NULL, form TEXT NOT NULL,
     whole INTEGER NOT NULL, sealed INTEGER NOT NULL, n_bytes INTEGER NOT NULL, tokens BLOB,
-    written REAL NOT NULL, last_used REAL NOT NULL, hits INTEGER NOT NULL
+    written REAL NOT NULL, last_used REAL NOT NULL, hits INTEGER NOT NULL, owner BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX by_age ON blocks (last_used, p1);
+CREATE INDEX by_owner ON blocks (owner, last_used, p1);
 CREATE INDEX by_parent ON blocks (parent);
 CREATE TABLE totals (form TEXT PRIMARY KEY, n_blocks INTEGER NOT NULL, n_bytes INTEGER NOT NULL);
+CREATE TABLE owners (owner BLOB PRIMARY KEY, n_bytes INTEGER NOT NULL);
 CREATE TRIGGER count_in AFTER INSERT ON blocks BEGIN
     INSERT INTO totals VALUES (new.form, 1, new.n_bytes)
     ON CONFLICT (form) DO UPDATE SET n_blocks = n_blocks + 1, n_bytes = n_bytes + excluded.n_bytes;
+    INSERT INTO owners VALUES (new.owner, new.n_bytes)
+    ON CONFLICT (owner) DO UPDATE SET n_bytes = n_bytes + excluded.n_bytes;
 END;
 CREATE TRIGGER count_out AFTER DELETE ON blocks BEGIN
     UPDATE totals SET n_blocks = n_blocks - 1, n_bytes = n_bytes - old.n_bytes WHERE form = old.form;
+    UPDATE owners SET n_bytes = n_bytes - old.n_bytes WHERE owner = old.owner;
 END;
 """
-COLUMNS = "name, parent, p0, p1, form, whole, sealed, n_bytes, tokens, written, last_used, hits"
+COLUMNS = "name, parent, p0, p1, form, whole, sealed, n_bytes, tokens, written, last_used, hits, owner"
 TOUCH_PATHS = """
 WITH RECURSIVE path (name) AS (
     SELECT name FROM touched
@@ -49,6 +54,8 @@ UPDATE blocks SET last_used = :now WHERE name IN path AND last_used < :now
 """
 TOUCHED = "CREATE TEMP TABLE touched (name BLOB PRIMARY KEY, hits INTEGER NOT NULL)"
 """every connection's own"""
+Guaranteed = Callable[[bytes], int]
+"""owner -> bytes that others cannot push it below"""
 FORMS = {form.value: form for form in Form}
 
 
@@ -72,6 +79,8 @@ class Row:
     last_used: float
     """the beginning of a tick"""
     hits: int
+    owner: bytes
+    """the name of whose account it is on"""
 
     @property
     def used(self) -> float:
@@ -81,7 +90,7 @@ class Row:
 
 def insert_row(db: sqlite3.Connection, row: Row) -> None:
     db.execute(
-        f"INSERT OR REPLACE INTO blocks ({COLUMNS}) VALUES ({','.join('?' * 12)})",
+        f"INSERT OR REPLACE INTO blocks ({COLUMNS}) VALUES ({','.join('?' * 13)})",
         (
             row.name,
             row.parent,
@@ -95,6 +104,7 @@ def insert_row(db: sqlite3.Connection, row: Row) -> None:
             row.written,
             row.last_used,
             row.hits,
+            row.owner,
         ),
     )
 
@@ -126,20 +136,58 @@ def with_paths_used(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def evict_rows(db: sqlite3.Connection, target_bytes: int, used_before: float | None) -> Iterator[Row]:
-    left = db.execute("SELECT coalesce(sum(n_bytes), 0) FROM totals").fetchone()[0]
-    question = f"SELECT {COLUMNS} FROM blocks WHERE last_used < ? ORDER BY last_used, p1 DESC LIMIT ?"
+def bytes_by_owner(db: sqlite3.Connection) -> dict[bytes, int]:
+    """What is on whose account."""
+    return dict(db.execute("SELECT owner, n_bytes FROM owners WHERE n_bytes > 0"))
+
+
+def evict_rows(db: sqlite3.Connection, target_bytes: int, used_before: float | None, guaranteed: Guaranteed) -> Iterator[Row]:
+    """Delete rows, least recently used first, of owners that hold more than they are guaranteed while there are any."""
+    held = bytes_by_owner(db)
+    left = sum(held.values())
     while left > target_bytes:
-        found = db.execute(question, (float("inf") if used_before is None else used_before, EVICT_ROWS)).fetchall()
+        beyond = [owner for owner, n_bytes in held.items() if n_bytes > guaranteed(owner)]
+        found = _coldest(db, beyond or list(held), used_before)
+        if not found and beyond:
+            beyond = []
+            found = _coldest(db, list(held), used_before)
         if not found:
             return
-        for values in found:
+        for row in found:
             if left <= target_bytes:
                 return
-            db.execute("DELETE FROM blocks WHERE name = ?", values[:1])
-            if (row := row_of(values)) is not None:
+            if not beyond or held[row.owner] > guaranteed(row.owner):
+                db.execute("DELETE FROM blocks WHERE name = ?", (row.name,))
+                held[row.owner] -= row.n_bytes
                 left -= row.n_bytes
                 yield row
+
+
+def evict_rows_of(db: sqlite3.Connection, owner: bytes, target_bytes: int) -> Iterator[Row]:
+    """The same for what is on one account."""
+    left = bytes_by_owner(db).get(owner, 0)
+    while left > target_bytes and (found := _coldest(db, [owner], None)):
+        for row in found:
+            if left <= target_bytes:
+                return
+            db.execute("DELETE FROM blocks WHERE name = ?", (row.name,))
+            left -= row.n_bytes
+            yield row
+
+
+def _coldest(db: sqlite3.Connection, owners: Sequence[bytes], used_before: float | None) -> list[Row]:
+    """The least recently used rows of these owners, deepest first; rows that make no sense are struck out on the way."""
+    question = f"SELECT {COLUMNS} FROM blocks WHERE owner = ? AND last_used < ? ORDER BY last_used, p1 DESC LIMIT ?"
+    before = float("inf") if used_before is None else used_before
+    found: list[Row] = []
+    for owner in owners:
+        for values in db.execute(question, (owner, before, EVICT_ROWS)).fetchall():
+            if (row := row_of(values)) is not None:
+                found.append(row)
+            else:
+                db.execute("DELETE FROM blocks WHERE name = ?", values[:1])
+    found.sort(key=lambda row: (row.last_used, -row.p1))
+    return found[:EVICT_ROWS]
 
 
 def rows_of(found: Iterable[tuple[object, ...]]) -> list[Row]:
@@ -148,13 +196,17 @@ def rows_of(found: Iterable[tuple[object, ...]]) -> list[Row]:
 
 def row_of(values: tuple[object, ...]) -> Row | None:
     """None for values that we would never have written: they may have been changed in the file."""
-    name, parent, p0, p1, form, whole, sealed, n_bytes, tokens, written, last_used, hits = values
+    name, parent, p0, p1, form, whole, sealed, n_bytes, tokens, written, last_used, hits, owner = values
     if not (isinstance(name, bytes) and len(name) == KEY_BYTES and isinstance(parent, bytes) and len(parent) == KEY_BYTES):
         return None
     if not (isinstance(p0, int) and isinstance(p1, int) and isinstance(n_bytes, int) and isinstance(hits, int)):
         return None
     if not (isinstance(written, float) and isinstance(last_used, float) and isinstance(tokens, bytes | None)):
         return None
+    if not (isinstance(owner, bytes) and len(owner) == KEY_BYTES):
+        return None
     if not 0 <= p0 < p1 <= p0 + BLOCK_TOKENS or n_bytes < 0 or form not in FORMS:
         return None
-    return Row(name, parent, p0, p1, FORMS[str(form)], bool(whole), bool(sealed), n_bytes, tokens, written, last_used, hits)
+    return Row(
+        name, parent, p0, p1, FORMS[str(form)], bool(whole), bool(sealed), n_bytes, tokens, written, last_used, hits, owner
+    )

@@ -29,10 +29,12 @@ BLOCK_OVERHEAD_BYTES = 1536
 class Entry:
     """A block in RAM and its standing."""
 
-    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "pins", "size", "stage")
+    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "owner", "pins", "size", "stage")
 
     def __init__(self, block: Block) -> None:
         self.block = block
+        self.owner = block.owner
+        """whose account it is on, from beginning to end"""
         self.size = size_of(block)
         """what it costs in RAM"""
         self.last_used = 0
@@ -54,7 +56,7 @@ class Entry:
     def empty(self) -> Block:
         """Let go of the block, which a heap or a pin would otherwise keep alive; returns it."""
         block, self.gone = self.block, True
-        self.block = Block(block.address, block.tokens, block.form, _NO_BYTES, block.whole)
+        self.block = Block(block.address, block.tokens, block.form, _NO_BYTES, block.whole, block.owner)
         return block
 
 

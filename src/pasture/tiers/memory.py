@@ -4,8 +4,9 @@
                           where a prompt parts from a stored block midway, the block serves as far as they agree
     indivisible models    checkpoints: a whole state [0, p1) under the address of the block in which p1 ends, usable alone
 
-Invariants: `used_bytes` is the sum of the entries' sizes, and at most the budget but for what is pinned; a pinned block stays;
-a block goes only when nothing in RAM hangs from it; a short block that a longer sibling begins with is not kept beside it.
+Invariants: `used_bytes` is the sum of the entries' sizes, and at most the budget but for what is pinned; the same holds for an
+owner's account and its limit; a pinned block stays; a block goes only when nothing in RAM hangs from it; a short block that a
+longer sibling begins with is not kept beside it.
 
 Knows nothing of engines, files or costs. Every public method takes the one lock for microseconds a block and does no I/O, so
 any thread may call. Blocks leave as the immutable values they are; their payloads are freed outside the lock.
@@ -15,17 +16,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pasture.core.errors import InvariantBroken
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, TierStatistics
-from pasture.core.values import Form, Kind
+from pasture.core.values import Allowance, Form, Kind
 from pasture.tiers.aheads import Aheads
 from pasture.tiers.block import Block
 from pasture.tiers.entries import Entry, LazyHeap, SortKey, size_of
-from pasture.tiers.eviction import EvictionPolicy, PolicyMaker, least_recently_used
+from pasture.tiers.eviction import PolicyMaker, least_recently_used
 from pasture.tiers.index import BlockIndex
 from pasture.tiers.keys import Address
+from pasture.tiers.owners import Owner, Owners
 from pasture.tiers.trail import Trail
 from pasture.tiers.unwritten import Lines, Unwritten
 
@@ -76,7 +78,7 @@ class MemoryTier:
         self._squeeze_stages = squeeze_stages
         self._lock = threading.Lock()
         self._index = BlockIndex(divisible=divisible)
-        self._policy: EvictionPolicy = policy(self._evictable)
+        self._owners = Owners(policy, self._evictable)
         self._squeezable: LazyHeap[Entry] = LazyHeap(coldest_first, self._can_be_squeezed)
         self._lines = Lines(n_writers)
         self._tick = 0
@@ -97,18 +99,25 @@ class MemoryTier:
         """A request with this prompt begins."""
         path = [trail[index].key for index in range(trail.n_blocks)]
         with self._lock:
-            self._policy.arrived(path)
+            self._owners.arrived(trail.owner, path)
 
     def finished(self, trail: Trail, kind: Kind) -> None:
         """A request has ended with these tokens, its reply included, and `kind` is expected next."""
         path = [trail[index].key for index in range(trail.n_blocks)]
         with self._lock:
-            self._policy.finished(path, kind)
+            self._owners.finished(trail.owner, path, kind)
+
+    def allow(self, owner: BlockKey, allowance: Allowance) -> None:
+        """The owner asks for something, under these terms; evicts at once what they do not allow any more."""
+        freed: list[Block] = []
+        with self._lock:
+            self._owners.shares.allow(owner, allowance)
+            self._keep_within(owner, 0, freed)
 
     def expected(self, keys: Sequence[BlockKey]) -> list[float]:
         """Uses a second that the policy expects of each block; nothing of what is here already."""
         with self._lock:
-            return [0.0 if key in self._index else self._policy.expects(key) for key in keys]
+            return [0.0 if key in self._index else self._owners.expects(key) for key in keys]
 
     # Looking
 
@@ -124,7 +133,7 @@ class MemoryTier:
             if found is None:
                 return ()
             self._touch(trail, found)
-            self._policy.used(found)
+            self._owners.used(found)
             return tuple(entry.block for entry in found)
 
     def missing(self, trail: Trail, p0: int, p1: int, *, use: bool = False) -> list[Address]:
@@ -137,7 +146,7 @@ class MemoryTier:
             if use:
                 there = [entry for _, entry in places if entry is not None]
                 self._touch(trail, there)
-                self._policy.used(there)
+                self._owners.used(there)
             return [address for address, entry in places if entry is None]
 
     def __contains__(self, key: BlockKey) -> bool:
@@ -199,6 +208,24 @@ class MemoryTier:
                 self._damaged_blocks += 1
                 self._remove(entry)
 
+    @property
+    def tick(self) -> int:
+        """Of the last use so far."""
+        with self._lock:
+            return self._tick
+
+    def drop_unused(self, tick: int) -> int:
+        """Drop what was not used since `tick`, unless it is pinned, waits to be written, or something used hangs from it."""
+        n_dropped = 0
+        with self._lock:
+            old = [entry for entry in self._index.values() if entry.last_used <= tick and not self._lines.lack(entry)]
+            for entry in sorted(old, key=lambda entry: -entry.block.address.p1):  # what hangs from others goes before them
+                if self._evictable(entry):
+                    self._remove(entry)
+                    n_dropped += 1
+            self._evicted_blocks += n_dropped
+        return n_dropped
+
     # Pins
 
     def pin(self, trail: Trail) -> MemoryPin:
@@ -213,6 +240,7 @@ class MemoryTier:
         """Let go; what only pins kept above the budget is evicted at once."""
         freed: list[Block] = []
         with self._lock:
+            let_go = {entry.owner for entry in entries}
             for entry in entries:
                 entry.pins -= 1
                 if entry.pins or entry.gone:
@@ -221,7 +249,9 @@ class MemoryTier:
                 if entry.doomed:
                     freed.append(self._remove(entry))
                 else:
-                    self._policy.offered(entry)
+                    self._owners.offered(entry)
+            for owner in let_go:
+                self._keep_within(owner, 0, freed)
             self._evict_to(self._budget_bytes, freed)
 
     # Room
@@ -280,9 +310,11 @@ class MemoryTier:
             entry = self._index.get(old.address.key)
             if entry is None or entry.block is not old:
                 return False
+            before = entry.size
             self._account(entry, -1)
             entry.put(new)
             self._account(entry, 1)
+            self._owners.account(entry.owner, entry.size - before)
             entry.stage = stage
             if self._can_be_squeezed(entry):
                 self._squeezable.push(entry)
@@ -322,6 +354,7 @@ class MemoryTier:
                 ("bytes", self._bytes == sum(entry.size for entry in entries)),
                 ("bytes by form", self._bytes == sum(self._bytes_by_form.values())),
                 ("pinned bytes", self._pinned_bytes == sum(entry.size for entry in entries if entry.pins)),
+                ("owners' bytes", self._owners.bytes == _by_owner(entries)),
                 ("links", self._index.check()),
                 ("budget", self._taken() <= self._budget_bytes or not any(map(self._evictable, entries))),
                 ("unwritten", self._lines.check({entry.block.address.key: entry for entry in entries})),
@@ -354,7 +387,8 @@ class MemoryTier:
         entry = Entry(block)
         self._index.n_children[parent] += 1  # from here on the parent is no leaf, so it stays while room is made
         room = int(HIGH_WATER * self._budget_bytes) if ahead else self._budget_bytes  # so that no trim follows
-        fits = entry.size <= room and self._evict_to(room - entry.size, freed, None if force else entry)
+        fits = self._keep_within(block.owner, entry.size, freed) and entry.size <= room
+        fits = fits and self._evict_to(room - entry.size, freed, None if force else entry)
         if not fits and not force:
             self._leaf_again(self._index.lose_child(parent))
             return None
@@ -368,10 +402,10 @@ class MemoryTier:
             entry.last_used = self._tick
         self._index.add(entry)
         self._account(entry, 1)
-        self._policy.entered(entry)
+        self._owners.entered(entry)
         self._written_bytes += block.n_bytes
         self._lines.entered(entry, source)
-        self._policy.offered(entry)
+        self._owners.offered(entry)
         if self._can_be_squeezed(entry):
             self._squeezable.push(entry)
         return entry
@@ -400,13 +434,13 @@ class MemoryTier:
         self._lines.left(entry)
         self.aheads.leave(entry.block.address.key)
         self._account(entry, -1)
-        self._policy.removed(entry)
+        self._owners.removed(entry)
         self._leaf_again(self._index.remove(entry))
         return entry.empty()
 
     def _leaf_again(self, entry: Entry | None) -> None:
         if entry is not None:
-            self._policy.offered(entry)
+            self._owners.offered(entry)
 
     def _evictable(self, entry: Entry) -> bool:
         return not entry.gone and not entry.pins and self._index.is_leaf(entry)
@@ -427,11 +461,11 @@ class MemoryTier:
         if not self._may_pass(n_bytes):
             return False
         while self._taken(n_bytes) > self._budget_bytes:
-            victim = self._policy.victim()
+            victim = self._owners.victim(self._budget_bytes, None)
             if victim is None:
                 return False
             if self._lines.lack(victim):
-                self._policy.offered(victim)
+                self._owners.offered(victim)
                 return False
             freed.append(self._remove(victim))
             self._evicted_blocks += 1
@@ -443,14 +477,24 @@ class MemoryTier:
         What goes before every slow tier has it still passes by their writers.
         """
         while self._taken() > target_bytes:
-            victim = self._policy.victim()
+            victim = self._owners.victim(self._budget_bytes, newcomer)
             if victim is None:
                 return False
-            if newcomer is not None and not self._policy.admits(newcomer, victim):
-                self._policy.offered(victim)
+            if newcomer is not None and not self._owners.admits(newcomer, victim, self._budget_bytes):
+                self._owners.offered(victim)
                 return False
             if self._may_pass(victim.size):
                 self._lines.pass_on(victim)
+            freed.append(self._remove(victim))
+            self._evicted_blocks += 1
+        return True
+
+    def _keep_within(self, owner: Owner, n_bytes: int, freed: list[Block]) -> bool:
+        """Evict what is on the owner's account until `n_bytes` more are within its limit; False when the rest is pinned."""
+        while self._owners.over(owner, n_bytes) > 0:
+            victim = self._owners.victim_of(owner)
+            if victim is None:
+                return False
             freed.append(self._remove(victim))
             self._evicted_blocks += 1
         return True
@@ -465,3 +509,10 @@ class MemoryTier:
         self._bytes_by_form[entry.block.form] += sign * entry.size
         if entry.pins:
             self._pinned_bytes += sign * entry.size
+
+
+def _by_owner(entries: Iterable[Entry]) -> dict[Owner, int]:
+    held: Counter[Owner] = Counter()
+    for entry in entries:
+        held[entry.owner] += entry.size
+    return dict(held)

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pasture.core.storage import BlockKey, TierStatistics
+from pasture.core.values import Allowance
 from pasture.tiers.block import Block
 from pasture.tiers.keys import Address
+
+
+@runtime_checkable
+class KeepsAccounts(Protocol):
+    """A slow tier that gives every owner what it may have and is guaranteed."""
+
+    def allow(self, owner: BlockKey, allowance: Allowance) -> None:
+        """The owner asks for something, under these terms. Any thread; at once."""
+        ...
 
 
 class SlowTier(Protocol):
@@ -58,6 +68,10 @@ class SlowTier(Protocol):
         ...
 
     def remove(self, key: BlockKey) -> None: ...
+
+    def expire(self, unused_seconds: float) -> None:
+        """Drop what nobody has used for so long; nothing where the tier sees to that by itself."""
+        ...
 
     def statistics(self) -> TierStatistics: ...
 

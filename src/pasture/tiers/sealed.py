@@ -24,7 +24,19 @@ from pasture.core.errors import ConfigError
 from pasture.core.storage import BlockKey, Bytes
 from pasture.tiers.block import Block
 from pasture.tiers.keys import KEY_BYTES, Address
-from pasture.tiers.wire import SEAL_BYTES, SEALED_KEYS_BYTES, BadBlock, Header, frame, header_of, identified, parts, token_bytes
+from pasture.tiers.wire import (
+    NOBODY,
+    SEAL_BYTES,
+    SEALED_KEYS_BYTES,
+    BadBlock,
+    Header,
+    frame,
+    header_of,
+    identified,
+    owner_in,
+    parts,
+    token_bytes,
+)
 
 SECRET_BYTES = 32
 _NONCE_BYTES = 12
@@ -45,7 +57,7 @@ class SealedWire:
 
     def encode(self, block: Block) -> tuple[bytes, Bytes]:
         address = block.address
-        secret_section = address.key + address.parent + token_bytes(block.tokens)
+        secret_section = address.key + address.parent + (block.owner or NOBODY) + token_bytes(block.tokens)
         header = header_of(
             block,
             self.name,
@@ -60,18 +72,23 @@ class SealedWire:
 
     def decode(self, data: Bytes) -> Block:
         header, section, payload = parts(data)
-        address, tokens = self.identify(header, section)
+        address, owner, tokens = self._identify(header, section)
         opened = self._open(payload.data, header.pack() + _PAYLOAD)
-        return Block(address, tokens, header.form, np.frombuffer(opened, np.uint8), header.whole)
+        return Block(address, tokens, header.form, np.frombuffer(opened, np.uint8), header.whole, owner)
 
     def identify(self, header: Header, section: bytes) -> tuple[Address, array[int]]:
+        address, _, tokens = self._identify(header, section)
+        return address, tokens
+
+    def _identify(self, header: Header, section: bytes) -> tuple[Address, BlockKey | None, array[int]]:
         if not header.sealed:
             raise BadBlock("it is not encrypted")
         opened = self._open(memoryview(section), header.pack() + _TOKENS)
-        key, parent = BlockKey(opened[:KEY_BYTES]), BlockKey(opened[KEY_BYTES:SEALED_KEYS_BYTES])
-        if self.name(key) != header.name or self.name(parent) != header.parent:
+        key, parent, owner = (opened[start : start + KEY_BYTES] for start in range(0, SEALED_KEYS_BYTES, KEY_BYTES))
+        if self.name(BlockKey(key)) != header.name or self.name(BlockKey(parent)) != header.parent:
             raise BadBlock("its name is not that of its key")
-        return identified(header, key, parent, opened[SEALED_KEYS_BYTES:])
+        address, tokens = identified(header, BlockKey(key), BlockKey(parent), opened[SEALED_KEYS_BYTES:])
+        return address, owner_in(owner), tokens
 
     def _seal(self, section: memoryview, clear: bytes) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)

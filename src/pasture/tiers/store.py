@@ -22,17 +22,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pasture.core.errors import EngineError
 from pasture.core.ports import Clock
 from pasture.core.storage import Lift, Pin, PrefetchStatistics, SlabCodec, StoreStatistics
-from pasture.core.values import Form, Kind, Namespace, Slab, Transfer
+from pasture.core.values import Allowance, Form, Kind, Namespace, Slab, Transfer
 from pasture.tiers.block import Block
 from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, inflate, ladder
 from pasture.tiers.eviction import PolicyMaker, least_recently_used
 from pasture.tiers.gate import CostGate, Gate
 from pasture.tiers.guard import GuardLimits, MemoryGuard
+from pasture.tiers.keys import root_key
 from pasture.tiers.lifting import Readers
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.meter import Meter
 from pasture.tiers.planning import leading_tokens
-from pasture.tiers.ports import SlowTier
+from pasture.tiers.ports import KeepsAccounts, SlowTier
 from pasture.tiers.prefetch import Prefetcher
 from pasture.tiers.trail import Trails
 from pasture.tiers.upkeep import Upkeep
@@ -77,6 +78,7 @@ class TieredStore:
         self._memory = memory
         self._gate = gate
         self._slow = slow
+        self._accounts = tuple(tier for tier in slow if isinstance(tier, KeepsAccounts))
         self._clock = clock
         self._meter = meter or Meter()
         self._trails = Trails(codec.fingerprint)
@@ -108,6 +110,12 @@ class TieredStore:
         self._memory.arrived(trail)
         if self._prefetcher is not None:
             self._prefetcher.arrived(trail)
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        owner = root_key(self._codec.fingerprint, namespace)
+        self._memory.allow(owner, allowance)
+        for tier in self._accounts:
+            tier.allow(owner, allowance)
 
     def finished(self, namespace: Namespace, tokens: array[int], kind: Kind) -> None:
         trail = self._trails.of(namespace, tokens)
@@ -252,7 +260,7 @@ class TieredStore:
             if p0 < slab.p0:
                 raise ValueError(f"a slab of [{slab.p0}, {slab.p1}) begins inside a block")
             payload = self._codec.pack(slab.cut(p0, address.p1))
-            yield Block(address, tokens[address.p0 : address.p1], Form.RAW, payload, whole)
+            yield Block(address, tokens[address.p0 : address.p1], Form.RAW, payload, whole, trail.owner)
 
     def _written(self) -> None:
         self._writers.wake()

@@ -34,9 +34,11 @@ class Trail:
 
     def __init__(self, namespace: Namespace, fingerprint: bytes, tokens: array[int]) -> None:
         self.tokens = tokens[:]
+        self.owner = root_key(fingerprint, namespace)
+        """whose account its blocks are on"""
         self.n_blocks = -(-len(tokens) // BLOCK_TOKENS)
         self._found: list[Address] = []
-        self._ahead: Iterator[Address] = chain(root_key(fingerprint, namespace), self.tokens)
+        self._ahead: Iterator[Address] = chain(self.owner, self.tokens)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -1,13 +1,14 @@
 """Blocks as bytes, for files and networks, and back: one versioned layout, checked to the last bit before anybody sees inside.
 
-    header (112 bytes, little endian)                                        tokens section          payload section
+    header (144 bytes, little endian)                                        tokens section          payload section
     magic 8 | version 2 | form 1 | flags 1 | p0 4 | p1 4                     n_token_bytes           n_payload_bytes
-    n_token_bytes 4 | n_payload_bytes 8 | name 32 | parent 32 | xxh3 16
+    n_token_bytes 4 | n_payload_bytes 8 | name 32 | parent 32 | owner 32 | xxh3 16
 
 The checksum covers the header before it and both sections. `name` is what a tier files the block under: the block's key, or
-what a `Wire` makes of it. `PlainWire` writes tokens and payload as they are; `pasture.tiers.sealed` encrypts them in the same
-layout, so that files can be listed, checked for damage and evicted without the secret. Both sections start at multiples of
-four bytes. Does not know what a payload means. Pure functions and stateless objects; any thread.
+what a `Wire` makes of it; `owner` is the same for the root of its chain. `PlainWire` writes tokens and payload as they are;
+`pasture.tiers.sealed` encrypts them in the same layout, so that files can be listed, checked for damage and evicted without the
+secret. Both sections start at multiples of four bytes. Does not know what a payload means. Pure functions and stateless
+objects; any thread.
 """
 
 from __future__ import annotations
@@ -27,20 +28,23 @@ from pasture.tiers.block import Block
 from pasture.tiers.keys import KEY_BYTES, Address, child_key
 
 MAGIC = b"pasture\x00"
-VERSION = 1
+VERSION = 2
 TOKEN_BYTES = 4
 MAX_POSITION = 1 << 31
 MAX_PAYLOAD_BYTES = 1 << 32
 """no block is that large: a header that says so is damaged, and nothing is allocated for it"""
 
-_CHECKED = struct.Struct(f"<8sHBBIIIQ{KEY_BYTES}s{KEY_BYTES}s")
+NOBODY = bytes(KEY_BYTES)
+"""stands in a header for no owner"""
+
+_CHECKED = struct.Struct(f"<8sHBBIIIQ{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}s")
 CHECKED_BYTES = _CHECKED.size
 """the header without its checksum"""
 CHECKSUM_BYTES = 16
 HEADER_BYTES = CHECKED_BYTES + CHECKSUM_BYTES
 
-SEALED_KEYS_BYTES = 2 * KEY_BYTES
-"""a sealed tokens section begins with the block's key and its parent's"""
+SEALED_KEYS_BYTES = 3 * KEY_BYTES
+"""a sealed tokens section begins with the block's key, its parent's and its owner"""
 SEAL_BYTES = 28
 """nonce and tag of a sealed section"""
 
@@ -68,6 +72,8 @@ class Header:
     name: bytes
     parent: bytes
     """the name of the block before it"""
+    owner: bytes
+    """the name of the root of its chain, or NOBODY"""
 
     @property
     def n_bytes(self) -> int:
@@ -87,6 +93,7 @@ class Header:
             self.n_payload_bytes,
             self.name,
             self.parent,
+            self.owner,
         )
 
 
@@ -124,7 +131,7 @@ class PlainWire:
     def decode(self, data: Bytes) -> Block:
         header, section, payload = parts(data)
         address, tokens = self.identify(header, section)
-        return Block(address, tokens, header.form, payload, header.whole)
+        return Block(address, tokens, header.form, payload, header.whole, owner_in(header.owner))
 
     def identify(self, header: Header, section: bytes) -> tuple[Address, array[int]]:
         if header.sealed:
@@ -136,7 +143,7 @@ def read_header(data: bytes | memoryview) -> Header:
     """The header at the beginning of `data`, consistent in itself; the checksum is not looked at. Raises BadBlock."""
     if len(data) < HEADER_BYTES:
         raise BadBlock(f"{len(data)} bytes are no header")
-    magic, version, form, flags, p0, p1, n_tokens, n_payload, name, parent = _CHECKED.unpack_from(data)
+    magic, version, form, flags, p0, p1, n_tokens, n_payload, name, parent, owner = _CHECKED.unpack_from(data)
     if magic != MAGIC:
         raise BadBlock("it does not begin like a block")
     if version != VERSION:
@@ -150,7 +157,7 @@ def read_header(data: bytes | memoryview) -> Header:
         raise BadBlock(f"{n_tokens} bytes are not the tokens of [{p0}, {p1})")
     if not sealed * SEAL_BYTES <= n_payload <= MAX_PAYLOAD_BYTES:
         raise BadBlock(f"a payload of {n_payload} bytes does not exist")
-    return Header(_FORMS[form], bool(flags & _WHOLE), sealed, p0, p1, n_tokens, n_payload, name, parent)
+    return Header(_FORMS[form], bool(flags & _WHOLE), sealed, p0, p1, n_tokens, n_payload, name, parent, owner)
 
 
 def parts(data: Bytes) -> tuple[Header, bytes, Bytes]:
@@ -184,7 +191,13 @@ def header_of(block: Block, name: NameOf, *, sealed: bool, n_token_bytes: int, n
         n_payload_bytes,
         name(address.key),
         name(address.parent),
+        NOBODY if block.owner is None else name(block.owner),
     )
+
+
+def owner_in(name: bytes) -> BlockKey | None:
+    """An owner as it was written down in the clear."""
+    return None if name == NOBODY else BlockKey(name)
 
 
 def identified(header: Header, key: BlockKey, parent: BlockKey, section: bytes) -> tuple[Address, array[int]]:

@@ -24,7 +24,7 @@ from pasture.tiers.keys import child_key
 from pasture.tiers.wire import CHECKED_BYTES, HEADER_BYTES
 from tests.blocks import block_at, blocks, conversation, leading, path, root, same
 
-BLOCK_BYTES = 1000 + 112 + 256
+BLOCK_BYTES = 1000 + 144 + 256
 """of the file of a full block with 1,000 bytes of payload"""
 
 

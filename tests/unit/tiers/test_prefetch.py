@@ -28,11 +28,9 @@ BUDGET = 1 << 26
 class Told(Ordered):
     """Expects what it is told, the same of all blocks of a conversation; who is expected less goes first."""
 
-    rates: dict[BlockKey, float]
-
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, rates: dict[BlockKey, float]) -> None:
         super().__init__(lambda entry: (self.expects(entry.block.address.key),), wanted)
-        self.rates = {}
+        self.rates = rates
 
     def expects(self, key: BlockKey) -> float:
         return self.rates.get(key, 0.0)
@@ -48,8 +46,8 @@ class World:
         self.now = 0.0
         self.shelf = ShelfTier(batch_bytes=batch_bytes)
         self._fill(FIRST, SECOND)
-        self.policy: list[Told] = []
-        self.memory = MemoryTier(budget, policy=self._policy, n_writers=1)
+        self.rates: dict[BlockKey, float] = {}
+        self.memory = MemoryTier(budget, policy=lambda wanted: Told(wanted, self.rates), n_writers=1)
         gate = OpenGate(24)
         self.readers = Readers(self.memory, (self.shelf,), gate, lambda: self.now)
         self.prefetcher = Prefetcher(self.memory, (self.shelf,), gate, self.readers, guesses=guesses, clock=lambda: self.now)
@@ -62,12 +60,8 @@ class World:
         assert store.flush(10)
         store.close()
 
-    def _policy(self, wanted: Wanted) -> Told:
-        self.policy.append(Told(wanted))
-        return self.policy[-1]
-
     def expect(self, tokens: array[int], rate: float) -> None:
-        self.policy[0].rates.update(dict.fromkeys(keys(tokens), rate))
+        self.rates.update(dict.fromkeys(keys(tokens), rate))
 
     def waits(self, *conversations: array[int]) -> None:
         for tokens in conversations:

@@ -68,7 +68,7 @@ def test_every_other_length_is_noticed() -> None:
     ("offset", "layout", "value", "reason"),
     [
         (0, "<8s", b"GGUF\0\0\0\0", "does not begin"),
-        (8, "<H", 2, "version 2"),
+        (8, "<H", 3, "version 3"),
         (10, "<B", 4, "form 4"),
         (11, "<B", 4, "flags 4"),
         (12, "<I", 63, "is no block"),
