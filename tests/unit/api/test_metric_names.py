@@ -20,17 +20,8 @@ LABELS = {"state", "source", "reason", "tier", "form", "kind", "le", "layout", "
 """each with a handful of values: no user, key, session, file or conversation"""
 UNITS = ("seconds", "bytes", "tokens", "cells", "blocks", "ratio", "tokens_per_second", "bytes_per_second")
 COUNTED = (
-    "requests",
-    "sequences",
-    "steps",
-    "swaps",
-    "errors",
-    "refusals",
-    "compactions",
-    "moves",
-    "shifts",
-    "failures",
-    "rejected",
+    *("requests", "sequences", "steps", "swaps", "errors", "refusals", "compactions", "moves", "shifts", "failures"),
+    *("rejected", "submitted", "finished", "conversations"),
 )
 """things that are their own unit"""
 STATES = ("pasture_draining", "pasture_peer_up")
