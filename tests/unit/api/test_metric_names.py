@@ -21,7 +21,7 @@ LABELS = {"state", "source", "reason", "tier", "form", "kind", "le", "layout", "
 UNITS = ("seconds", "bytes", "tokens", "cells", "blocks", "ratio", "tokens_per_second", "bytes_per_second")
 COUNTED = (
     *("requests", "sequences", "steps", "swaps", "errors", "refusals", "compactions", "moves", "shifts", "failures"),
-    *("rejected", "submitted", "finished", "conversations"),
+    *("rejected", "submitted", "finished", "conversations", "cancelled"),
 )
 """things that are their own unit"""
 STATES = ("pasture_draining", "pasture_peer_up")
