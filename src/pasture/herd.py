@@ -47,6 +47,7 @@ class OpenOptions(TypedDict, total=False):
     kv_compress: Literal["auto", "off", "lossless", "q8_0", "q4_0"]
     kv_quality: float
     kv_policy: Literal["foresight", "lru", "s3fifo"]
+    kv_expire: str | float
     prefetch: bool
     idle_live: str | float
     max_running: int

@@ -68,6 +68,7 @@ def store_for(
         available=available,
         policy=watch(POLICIES[settings.kv_policy](time.monotonic)),
         prefetch=settings.prefetch,
+        expire_seconds=settings.kv_expire or settings.session_idle,
     )
 
 

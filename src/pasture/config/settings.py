@@ -175,6 +175,9 @@ class Settings(BaseSettings):
         default="lru",
         description="What leaves RAM first: lru (the longest unused), foresight (the least expected saving) or s3fifo.",
     )
+    kv_expire: Annotated[Seconds | None, Flag(("--kv-expire",), STORE, "TIME")] = Field(
+        default=None, description="Drop KV that nobody has used for so long; as --session-idle unless given."
+    )
     prefetch: Annotated[bool, Flag(("--prefetch",), STORE, off="--no-prefetch")] = Field(
         default=True,
         description="With foresight, bring conversations from disk into RAM shortly before they are expected to go on.",

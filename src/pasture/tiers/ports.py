@@ -69,10 +69,13 @@ class SlowTier(Protocol):
 
     def remove(self, key: BlockKey) -> None: ...
 
-    def expire(self, unused_seconds: float) -> None:
-        """Drop what nobody has used for so long; nothing where the tier sees to that by itself."""
-        ...
-
     def statistics(self) -> TierStatistics: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Expires(Protocol):
+    """A tier that can drop what nobody has used for so long; others see to that by themselves."""
+
+    def expire(self, unused_seconds: float) -> None: ...

@@ -26,6 +26,7 @@ from pasture.core.values import Allowance, Form, Kind, Namespace, Slab, Transfer
 from pasture.tiers.block import Block
 from pasture.tiers.compression import EVERY_FORM, Compression, Squeezer, inflate, ladder
 from pasture.tiers.eviction import PolicyMaker, least_recently_used
+from pasture.tiers.expiring import Expiring
 from pasture.tiers.gate import CostGate, Gate
 from pasture.tiers.guard import GuardLimits, MemoryGuard
 from pasture.tiers.keys import root_key
@@ -70,6 +71,7 @@ class TieredStore:
         squeezer: Squeezer | None = None,
         guard: MemoryGuard | None = None,
         prefetch: bool = True,
+        expire_seconds: float | None = None,
         meter: Meter | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -91,6 +93,10 @@ class TieredStore:
             self._prefetcher.start()
         self._upkeep = Upkeep(memory, self._squeezer, guard=guard, readers=self._readers, clock=clock)
         self._upkeep.start()
+        self._expiring: Expiring | None = None
+        if expire_seconds is not None:
+            self._expiring = Expiring(memory, slow, expire_seconds, clock)
+            self._expiring.start()
         self._closed = False
         self._block_seconds = 0.0
         """to find and unpack one block, lately"""
@@ -236,6 +242,8 @@ class TieredStore:
             return
         self._closed = True
         ended = [self._upkeep.stop(CLOSE_SECONDS), self._writers.stop(CLOSE_SECONDS)]
+        if self._expiring is not None:
+            ended.append(self._expiring.stop(CLOSE_SECONDS))
         if self._prefetcher is not None:
             ended.append(self._prefetcher.stop(CLOSE_SECONDS))
         if self._readers is not None:
@@ -306,6 +314,7 @@ def open_store(
     gate: Gate | None = None,
     policy: PolicyMaker = least_recently_used,
     prefetch: bool = True,
+    expire_seconds: float | None = None,
     clock: Clock = time.perf_counter,
 ) -> TieredStore:
     """A store with its threads running.
@@ -313,6 +322,7 @@ def open_store(
     `divisible` and `cell_bytes`: `ModelInfo.shareable` and `.cell_bytes`. `slow`: fastest first. `allowed`: forms that the
     quality bound admits. `available`: bytes that the process can still take; with it, RAM shrinks where that falls below
     `limits`. `policy`: who leaves RAM first; its clock is its own. `prefetch`: whether slow tiers are read on a guess.
+    `expire_seconds`: what nobody uses for so long is dropped.
     """
     meter = Meter()
     memory = MemoryTier(
@@ -330,6 +340,7 @@ def open_store(
         squeezer=Squeezer(memory, codec, compression, allowed),
         guard=MemoryGuard(budget_bytes, available, limits) if available is not None else None,
         prefetch=prefetch,
+        expire_seconds=expire_seconds,
         meter=meter,
         clock=clock,
     )

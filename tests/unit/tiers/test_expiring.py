@@ -1,0 +1,89 @@
+"""What nobody uses is dropped when its time has come, and nothing else is."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from pasture.core.values import Form, Namespace
+from pasture.tiers.block import Block
+from pasture.tiers.disk import DiskTier
+from pasture.tiers.expiring import Expiring
+from pasture.tiers.memory import MemoryTier
+from pasture.tiers.trail import Trail, Trails
+from tests.tier_support import toks
+
+TRAILS = Trails(b"model")
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def trail(tokens: array[int]) -> Trail:
+    return TRAILS.of(Namespace("n"), tokens)
+
+
+def blocks(memory: MemoryTier, tokens: array[int]) -> list[Block]:
+    missing = memory.missing(trail(tokens), 0, len(tokens), use=True)
+    return [Block(a, tokens[a.p0 : a.p1], Form.RAW, np.zeros(100, np.uint8)) for a in missing]
+
+
+def conversation(number: int, n_tokens: int = 192) -> array[int]:
+    return toks([*range(64), number, *range(n_tokens - 65)])
+
+
+def test_ram_drops_what_was_not_used_for_so_long() -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True)
+    expiring = Expiring(memory, (), 100.0, time)
+    used, left, pinned = (conversation(number) for number in range(3))
+    for tokens in (used, left, pinned):
+        for block in blocks(memory, tokens):
+            assert memory.insert(block)
+    pin = memory.pin(trail(pinned))
+    for time.now in (0.0, 50.0, 99.0):
+        assert expiring.round() == 0
+    memory.missing(trail(used), 0, len(used), use=True)
+    time.now = 100.0
+    assert expiring.round() == 2, "the first block is everybody's"
+    assert [memory.reach(trail(tokens)) for tokens in (used, left, pinned)] == [192, 64, 192]
+    pin.release()
+    time.now = 199.0
+    expiring.round()
+    assert memory.reach(trail(used)) == 192
+    time.now = 300.0
+    expiring.round()
+    assert memory.used_bytes == 0
+    memory.check()
+
+
+def test_what_waits_to_be_written_stays() -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True, n_writers=1)
+    expiring = Expiring(memory, (), 100.0, time)
+    for block in blocks(memory, conversation(1)):
+        memory.insert(block)
+    expiring.round()
+    time.now = 500.0
+    assert expiring.round() == 0
+
+
+def test_the_disk_drops_it_too(tmp_path: Path) -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True)
+    disk = DiskTier(tmp_path, 1 << 20, now=time)
+    expiring = Expiring(memory, (disk,), 100.0, time)
+    for block in blocks(memory, conversation(1)):
+        assert disk.put(block)
+    time.now = 99.0
+    expiring.round()
+    assert disk.statistics().blocks == 3
+    time.now = 201.0
+    expiring.round()
+    assert disk.statistics().blocks == 0
+    assert not list(tmp_path.rglob("*.kv"))
+    disk.close()
