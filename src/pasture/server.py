@@ -224,6 +224,7 @@ def api_settings(settings: Settings) -> ApiSettings:
         deadline_seconds=settings.timeout,
         turn_ahead=settings.turn_ahead,
         peers=parse_peers(settings.peer, _peer_keys(settings.peer_key_file)),
+        prefetch=settings.prefetch,
         log_level=settings.log_level,
     )
 

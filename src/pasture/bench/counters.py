@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from pasture.bench.client import Endpoint, call
+from pasture.bench.client import Endpoint, call, call_json
+from pasture.bench.systems import SystemFailed
 
 COMPUTED_TOKENS = "pasture_computed_tokens_total"
 PEAK_CELLS = "pasture_kv_peak_cells"
@@ -35,6 +36,15 @@ async def counters(endpoint: Endpoint) -> Counters:
     except OSError:
         return {}
     return parse(body.decode(errors="replace")) if status == 200 else {}
+
+
+async def cell_bytes(endpoint: Endpoint) -> int:
+    """What a token's KV takes in pasture's live cache. Raises SystemFailed for a server that does not tell."""
+    kv = (await call_json(endpoint, "/props") or {}).get("kv")
+    found = kv.get("cell_bytes") if isinstance(kv, dict) else None
+    if not isinstance(found, int):
+        raise SystemFailed(f"{endpoint.url} does not tell how large a cell is")
+    return found
 
 
 def parse(text: str) -> Counters:

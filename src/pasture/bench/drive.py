@@ -1,6 +1,6 @@
 """Plays a workload against one endpoint: every user a task, every user waiting for their answers.
 
-Owns the closed loop and the order of events; measures nothing beyond what the client notes. A request that failed ends its
+Owns the loop and the order of events; measures nothing beyond what the client notes. A request that failed ends its
 user's conversation (the next question would build on an answer that never came). Runs on the caller's event loop.
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from pasture.bench.client import Chat, Endpoint, Exchange, Message, chat
-from pasture.bench.workloads import Conversation, ForkingAgent, Workload
+from pasture.bench.recorded import Arrival
+from pasture.bench.workloads import Actor, Conversation, ForkingAgent, Workload
 
 Progress = Callable[[Exchange], None]
-_Ask = Callable[[str, tuple[Message, ...]], Awaitable[Exchange]]
+_Ask = Callable[[str, tuple[Message, ...], int], Awaitable[Exchange]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ async def play(workload: Workload, target: Target, on_exchange: Progress = _nobo
     """Every exchange of a complete run, in the order they ended. `on_exchange` sees each one as it ends."""
     exchanges: list[Exchange] = []
 
-    async def ask(user: str, messages: tuple[Message, ...]) -> Exchange:
-        request = Chat(user, messages, workload.max_tokens, target.model)
+    async def ask(user: str, messages: tuple[Message, ...], max_tokens: int) -> Exchange:
+        request = Chat(user, messages, max_tokens, target.model)
         exchange = await chat(target.endpoint, request, timeout_seconds=target.timeout_seconds)
         exchanges.append(exchange)
         on_exchange(exchange)
@@ -43,28 +44,38 @@ async def play(workload: Workload, target: Target, on_exchange: Progress = _nobo
 
     async with asyncio.TaskGroup() as group:
         for actor in workload.actors:
-            group.create_task(_converse(actor, ask) if isinstance(actor, Conversation) else _fork(actor, ask))
+            group.create_task(_act(actor, ask, workload.max_tokens))
     return exchanges
 
 
-async def _converse(actor: Conversation, ask: _Ask) -> None:
+async def _act(actor: Actor, ask: _Ask, max_tokens: int) -> None:
+    if isinstance(actor, Arrival):
+        await asyncio.sleep(actor.at_seconds)
+        await ask(actor.user, ({"role": "user", "content": actor.text},), actor.reply_tokens)
+    elif isinstance(actor, Conversation):
+        await _converse(actor, ask, max_tokens)
+    else:
+        await _fork(actor, ask, max_tokens)
+
+
+async def _converse(actor: Conversation, ask: _Ask, max_tokens: int) -> None:
     messages: tuple[Message, ...] = ({"role": "system", "content": actor.opening},)
     for question, pause in zip(actor.questions, actor.pauses_seconds, strict=True):
         await asyncio.sleep(pause)
         messages = (*messages, {"role": "user", "content": question})
-        exchange = await ask(actor.user, messages)
+        exchange = await ask(actor.user, messages, max_tokens)
         if exchange.error is not None:
             return
         messages = (*messages, {"role": "assistant", "content": exchange.reply})
 
 
-async def _fork(actor: ForkingAgent, ask: _Ask) -> None:
+async def _fork(actor: ForkingAgent, ask: _Ask, max_tokens: int) -> None:
     context: tuple[Message, ...] = ({"role": "system", "content": actor.opening},)
 
     async def branch(index: int, instruction: str, delay: float) -> tuple[tuple[Message, ...], Exchange]:
         await asyncio.sleep(delay)
         messages = (*context, {"role": "user", "content": instruction})
-        return messages, await ask(f"branch {index + 1}", messages)
+        return messages, await ask(f"branch {index + 1}", messages, max_tokens)
 
     for step in actor.steps:
         await asyncio.sleep(step.pause_seconds)

@@ -37,6 +37,7 @@ class WorkloadName(StrEnum):
     PRIVATE = "private"
     AGENTS = "agents"
     CROWDED = "crowded"
+    TRACE = "trace"
 
 
 class Rest(StrEnum):
@@ -69,7 +70,7 @@ class BenchOptions:
     """Everything `pasture bench` can be told; a field is a flag of the same name unless its comment says otherwise."""
 
     workload: WorkloadName = WorkloadName.TEAM
-    """positional: team, docs, private, agents or crowded"""
+    """positional: team, docs, private, agents, crowded or trace"""
     users: int | None = None
     """--users: people at once; for agents the branches a step. None: the workload's own (16; agents 8)"""
     turns: int | None = None
@@ -122,20 +123,51 @@ class BenchOptions:
     """--rest: ram or disk, for `idle`"""
     form: Form = Form.Q8_0
     """--form in which they rest: raw, lossless, q8_0 or q4_0, for `idle`"""
+    trace: Path | None = None
+    """positional, behind `trace`: a file in Mooncake's format, or of coding sessions"""
+    scale: float = 1 / 32
+    """--scale: tokens of a recorded prompt or reply that are played, as a share"""
+    speed: float = 0.25
+    """--speed: how many times as fast as recorded"""
+    requests: int = 100
+    """--requests: so many from the beginning of the trace"""
+    session_every: float = 60.0
+    """--session-every: seconds between the beginnings of two recorded coding sessions"""
+    sessions: int = 200
+    """--sessions that `returning` keeps"""
+    think: float = 10.0
+    """--think: median seconds between a reply and the next question, for `returning`"""
+    spread: float = 1.6
+    """--think-spread: standard deviation of the logarithms of those seconds"""
+    ram_for: int = 40
+    """--ram-for: sessions that `returning` leaves room for in RAM"""
+    context: int = 256
+    """--context: tokens of each session of `returning`"""
+    period: float = 120.0
+    """--period: seconds that a run of `returning` goes on"""
+    hints: bool = True
+    """--hints/--no-hints: whether users of `returning` send what a chat front end sends while they type"""
     as_json: bool = False
     """--json instead of a table, for the benchmarks without report.html"""
     wait: bool = True
     """--wait/--no-wait: whether `demo` keeps its server up at the end"""
 
     def __post_init__(self) -> None:
-        for name in ("repeat", "max_tokens", "cells", "slo_max_users", "texts", "conversations"):
+        counts = ["repeat", "max_tokens", "cells", "slo_max_users", "texts", "conversations"]
+        counts += ["sessions", "ram_for", "context", "requests"]
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
         for name, value in (("users", self.users), ("turns", self.turns), ("threads", self.threads)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1")
-        if self.think_time < 0:
-            raise ConfigError("--think-time must not be negative")
+        if self.think_time < 0 or self.spread < 0:
+            raise ConfigError("--think-time and --think-spread must not be negative")
+        for name in ("think", "period", "scale", "speed"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name} must be more than nothing")
+        if self.session_every < 0:
+            raise ConfigError("--session-every must not be negative")
 
 
 def parse_slo(text: str) -> tuple[Limit, ...]:
@@ -149,6 +181,15 @@ def parse_slo(text: str) -> tuple[Limit, ...]:
             )
         limits.append(Limit(match["name"], float(match["number"]) * (0.001 if match["unit"] == "ms" else 1.0)))
     return tuple(limits)
+
+
+def parse_share(text: str | float) -> float:
+    """A number written as `0.25` or `1/32`. Raises ValueError."""
+    above, _, below = str(text).partition("/")
+    try:
+        return float(above) / (float(below) if below else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number such as 0.25 or 1/32") from None
 
 
 def parse_against(values: Iterable[str]) -> tuple[str, ...]:

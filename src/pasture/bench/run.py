@@ -121,7 +121,7 @@ class Bench:
         )
         print_report(report, self._console)
         if self._options.out is not None:
-            self._write(report)
+            write(report, self._folder, self._console)
         return 1 if any(summary.median.errors for summary in report.best) else 0
 
     async def _alternate(self) -> list[Run]:
@@ -167,18 +167,20 @@ class Bench:
             run = await self._once(system, self._workload, f"{label}, {cells} cells", progress)
         return run.figures
 
-    def _write(self, report: Report) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        report.write_json(self._folder / "result.json")
-        written = [self._folder / "result.json"]
-        try:
-            from pasture.bench.page import write_page
-        except ImportError:
-            self._console.print("no HTML page: it needs `pip install 'pasture[bench]'`")
-        else:
-            write_page(report, self._folder / "report.html")
-            written.append(self._folder / "report.html")
-        self._console.print("written: " + ", ".join(str(path) for path in written))
+
+def write(report: Report, folder: Path, console: Console) -> None:
+    """`result.json`, and `report.html` where plotly is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(folder / "result.json")
+    written = [folder / "result.json"]
+    try:
+        from pasture.bench.page import write_page
+    except ImportError:
+        console.print("no HTML page: it needs `pip install 'pasture[bench]'`")
+    else:
+        write_page(report, folder / "report.html")
+        written.append(folder / "report.html")
+    console.print("written: " + ", ".join(str(path) for path in written))
 
 
 def cells_needed(peer: str, seen: Figures, workload: Workload) -> int:

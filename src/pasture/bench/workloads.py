@@ -1,13 +1,15 @@
-"""Five kinds of traffic, made of real text, the same for every system given the same seed.
+"""Six kinds of traffic, the same for every system given the same seed; five are made of real text.
 
     team     one system prompt of about 1,000 tokens; every user has a conversation of their own under it
     docs     users ask 1 to `turns` questions about one of a few documents of about 2,000 tokens, drawn by a Zipf law
     private  every user has a context of about 1,000 tokens of their own: nothing to share, not even the first words
     agents   one context of about 1,500 tokens, forked k ways at every step; the chosen branch becomes the context
     crowded  300 tokens in common, then about 700 of everybody's own, in a pool for a quarter of them
+    trace    recorded traffic: `recorded` reads it
 
 Owns what is asked, in which order and after which pause. Knows nothing of systems and clocks: a workload is a frozen value,
-and `drive` plays it. Loops are closed: a user's next question waits for the answer to the last. Any thread.
+and `drive` plays it. Loops are closed: a user's next question waits for the answer to the last. Only recorded requests come when
+they came. Any thread.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from random import Random
 
 from pasture.bench.corpus import CHARACTERS_PER_TOKEN, paragraphs, passage, subjects
 from pasture.bench.options import Arrivals, BenchOptions, WorkloadName
+from pasture.bench.recorded import Arrival, arrivals
 
 TEMPLATE_TOKENS = 6
 """what a chat template adds to a message"""
@@ -35,6 +38,7 @@ DEFAULT_USERS = {
     WorkloadName.PRIVATE: 16,
     WorkloadName.AGENTS: 8,
     WorkloadName.CROWDED: 16,
+    WorkloadName.TRACE: 16,
 }
 CROWDING = 4
 """times as many tokens as the pool of `crowded` has cells, sharing counted"""
@@ -98,20 +102,20 @@ class ForkingAgent:
     steps: tuple[Step, ...]
 
 
+Actor = Conversation | ForkingAgent | Arrival
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     name: WorkloadName
     users: int
     max_tokens: int
-    actors: tuple[Conversation | ForkingAgent, ...]
+    actors: tuple[Actor, ...]
 
     @property
     def n_requests(self) -> int:
         """How many replies a complete run has."""
-        return sum(
-            len(actor.questions) if isinstance(actor, Conversation) else sum(len(step.instructions) for step in actor.steps)
-            for actor in self.actors
-        )
+        return sum(len(_asked(actor)) for actor in self.actors)
 
     @property
     def longest_tokens(self) -> int:
@@ -121,17 +125,14 @@ class Workload:
     @property
     def opening_tokens(self) -> int:
         """An estimate of the distinct openings, each counted once."""
-        return sum(_tokens(opening) + TEMPLATE_TOKENS for opening in {actor.opening for actor in self.actors})
+        return sum(_tokens(opening) + TEMPLATE_TOKENS for opening in {_opening(actor) for actor in self.actors})
 
     @property
     def pool_tokens(self) -> int:
         """An estimate of the tokens of the whole run when every common beginning is counted once."""
         own = 0
         for actor in self.actors:
-            asked = (
-                actor.questions if isinstance(actor, Conversation) else [i for step in actor.steps for i in step.instructions]
-            )
-            own += sum(_tokens(question) + 2 * TEMPLATE_TOKENS + self.max_tokens for question in asked)
+            own += sum(_tokens(question) + 2 * TEMPLATE_TOKENS + self.max_tokens for question in _asked(actor))
         return self.opening_tokens + own
 
 
@@ -141,18 +142,21 @@ def build(options: BenchOptions, *, users: int | None = None) -> Workload:
     n_users = users or options.users or DEFAULT_USERS[name]
     n_turns = options.turns or DEFAULT_TURNS
     rng = Random(f"{name}-{options.seed}")
-    if name is WorkloadName.AGENTS:
-        actors: tuple[Conversation | ForkingAgent, ...] = (_agent(rng, n_users, n_turns, options),)
+    actors: tuple[Actor, ...]
+    if name is WorkloadName.TRACE:
+        actors = arrivals(options)
+    elif name is WorkloadName.AGENTS:
+        actors = (_agent(rng, n_users, n_turns, options),)
     else:
         opening = _openings(name, rng, n_users)
-        arrivals = _arrivals(rng, n_users, options.arrivals, MEAN_STAGGER_SECONDS)
+        begins = _arrivals(rng, n_users, options.arrivals, MEAN_STAGGER_SECONDS)
         lengths = [rng.randint(1, n_turns) if name is WorkloadName.DOCS else n_turns for _ in range(n_users)]
         actors = tuple(
             Conversation(
                 user=_user(index),
                 opening=opening(index),
                 questions=_questions(rng, length),
-                pauses_seconds=(arrivals[index], *(_pause(rng, options.think_time) for _ in range(length - 1))),
+                pauses_seconds=(begins[index], *(_pause(rng, options.think_time) for _ in range(length - 1))),
             )
             for index, length in enumerate(lengths)
         )
@@ -161,7 +165,7 @@ def build(options: BenchOptions, *, users: int | None = None) -> Workload:
 
 def crowded_cells(workload: Workload) -> int:
     """Cells for about a quarter of a workload; a whole conversation at least."""
-    shared = _tokens(_common_beginning([actor.opening for actor in workload.actors]))
+    shared = _tokens(_common_beginning([_opening(actor) for actor in workload.actors]))
     needed = workload.pool_tokens - (len(workload.actors) - 1) * shared
     return rounded_cells(max(needed // CROWDING, workload.longest_tokens))
 
@@ -244,7 +248,20 @@ def _pause(rng: Random, mean_seconds: float) -> float:
     return rng.expovariate(1 / mean_seconds) if mean_seconds else 0.0
 
 
-def _longest(actor: Conversation | ForkingAgent, max_tokens: int) -> int:
+def _asked(actor: Actor) -> tuple[str, ...]:
+    """Everything that its users say, one text a request."""
+    if isinstance(actor, Arrival):
+        return (actor.text,)
+    return actor.questions if isinstance(actor, Conversation) else tuple(i for s in actor.steps for i in s.instructions)
+
+
+def _opening(actor: Actor) -> str:
+    return "" if isinstance(actor, Arrival) else actor.opening
+
+
+def _longest(actor: Actor, max_tokens: int) -> int:
+    if isinstance(actor, Arrival):
+        return actor.prompt_tokens + actor.reply_tokens + 4 * TEMPLATE_TOKENS
     if isinstance(actor, Conversation):
         said = [actor.opening, *actor.questions]
         replies = len(actor.questions)

@@ -17,7 +17,8 @@ from typing import Annotated, cast
 
 import typer
 
-from pasture.bench.options import Arrivals, BenchOptions, Rest, WorkloadName, parse_against, parse_slo
+from pasture.bench.options import Arrivals, BenchOptions, Rest, WorkloadName, parse_against, parse_share, parse_slo
+from pasture.config.units import parse_seconds
 from pasture.core.errors import ConfigError
 from pasture.core.values import Form
 
@@ -34,11 +35,14 @@ class Benchmark(StrEnum):
     PRIVATE = "private"
     AGENTS = "agents"
     CROWDED = "crowded"
+    TRACE = "trace"
     OVERHEAD = "overhead"
     QUALITY = "quality"
     RESTART = "restart"
     IDLE = "idle"
     TIERS = "tiers"
+    RETURNING = "returning"
+    TURN_AHEAD = "turn-ahead"
 
 
 _MODULES = {
@@ -47,6 +51,8 @@ _MODULES = {
     Benchmark.RESTART: "pasture.bench.restart",
     Benchmark.IDLE: "pasture.cli.idle",
     Benchmark.TIERS: "pasture.cli.tiers",
+    Benchmark.RETURNING: "pasture.bench.returning",
+    Benchmark.TURN_AHEAD: "pasture.bench.turn_ahead",
 }
 """who measures; the workloads have one in common"""
 
@@ -101,6 +107,36 @@ Conversations = Annotated[
 ]
 RestForm = Annotated[Form, typer.Option("--form", help="In which form they rest, for `idle`.", rich_help_panel=LOAD)]
 RestIn = Annotated[Rest, typer.Option("--rest", help="Where they rest, for `idle`.", rich_help_panel=LOAD)]
+Scale = Annotated[
+    float, typer.Option("--scale", parser=parse_share, metavar="SHARE", help="Of a trace's tokens: 1/32.", rich_help_panel=LOAD)
+]
+Speed = Annotated[
+    float, typer.Option("--speed", parser=parse_share, metavar="X", help="Times as fast as a trace.", rich_help_panel=LOAD)
+]
+Requests = Annotated[int, typer.Option("--requests", help="From the beginning of a trace.", rich_help_panel=LOAD)]
+SessionEvery = Annotated[
+    float,
+    typer.Option(
+        "--session-every", parser=parse_seconds, metavar="TIME", help="Between recorded coding sessions.", rich_help_panel=LOAD
+    ),
+]
+Sessions = Annotated[int, typer.Option("--sessions", help="Conversations of `returning`.", rich_help_panel=LOAD)]
+Think = Annotated[
+    float,
+    typer.Option("--think", parser=parse_seconds, metavar="TIME", help="Median pause, for `returning`.", rich_help_panel=LOAD),
+]
+Spread = Annotated[
+    float, typer.Option("--think-spread", help="Standard deviation of the pauses' logarithms.", rich_help_panel=LOAD)
+]
+RamFor = Annotated[int, typer.Option("--ram-for", help="Sessions of `returning` that fit in RAM.", rich_help_panel=LOAD)]
+Context = Annotated[int, typer.Option("--context", help="Tokens of each session of `returning`.", rich_help_panel=LOAD)]
+Period = Annotated[
+    float,
+    typer.Option("--period", parser=parse_seconds, metavar="TIME", help="How long `returning` runs.", rich_help_panel=LOAD),
+]
+Hints = Annotated[
+    bool, typer.Option("--hints/--no-hints", help="Users of `returning` tell when they type.", rich_help_panel=LOAD)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (quality, restart, idle, tiers).", rich_help_panel=OUTPUT)]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Keep the server up until Ctrl-C.", rich_help_panel=OUTPUT)]
 
@@ -117,6 +153,17 @@ FLAGS: Mapping[str, object] = {
     "conversations": Conversations,
     "rest": RestIn,
     "form": RestForm,
+    "scale": Scale,
+    "speed": Speed,
+    "requests": Requests,
+    "session_every": SessionEvery,
+    "sessions": Sessions,
+    "think": Think,
+    "spread": Spread,
+    "ram_for": RamFor,
+    "context": Context,
+    "period": Period,
+    "hints": Hints,
     "model": Model,
     "cells": Cells,
     "threads": Threads,
@@ -167,11 +214,13 @@ def bench(
         pasture bench team --users 16 --turns 3 --against isolated,llama-server
         pasture bench docs --against http://other-server:8080 --out results
     """
+    behind = list(serve_flags or ())
     given = values | {
         "workload": WorkloadName(benchmark.value) if benchmark.value in list(WorkloadName) else WorkloadName.TEAM,
         "against": parse_against(cast("list[str] | None", values["against"]) or ()),
         "slo": parse_slo(str(values["slo"])),
-        "serve_flags": tuple(serve_flags or ()),
+        "trace": Path(behind.pop(0)) if benchmark is Benchmark.TRACE and behind else None,
+        "serve_flags": tuple(behind),
     }
     options = BenchOptions(**given)  # type: ignore[arg-type]  # FLAGS has each field's type
     raise typer.Exit(_runner(_MODULES.get(benchmark, "pasture.bench.run"))(options))
