@@ -25,6 +25,8 @@ SAMPLE_SECONDS = "pasture_sample_seconds_total"
 STEPS = "pasture_steps_total"
 STEP_SECONDS = "pasture_step_seconds_total"
 DECODE_SECONDS = "pasture_decode_seconds_total"
+PREFETCH_CPU_SECONDS = "pasture_prefetch_cpu_seconds_total"
+POLICY_CPU_SECONDS = "pasture_policy_cpu_seconds_total"
 
 Counters = Mapping[str, float]
 

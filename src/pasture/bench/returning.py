@@ -141,11 +141,11 @@ async def _prepare(options: BenchOptions, folder: Path, state: Path, progress: P
         "prompts": [talk.messages[0]["content"] for talk in talks],
         "reply": options.max_tokens,
     }
-    kept = _kept(known, load)
-    if kept is not None:
-        for talk, reply in zip(talks, kept.replies, strict=True):
+    found = kept(known, load)
+    if found is not None:
+        for talk, reply in zip(talks, found.replies, strict=True):
             talk.messages = (*talk.ask(_FIRST), {"role": "assistant", "content": reply})
-        return talks, kept.cell_bytes
+        return talks, found.cell_bytes
     shutil.rmtree(state, ignore_errors=True)
     os.makedirs(state, mode=0o700)
     task = progress.add_task("preparing", total=len(talks))
@@ -180,17 +180,19 @@ def first_turns(options: BenchOptions) -> list[Talk]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class Kept:
+    """What preparing leaves behind, beside the blocks on disk."""
+
     replies: tuple[str, ...]
     cell_bytes: int
 
 
-def _kept(file: Path, load: Json) -> _Kept | None:
+def kept(file: Path, load: Json) -> Kept | None:
     """What was prepared before for the same load; None where there is nothing."""
     if not file.exists():
         return None
     found = orjson.loads(file.read_bytes())
-    return _Kept(tuple(found["replies"]), int(found["bytes"])) if found["load"] == load else None
+    return Kept(tuple(found["replies"]), int(found["bytes"])) if found["load"] == load else None
 
 
 async def _run(

@@ -8,8 +8,8 @@
     trace    recorded traffic: `recorded` reads it
 
 Owns what is asked, in which order and after which pause. Knows nothing of systems and clocks: a workload is a frozen value,
-and `drive` plays it. Loops are closed: a user's next question waits for the answer to the last. Only recorded requests come when
-they came. Any thread.
+and `drive` plays it. Loops are closed: a user's next question waits for the answer to the last. Only recorded requests come
+when they came. Any thread.
 """
 
 from __future__ import annotations

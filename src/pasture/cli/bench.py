@@ -41,6 +41,7 @@ class Benchmark(StrEnum):
     RESTART = "restart"
     IDLE = "idle"
     TIERS = "tiers"
+    FORESIGHT = "foresight"
     RETURNING = "returning"
     TURN_AHEAD = "turn-ahead"
 
@@ -51,6 +52,7 @@ _MODULES = {
     Benchmark.RESTART: "pasture.bench.restart",
     Benchmark.IDLE: "pasture.cli.idle",
     Benchmark.TIERS: "pasture.cli.tiers",
+    Benchmark.FORESIGHT: "pasture.bench.foresight",
     Benchmark.RETURNING: "pasture.bench.returning",
     Benchmark.TURN_AHEAD: "pasture.bench.turn_ahead",
 }
@@ -137,7 +139,9 @@ Period = Annotated[
 Hints = Annotated[
     bool, typer.Option("--hints/--no-hints", help="Users of `returning` tell when they type.", rich_help_panel=LOAD)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (quality, restart, idle, tiers).", rich_help_panel=OUTPUT)]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, where there is no report.html.", rich_help_panel=OUTPUT)
+]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Keep the server up until Ctrl-C.", rich_help_panel=OUTPUT)]
 
 
@@ -207,6 +211,8 @@ def bench(
 
     `team`: one long system prompt, everybody their own chat. `docs`: many readers of a few long documents. `private`: nothing
     to share. `agents`: one context, forked at every step. `crowded`: four times more conversations than the pool has room for.
+
+    `trace FILE`: recorded traffic, smaller and slower. `returning`, `turn-ahead`, `foresight`: what is done ahead, on and off.
 
     `overhead`: what pasture costs beside the model. `quality`: what each stored form does to the answers. `restart`: the first
     answer after one. `idle`: thousands of resting conversations. `tiers`: every workload with tiers and without.

@@ -18,7 +18,7 @@ def tokens(text: str) -> float:
     return len(text) / CHARACTERS_PER_TOKEN
 
 
-@pytest.mark.parametrize("name", WorkloadName)
+@pytest.mark.parametrize("name", sorted(set(WorkloadName) - {WorkloadName.TRACE}))
 def test_a_seed_decides_everything(name: WorkloadName) -> None:
     assert build(BenchOptions(name, seed=3)) == build(BenchOptions(name, seed=3))
     assert build(BenchOptions(name, seed=3)) != build(BenchOptions(name, seed=4))
