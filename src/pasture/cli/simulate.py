@@ -5,6 +5,7 @@ Owns the table, the JSON and the plot of a `Comparison`; what is simulated is `p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +18,9 @@ from pasture.cli.output import err, out, print_json
 from pasture.cli.simulate_nodes import Fleet, simulate_nodes
 from pasture.cli.simulate_tiers import Tiers, simulate_tiers
 from pasture.core.errors import ConfigError
-from pasture.foresight.nodes import LoadModel
+from pasture.foresight.nodes import PREFILL_TOKENS_PER_SECOND, LoadModel
 from pasture.foresight.simulator import Comparison, Result, lines, simulate
-from pasture.foresight.traces import SESSION_SECONDS, TRACE_BLOCK_TOKENS, read_trace
+from pasture.foresight.traces import SESSION_SECONDS, TRACE_BLOCK_TOKENS, TraceRequest, read_trace
 
 CELL_BYTES = 23_040
 """KV of a token of SmolLM2 135M in f16"""
@@ -34,6 +35,17 @@ class PolicyName(StrEnum):
     FORESIGHT = "foresight"
 
 
+Nodes = Annotated[
+    int | None, typer.Option("--nodes", min=1, metavar="N", help="Nodes that share the capacity: the router, beside others.")
+]
+InFlight = Annotated[
+    int | None, typer.Option("--in-flight", min=1, metavar="N", help="Requests kept running a node, for --nodes.")
+]
+PrefillRate = Annotated[
+    float, typer.Option("--prefill-rate", min=1.0, metavar="TOKENS/S", help="What a node computes, for --nodes.")
+]
+
+
 def simulate_command(
     trace: Annotated[
         Path,
@@ -44,7 +56,11 @@ def simulate_command(
         str, typer.Option("--capacity", metavar="TOKENS,..", help="Tokens the cache holds (250k, 4M); several with commas.")
     ] = "1M",
     references: Annotated[
-        bool, typer.Option("--references/--no-references", help="Also LRU, S3-FIFO and Belady, who knows the future.")
+        bool,
+        typer.Option(
+            "--references/--no-references",
+            help="Also LRU, S3-FIFO and Belady, who knows the future; with --nodes the other rules.",
+        ),
     ] = True,
     session_every: Annotated[
         float, typer.Option("--session-every", metavar="SECONDS", help="Between the starts of two coding sessions.")
@@ -56,16 +72,9 @@ def simulate_command(
     cell_bytes: Annotated[
         int, typer.Option("--cell-bytes", min=1, metavar="BYTES", help="KV of a token, for the bytes that --disk tells of.")
     ] = CELL_BYTES,
-    nodes: Annotated[
-        int | None,
-        typer.Option("--nodes", min=1, metavar="N", help="Nodes that share the capacity: the router, beside others."),
-    ] = None,
-    in_flight: Annotated[
-        int | None, typer.Option("--in-flight", min=1, metavar="N", help="Requests kept running a node, for --nodes.")
-    ] = None,
-    prefill_rate: Annotated[
-        float, typer.Option("--prefill-rate", min=1.0, metavar="TOKENS/S", help="What a node computes, for --nodes.")
-    ] = LoadModel().prefill_tokens_per_second,
+    nodes: Nodes = None,
+    in_flight: InFlight = None,
+    prefill_rate: PrefillRate = PREFILL_TOKENS_PER_SECOND,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a plot (HTML) here; needs plotly.")] = None,
 ) -> None:
     """Replay recorded traffic against a cache policy and print how much of it would have been found.
@@ -73,18 +82,31 @@ def simulate_command(
     pasture simulate conversations.jsonl.gz --policy foresight --capacity 250k,1M,4M
     """
     capacities = [parse_tokens(part) for part in capacity.split(",")]
+    if nodes is None and in_flight is not None:
+        raise ConfigError("--in-flight is for --nodes")
+    if nodes is not None and (disk is not None or plot is not None):
+        raise ConfigError("--nodes goes with neither --disk nor --plot")
     requests = read_trace(trace, session_seconds=session_every)
     if nodes is not None:
         fleet = Fleet(nodes, tuple(capacities), policy.value, LoadModel(prefill_rate), in_flight)
-        simulate_nodes(trace, requests, fleet, as_json=as_json)
-        return
-    if disk is not None:
+        simulate_nodes(trace, requests, fleet, references=references, as_json=as_json)
+    elif disk is not None:
         if len(capacities) != 1:
             raise ConfigError("--disk takes one --capacity: what RAM holds")
         tiers = Tiers(capacities[0], parse_tokens(disk), policy.value, cell_bytes)
         simulate_tiers(trace, requests, tiers, as_json=as_json, plot=plot)
-        return
-    compared = lines(policy.value, references=references)
+    else:
+        comparison = _replayed(requests, lines(policy.value, references=references), capacities)
+        if plot is not None:
+            write_plot(comparison, trace.name, plot)
+        if as_json:
+            print_json(_document(comparison, trace))
+        else:
+            out().print(_table(comparison))
+
+
+def _replayed(requests: Sequence[TraceRequest], compared: Sequence[str], capacities: Sequence[int]) -> Comparison:
+    """Behind a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err(), transient=True) as progress:
         task = progress.add_task("Replaying", total=len(requests) * len(compared) * len(capacities))
@@ -92,13 +114,7 @@ def simulate_command(
         def advance(name: str, tokens: int) -> None:
             progress.update(task, advance=1, description=f"{name}, {short(tokens)} tokens")
 
-        comparison = simulate(requests, compared, capacities, advance)
-    if plot is not None:
-        write_plot(comparison, trace.name, plot)
-    if as_json:
-        print_json(_document(comparison, trace))
-    else:
-        out().print(_table(comparison))
+        return simulate(requests, compared, capacities, advance)
 
 
 def parse_tokens(text: str) -> int:

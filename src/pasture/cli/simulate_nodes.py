@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pasture.cli.output import err, out, print_json
-from pasture.cluster.simulated import RULES, FleetComparison, FleetResult, compare
+from pasture.cluster.simulated import OURS, RULES, FleetComparison, FleetResult, compare
 from pasture.core.errors import ConfigError
 from pasture.foresight.nodes import LoadModel
 from pasture.foresight.traces import TRACE_BLOCK_TOKENS, TraceRequest
@@ -35,13 +36,14 @@ class Fleet:
     """requests a node; None: at the trace's times"""
 
 
-def simulate_nodes(trace: Path, requests: Sequence[TraceRequest], fleet: Fleet, *, as_json: bool) -> None:
-    """Replay with a progress bar and print. Raises ConfigError for more than one capacity."""
+def simulate_nodes(trace: Path, requests: Sequence[TraceRequest], fleet: Fleet, *, references: bool, as_json: bool) -> None:
+    """Replay with a progress bar and print; `references`: the other rules too. Raises ConfigError for several capacities."""
     if len(fleet.capacities) != 1:
         raise ConfigError("--nodes takes one --capacity: what all nodes hold together")
+    rules = tuple(RULES) if references else (OURS,)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err(), transient=True) as progress:
-        task = progress.add_task("Replaying", total=len(requests) * len(RULES))
+        task = progress.add_task("Replaying", total=len(requests) * len(rules))
         found = compare(
             requests,
             fleet.n_nodes,
@@ -49,6 +51,7 @@ def simulate_nodes(trace: Path, requests: Sequence[TraceRequest], fleet: Fleet, 
             fleet.policy,
             model=fleet.model,
             in_flight=fleet.in_flight,
+            rules=rules,
             each=lambda rule: progress.update(task, advance=1, description=rule),
         )
     if as_json:
@@ -59,21 +62,23 @@ def simulate_nodes(trace: Path, requests: Sequence[TraceRequest], fleet: Fleet, 
 
 
 def _table(found: FleetComparison, fleet: Fleet) -> Table:
-    table = Table(title=f"Simulated: {fleet.n_nodes} nodes, {fleet.capacities[0]:,} tokens in all, {fleet.policy}")
-    table.add_column("rule")
-    for name in ("hit ratio", "of one pool", "own", "max/mean load", "moved", "TTFT mean", "p50", "p99", "requests/s"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title=f"Simulated: {fleet.n_nodes} nodes, {fleet.capacities[0]:,} tokens in all, {fleet.policy}", box=SIMPLE_HEAD
+    )
+    table.add_column("rule", no_wrap=True)
+    for name in ("hit ratio", "of one pool", "own", "max / mean load", "GB moved", "TTFT s, mean", "p99", "req/s"):
+        table.add_column(name, justify="right", min_width=5)
     for result in found.results:
         tally = result.tally
         table.add_row(
             result.rule,
-            f"{tally.hit_ratio:.4f}",
-            f"{tally.hit_ratio / found.pool_hit_ratio:.1%}" if found.pool_hit_ratio else "-",
-            f"{tally.local_hit_ratio:.4f}",
+            f"{tally.hit_ratio:.3f}",
+            f"{tally.hit_ratio / found.pool_hit_ratio:.0%}" if found.pool_hit_ratio else "-",
+            f"{tally.local_hit_ratio:.3f}",
             f"{tally.max_over_mean:.2f}",
-            f"{tally.moved_bytes / 1e9:,.0f} GB",
-            f"{tally.mean_first_token:.2f} s",
-            *(f"{tally.first_token(percentile):.2f} s" for percentile in PERCENTILES),
+            f"{tally.moved_bytes / 1e9:,.0f}",
+            f"{tally.mean_first_token:.2f}",
+            f"{tally.first_token(99):.1f}",
             f"{tally.requests_per_second:.2f}",
         )
     return table

@@ -69,9 +69,10 @@ def _placement(job: Job) -> Placement:
     return Placement(job.path, job.request.n_tokens)
 
 
+OURS = "pasture"
 RULES: dict[str, Callable[[int, LoadModel], Rule]] = {
-    "pasture": lambda n, model: Routed(n, model, model.pull_seconds),
-    "pasture without pulls": lambda n, model: Routed(n, model, never_pull),
+    OURS: lambda n, model: Routed(n, model, model.pull_seconds),
+    "pasture, no pulls": lambda n, model: Routed(n, model, never_pull),
     "random": lambda n, model: Anywhere(n),
     "ring": lambda n, model: ByRing(n),
     "bounded ring": lambda n, model: ByBoundedRing(n),

@@ -22,12 +22,15 @@ from pasture.tiers.eviction import PolicyMaker
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.watching import watched
 
+PREFILL_TOKENS_PER_SECOND = 8000.0
+"""assumed, unless somebody knows better"""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadModel:
     """What a node takes for its work; the figures are assumptions, and every output names them."""
 
-    prefill_tokens_per_second: float = 8000.0
+    prefill_tokens_per_second: float = PREFILL_TOKENS_PER_SECOND
     """of a node that does nothing else"""
     token_seconds: float = 0.03
     """from one token of a stream to the next"""

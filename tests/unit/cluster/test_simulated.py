@@ -38,7 +38,7 @@ def test_the_router_finds_more_than_chance_and_waits_less_than_a_ring(found: Fle
     ours = by_rule["pasture"]
     assert ours.hit_ratio > by_rule["random"].hit_ratio
     assert ours.mean_first_token < by_rule["ring"].mean_first_token
-    assert by_rule["pasture without pulls"].moved_bytes == 0
+    assert by_rule["pasture, no pulls"].moved_bytes == 0
     assert {name for name, tally in by_rule.items() if tally.moved_bytes} <= {"pasture"}
 
 
