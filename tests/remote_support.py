@@ -106,9 +106,18 @@ class DictShelf:
 
 @dataclass
 class Fleet:
-    """Remote tiers that are closed together."""
+    """Remote tiers and the processes behind them, ended together."""
 
     tiers: list[RemoteTier] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
+
+    def redis(self, *options: str) -> Process:
+        self.processes.append(redis_process(*options))
+        return self.processes[-1]
+
+    def mooncake(self) -> Process:
+        self.processes.append(mooncake_process())
+        return self.processes[-1]
 
     def tier(
         self,
@@ -125,8 +134,12 @@ class Fleet:
         return tier
 
     def close(self) -> None:
+        for process in self.processes:
+            process.thaw()
         for tier in self.tiers:
             tier.close()
+        for process in self.processes:
+            process.kill()
 
 
 def states(tier: RemoteTier) -> list[str]:
@@ -177,8 +190,8 @@ class Process:
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
 
 
 def redis_process(*more: str) -> Process:

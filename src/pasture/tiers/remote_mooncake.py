@@ -7,16 +7,18 @@ Blocks are read into and written from an arena that is registered with the libra
 the library copies nothing. A block leaves its lane in one copy, because it stays longer than the lane can be spared. An object
 that is larger than a lane takes the library's slower way through its own buffers.
 
-What the library does that one would not expect, as measured: `setup` retries for a minute and a half where no master answers
-(so the port is tried first); a frozen master holds a call for half a minute unless told otherwise; a holder that was killed
-answers errors until the master has noticed; RDMA without hardware silently becomes TCP (so we look, and say so). Negative codes
-are misses where they mean "not there", failures otherwise. The package is imported when the shelf is opened. Any thread.
+What the library does that one would not expect, as measured: `setup` and `close` keep every other Python thread from running,
+for many seconds where the master does not answer, so another process tries `setup` first; a frozen master holds a call for half
+a minute unless told otherwise; a holder that was killed answers errors until the master has noticed; RDMA without hardware
+silently becomes TCP (so we look, and say so). The package is imported when the shelf is opened. Any thread.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +51,14 @@ BEHAVIOUR = {
     "GLOG_minloglevel": "3",
 }
 """set before the library is loaded, where the environment does not say otherwise: it gives up soon and keeps quiet"""
+
+TRIAL_SECONDS = 10.0
+_TRIAL = """
+import os, sys
+from mooncake.store import MooncakeDistributedStore
+host, transport, device, master = sys.argv[1:]
+os._exit(MooncakeDistributedStore().setup(host, "P2PHANDSHAKE", 0, 16 << 20, transport, device, master) and 1)
+"""
 
 NO_ROOM = -200
 NOT_THERE = -704
@@ -90,12 +100,12 @@ class MooncakeShelf:
 
     def open(self) -> None:
         mooncake = load()
-        host = self._host or _own_address(self._master)
+        own = _own_address(self._master)
+        host, device = self._host or own, self._device if self.transport == "rdma" else ""
+        _try_elsewhere(host, self.transport, device, self.address)
         store = mooncake.MooncakeDistributedStore()
-        device = self._device if self.transport == "rdma" else ""
-        _check(
-            store.setup(host, "P2PHANDSHAKE", self._share_bytes, LIBRARY_BYTES, self.transport, device, self.address), "setup"
-        )
+        code = store.setup(host, "P2PHANDSHAKE", self._share_bytes, LIBRARY_BYTES, self.transport, device, self.address)
+        _check(code, "setup")
         arena = np.empty(N_LANES * LANE_BYTES, np.uint8)
         _check(store.register_buffer(arena.ctypes.data, arena.nbytes), "register_buffer")
         self._store, self._arena = store, arena
@@ -204,6 +214,17 @@ def missing_rdma(device: str, devices: Path = DEVICES) -> str | None:
         return "this machine has no RDMA device"
     missing = [name for name in device.split(",") if name and name not in found]
     return f"{missing[0]} is none of this machine's RDMA devices ({', '.join(found)})" if missing else None
+
+
+def _try_elsewhere(host: str, transport: str, device: str, master: str) -> None:
+    """Raises where a process that can be killed does not get through `setup`."""
+    command = [sys.executable, "-c", _TRIAL, host, transport, device, master]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise MooncakeError("the master listens and does not answer") from None
+    except subprocess.CalledProcessError as error:
+        raise MooncakeError(f"the master refuses, or does not answer (setup ended with {error.returncode})") from None
 
 
 def _own_address(master: tuple[str, int]) -> str:

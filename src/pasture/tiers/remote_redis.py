@@ -37,10 +37,13 @@ FULL_ERRORS = ("OOM", "MISCONF", "NOSPACE")
 class RedisShelf:
     """`connect` makes a client with a socket timeout in seconds; see `redis_shelf`."""
 
-    def __init__(self, address: str, connect: Callable[[float], Any], *, lookup_seconds: float, ttl_seconds: float) -> None:
+    def __init__(
+        self, address: str, connect: Callable[[float], Any], *, cluster: bool, lookup_seconds: float, ttl_seconds: float
+    ) -> None:
         self.address = address
         self.warnings: tuple[str, ...] = ()
         self._connect = connect
+        self._cluster = cluster
         self._lookup_seconds = lookup_seconds
         self._ttl_ms = int(1000 * ttl_seconds)
         self._quick: Any = None
@@ -55,10 +58,11 @@ class RedisShelf:
         self._quick.ping()
 
     def usage(self) -> Usage:
-        memory = self._quick.info("memory")
-        nodes = list(memory.values()) if memory and all(isinstance(value, dict) for value in memory.values()) else [memory]
+        everywhere = {"target_nodes": "primaries"} if self._cluster else {}
+        memory = self._quick.info("memory", **everywhere)
+        nodes = list(memory.values()) if self._cluster else [memory]
         return Usage(
-            blocks=int(self._quick.dbsize()),
+            blocks=int(self._quick.dbsize(**everywhere)),
             bytes=sum(int(node.get("used_memory", 0)) for node in nodes),
             budget_bytes=sum(int(node.get("maxmemory", 0)) for node in nodes),
         )
@@ -145,18 +149,19 @@ def redis_shelf(
         return RedisCluster(startup_nodes=nodes, socket_timeout=timeout_seconds, require_full_coverage=False, **options)
 
     address = ",".join(f"{host}:{port}" for host, port in servers)
-    return RedisShelf(address, all_together if cluster else one, lookup_seconds=lookup_seconds, ttl_seconds=ttl_seconds)
+    connect = all_together if cluster else one
+    return RedisShelf(address, connect, cluster=cluster, lookup_seconds=lookup_seconds, ttl_seconds=ttl_seconds)
 
 
 @contextmanager
 def _room() -> Iterator[None]:
     """What a full server says is not that it is broken."""
-    from redis.exceptions import ResponseError
+    from redis.exceptions import OutOfMemoryError, ResponseError
 
     try:
         yield
     except ResponseError as error:
-        if str(error).startswith(FULL_ERRORS):
+        if isinstance(error, OutOfMemoryError) or str(error).startswith(FULL_ERRORS):
             raise ShelfFull(str(error)) from None
         raise
 

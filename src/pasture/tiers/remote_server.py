@@ -153,7 +153,7 @@ class Server:
         self._stopping.set()
         deadline = self._clock() + timeout_seconds
         self._watcher.join(timeout_seconds)
-        if self._opened:
+        if self._opened and self.answers:  # a library that waits for a store that is away may hold up more than itself
             self._calls.start(self._shelf.close).wait(deadline - self._clock())
         self._calls.close()
 
