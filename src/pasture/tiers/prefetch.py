@@ -33,7 +33,7 @@ from pasture.tiers.trail import Trail
 
 log = logging.getLogger(__name__)
 
-ROUND_SECONDS = 0.1
+ROUND_SECONDS = 0.25
 RATE_FLOOR = 1 / 120
 """uses a second below which nobody is expected soon enough to be fetched for"""
 UNUSED_SHARE = 0.5
@@ -44,7 +44,7 @@ USUAL_BYTES_PER_SECOND = 200e6
 """until it is measured"""
 HINT_SECONDS = 60.0
 """for which what was hinted at stays pinned"""
-LOOKED_AT = 256
+LOOKED_AT = 64
 """conversations that one round considers; the others have their turn in the next"""
 REMEMBERED_TOKENS = 1 << 22
 """in all conversations that wait; the longest waiting are forgotten"""
