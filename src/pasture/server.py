@@ -29,7 +29,7 @@ from pasture.engine.memory import MemoryPlan, available_bytes, check_fits, plan_
 from pasture.engine.paced import Pace, PacedEngine
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
-from pasture.sessions.state import State
+from pasture.sessions.state import SWEEP_SECONDS, State
 from pasture.sessions.values import Limits, Share
 from pasture.stores import Watch, allowed_forms, store_for, unwatched
 
@@ -39,6 +39,9 @@ MAX_SEQUENCES = 256
 DEFAULT_CELLS = 32768
 FREE_SHARE = 0.8
 """of the largest cache that fits, at most so much unless somebody said how much"""
+
+SWEEPS = 8
+"""for what has expired, in the time after which it does"""
 
 CELLS_ALIGNMENT = 256
 """llama.cpp rounds a cache up to a multiple of this"""
@@ -95,7 +98,7 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
         closing(start_service(settings)) as service,
     ):
         api = replace(api, tracing=tracing)
-        state.keep_sweeping()
+        state.keep_sweeping(min(SWEEP_SECONDS, settings.session_idle / SWEEPS))
         run(
             create_app(service, replace(api, admin_port=None if admin is None else admin.getsockname()[1]), state=state),
             ssl_cert_file=settings.ssl_cert_file,

@@ -39,6 +39,9 @@ class Benchmark(StrEnum):
     OVERHEAD = "overhead"
     QUALITY = "quality"
     RESTART = "restart"
+    IMPORT = "import"
+    SOAK = "soak"
+    TIMING = "timing"
     IDLE = "idle"
     TIERS = "tiers"
     FORESIGHT = "foresight"
@@ -50,6 +53,9 @@ _MODULES = {
     Benchmark.OVERHEAD: "pasture.bench.overhead",
     Benchmark.QUALITY: "pasture.cli.quality",
     Benchmark.RESTART: "pasture.bench.restart",
+    Benchmark.IMPORT: "pasture.bench.importing",
+    Benchmark.SOAK: "pasture.bench.soak",
+    Benchmark.TIMING: "pasture.bench.timing",
     Benchmark.IDLE: "pasture.cli.idle",
     Benchmark.TIERS: "pasture.cli.tiers",
     Benchmark.FORESIGHT: "pasture.bench.foresight",
@@ -105,7 +111,10 @@ Expand = Annotated[
     bool, typer.Option("--expand", help="`quality` also with the weights written out as f16.", rich_help_panel=LOAD)
 ]
 Conversations = Annotated[
-    int, typer.Option("--conversations", help="Idle ones, of 1,000 tokens each, for `idle`.", rich_help_panel=LOAD)
+    int,
+    typer.Option(
+        "--conversations", help="Idle ones, of 1,000 tokens each, for `idle`; sessions, for `soak`.", rich_help_panel=LOAD
+    ),
 ]
 RestForm = Annotated[Form, typer.Option("--form", help="In which form they rest, for `idle`.", rich_help_panel=LOAD)]
 RestIn = Annotated[Rest, typer.Option("--rest", help="Where they rest, for `idle`.", rich_help_panel=LOAD)]
@@ -139,9 +148,7 @@ Period = Annotated[
 Hints = Annotated[
     bool, typer.Option("--hints/--no-hints", help="Users of `returning` tell when they type.", rich_help_panel=LOAD)
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print JSON, where there is no report.html.", rich_help_panel=OUTPUT)
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, where there is no report.html.", rich_help_panel=OUTPUT)]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Keep the server up until Ctrl-C.", rich_help_panel=OUTPUT)]
 
 
@@ -215,7 +222,8 @@ def bench(
     `trace FILE`: recorded traffic, smaller and slower. `returning`, `turn-ahead`, `foresight`: what is done ahead, on and off.
 
     `overhead`: what pasture costs beside the model. `quality`: what each stored form does to the answers. `restart`: the first
-    answer after one. `idle`: thousands of resting conversations. `tiers`: every workload with tiers and without.
+    answer after one. `import`: a conversation that goes on at another server. `soak`: whether anything grows. `idle`: thousands
+    of resting conversations. `tiers`: every workload with tiers and without. `timing`: whether a hit of others can be felt.
 
         pasture bench team --users 16 --turns 3 --against isolated,llama-server
         pasture bench docs --against http://other-server:8080 --out results

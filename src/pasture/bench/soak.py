@@ -1,0 +1,237 @@
+"""`pasture bench soak`: sessions by the thousand, created, used and left. Does anything stay behind, does anything grow?
+
+    before     a server over the fake engine, warm, after all that warmed it has expired
+    load       --conversations sessions of two turns each, --users at once; every text is another. Memory is looked at meanwhile
+    after      nobody asks for anything, until all has expired: cells, RAM, disk, rows, open files, resident memory
+
+Time is compressed where that is honest: a session expires after seconds instead of days, and an engine that invents its tokens
+answers at once, so that minutes see as many sessions begin and end as weeks would; what is looked at is the server's own
+bookkeeping, and it is the product's: HTTP, scheduler, tiers, state. Budgets are small, so that they are full most of the time.
+Ten requests a second for half an hour are 18,000: 9,000 sessions. One event loop, in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from asyncio import CancelledError
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from pasture.bench.client import Endpoint, call, call_json, run_loop
+from pasture.bench.options import BenchOptions
+from pasture.bench.run import describe, machine, progress_bar
+from pasture.bench.systems import PASTURE, Running, Size, SystemFailed, running, variants
+from pasture.core.errors import PastureError
+
+IDLE_SECONDS = 4.0
+"""after which a session expires, and its KV"""
+TURNS = 2
+WORDS = 60
+"""of a session's own text, about five tokens of the fake engine each"""
+WARM_SESSIONS = 64
+SAMPLE_SECONDS = 0.5
+PATIENCE_SECONDS = 120.0
+"""for everything to expire"""
+KEPT_FILES = 15
+"""five connections to the state's database are kept for the next use, once they were needed at once: three files each"""
+GROWTH = 0.05
+"""of resident memory from the second quarter of the load to the last, beyond which something grows"""
+FLAGS = (
+    "--fake-engine", "--kv-ram", "8MiB", "--kv-disk", "24MiB", "--idle-live", "1s",
+    "--session-idle", f"{IDLE_SECONDS:g}s", "--admin-key", "soak",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a server holds at one moment."""
+
+    cells: int
+    ram_bytes: int
+    disk_bytes: int
+    sessions: int
+    turns: int
+    open_files: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Soaked:
+    """One run."""
+
+    sessions: int
+    requests: int
+    load_seconds: float
+    before: Standing
+    most: Standing
+    """the most of each while the load ran"""
+    after: Standing
+    expired_seconds: float
+    """from the last reply until nothing was left"""
+    growth: float
+    """of resident memory from the second quarter of the load to the last, as a share"""
+
+    @property
+    def clean(self) -> bool:
+        """Whether all is as it was before."""
+        before, after = (replace(one, resident_bytes=0, open_files=0) for one in (self.before, self.after))
+        return before == after and self.after.open_files - self.before.open_files <= KEPT_FILES and self.growth <= GROWTH
+
+
+def main(options: BenchOptions) -> int:
+    """Exit status: 0 when nothing stayed and nothing grew, 1 otherwise."""
+    console = Console(stderr=options.as_json)
+    try:
+        soaked = run_loop(soak(options, console))
+    except PastureError as error:
+        console.print(f"[red]pasture bench soak:[/] {error}", highlight=False)
+        return 1
+    except (KeyboardInterrupt, CancelledError):
+        return 130
+    answer = {"settings": describe(options), "machine": machine(), "soak": asdict(soaked), "clean": soaked.clean}
+    if options.out is not None:
+        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
+    if options.as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        console.print(table(soaked))
+    return 0 if soaked.clean else 1
+
+
+async def soak(options: BenchOptions, console: Console) -> Soaked:
+    """Raises SystemFailed when a request is not answered, or the server does not start."""
+    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+    flags = (*FLAGS, "--kv-cache", str(folder / "kv"), "--state", str(folder / "state.db"), *options.serve_flags)
+    size = Size(options.users or 16, 2048, 8192)
+    system = variants(PASTURE, size, replace(options, cells=8192, serve_flags=flags))[0]
+    async with running(system, folder / "server.log") as up:
+        endpoint = replace(system.endpoint, api_key="soak")
+        await _use(up, Random(0), WARM_SESSIONS, size.users)
+        before, _ = await _expired(up, endpoint)
+        samples: list[tuple[float, Standing]] = []
+        watching = asyncio.create_task(_watch(up, endpoint, samples))
+        started = time.monotonic()
+        with progress_bar(console) as progress:
+            task = progress.add_task("sessions", total=options.conversations)
+            done = 0
+            while done < options.conversations:
+                n = min(100, options.conversations - done)
+                await _use(up, Random(f"{options.seed} {done}"), n, size.users)
+                done += n
+                progress.advance(task, n)
+        ended = time.monotonic()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        after, seconds = await _expired(up, endpoint)
+    return Soaked(
+        sessions=done,
+        requests=done * TURNS,
+        load_seconds=ended - started,
+        before=before,
+        most=_most([standing for _, standing in samples] or [before]),
+        after=after,
+        expired_seconds=seconds,
+        growth=growth([standing.resident_bytes for _, standing in samples]),
+    )
+
+
+def growth(resident: Sequence[int]) -> float:
+    """From the second quarter to the last, medians, as a share; the first quarter is for filling budgets."""
+    quarter = len(resident) // 4
+    if not quarter:
+        return 0.0
+    early, late = median(resident[quarter : 2 * quarter]), median(resident[-quarter:])
+    return (late - early) / early
+
+
+async def _use(up: Running, random: Random, n_sessions: int, at_once: int) -> None:
+    texts = [" ".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=WORDS)) for _ in range(n_sessions)]
+
+    async def worker() -> None:
+        while texts:
+            await _live(up, texts.pop())
+
+    await asyncio.gather(*(worker() for _ in range(at_once)))
+
+
+async def _live(up: Running, text: str) -> None:
+    """One session, from its beginning to where its client loses interest."""
+    made = await _post(up.system.endpoint, "/v1/sessions", {"messages": [{"role": "system", "content": text}]}, 201)
+    for turn in range(TURNS):
+        question = {"role": "user", "content": f"Question {turn}"}
+        body = {"messages": [question], "session_id": made["id"], "max_tokens": 8, "ignore_eos": True}
+        await _post(up.system.endpoint, "/v1/chat/completions", body, 200)
+
+
+async def _post(endpoint: Endpoint, path: str, body: dict[str, object], status: int) -> dict[str, object]:
+    found, data = await call(endpoint, path, body, timeout_seconds=60.0)
+    if found != status:
+        raise SystemFailed(f"{path} answered {found}: {data[:300].decode(errors='replace')}")
+    answer: dict[str, object] = json.loads(data)
+    return answer
+
+
+async def _watch(up: Running, endpoint: Endpoint, samples: list[tuple[float, Standing]]) -> None:
+    while True:
+        samples.append((time.monotonic(), await _look(up, endpoint)))
+        await asyncio.sleep(SAMPLE_SECONDS)
+
+
+async def _expired(up: Running, endpoint: Endpoint) -> tuple[Standing, float]:
+    """What is left when nothing more goes, and after how many seconds. Gives up waiting after PATIENCE_SECONDS."""
+    started = time.monotonic()
+    while True:
+        standing = await _look(up, endpoint)
+        waited = time.monotonic() - started
+        empty = not (standing.cells or standing.ram_bytes or standing.disk_bytes or standing.sessions or standing.turns)
+        if empty or waited > PATIENCE_SECONDS:
+            return await _look(up, endpoint), waited
+        await asyncio.sleep(SAMPLE_SECONDS)
+
+
+async def _look(up: Running, endpoint: Endpoint) -> Standing:
+    answer = await call_json(endpoint, "/v1/diagnosis", timeout_seconds=60.0)
+    if answer is None or up.pid is None:
+        raise SystemFailed("the server does not tell what it holds")
+    facts = next(check["facts"] for check in answer["checks"] if check["name"] == "memory_growth")  # type: ignore[attr-defined]
+    process = psutil.Process(up.pid)
+    return Standing(
+        cells=facts["cells"]["used"],
+        ram_bytes=facts["tiers"]["ram"]["bytes"],
+        disk_bytes=facts["tiers"]["disk"]["bytes"],
+        sessions=facts["state"]["sessions"],
+        turns=facts["state"]["turns"],
+        open_files=process.num_fds(),
+        resident_bytes=process.memory_info().rss,
+    )
+
+
+def _most(standings: Sequence[Standing]) -> Standing:
+    return Standing(*(max(values) for values in zip(*(astuple(one) for one in standings), strict=True)))
+
+
+def table(soaked: Soaked) -> Table:
+    """One row for each thing that could grow."""
+    made = Table(
+        title=f"{soaked.sessions:,} sessions, {soaked.requests:,} requests in {soaked.load_seconds:.0f} s; "
+        f"all expired {soaked.expired_seconds:.0f} s later"
+    )
+    for heading in ("", "before", "at most", "after"):
+        made.add_column(heading, justify="right" if heading else "left")
+    for name in asdict(soaked.before):
+        values = [getattr(standing, name) for standing in (soaked.before, soaked.most, soaked.after)]
+        shown = [f"{value / 2**20:,.1f} MiB" if name.endswith("bytes") else f"{value:,}" for value in values]
+        made.add_row(name.replace("_", " ").removesuffix(" bytes"), *shown)
+    made.add_section()
+    made.add_row("resident, second quarter of the load to the last", "", "", f"{soaked.growth:+.1%}")
+    return made
