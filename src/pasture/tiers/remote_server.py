@@ -216,6 +216,8 @@ class Server:
                 log.debug("%s does not say how full it is: %s", self.address, error)
 
     def _failed(self, what: str, *, surely: bool) -> None:
+        if self._stopping.is_set():
+            return
         was_closed = self._breaker.closed
         self._breaker.failed(surely=surely)
         if was_closed and not self._breaker.closed:
