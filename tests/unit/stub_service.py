@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pasture.core.errors import InvariantBroken
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics, SequenceState, SequenceStatistics, ServiceStatistics
-from pasture.core.storage import StoreStatistics, TierStatistics
+from pasture.core.storage import PrefetchStatistics, StoreStatistics, TierStatistics
 from pasture.core.values import (
     DEFAULT_NAMESPACE,
     Finish,
@@ -221,7 +221,8 @@ _RAM = TierStatistics(
     bytes_per_second=5e9,
 )
 _DISK = dataclasses.replace(_RAM, name="disk", blocks=7, damaged_blocks=2, errors=1, latency_seconds=2e-4)
-_STORE = StoreStatistics((_RAM, _DISK), 300.0, 2e9, 3e9, {"fetch": 4})
+_PREFETCH = PrefetchStatistics(hints=3, guesses=5, issued_blocks=9, issued_bytes=900, used_bytes=600, wasted_bytes=100)
+_STORE = StoreStatistics((_RAM, _DISK), 300.0, 2e9, 3e9, {"fetch": 4}, _PREFETCH, policy_seconds=0.25)
 _SCHEDULER = SchedulerStatistics(
     waiting=1,
     prefilling=2,

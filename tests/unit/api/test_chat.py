@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from pasture.api import ApiSettings
-from pasture.core.values import FinishReason, SamplingParams
+from pasture.core.values import FinishReason, Kind, SamplingParams
 from tests.unit.api.conftest import Connect
 from tests.unit.api.wire import CHAT, chat_body, chat_texts, error_of, events
 from tests.unit.stub_service import EOS, SPECIAL, StubService
@@ -124,6 +124,7 @@ async def test_tools_reach_the_template_unless_the_choice_is_none(connect: Conne
     await client.post(CHAT, json=chat_body(tools=tools, tool_choice="auto"))
     await client.post(CHAT, json=chat_body(tools=tools, tool_choice="none"))
     assert [bytes(request.prompt) for request in service.requests] == [b"weather.", b"."]
+    assert [request.expects for request in service.requests] == [Kind.TOOL, Kind.CHAT]
 
 
 async def test_log_probabilities_in_the_chat_shape(client: httpx.AsyncClient) -> None:

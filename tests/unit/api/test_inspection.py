@@ -124,8 +124,14 @@ async def test_metrics_show_every_tier_and_what_the_gate_goes_by(client: httpx.A
     assert samples["pasture_store_latency_seconds", "disk"] == 2e-4
     assert samples["pasture_gate_restore_bytes_per_second",] == 3e9
     assert samples["pasture_gate_refusals_total", "fetch"] == 4
+    assert samples["pasture_prefetch_conversations_total", "guess"] == 5
+    assert samples["pasture_prefetch_issued_bytes_total",] == 900
+    assert (samples["pasture_prefetch_used_bytes_total",], samples["pasture_prefetch_wasted_bytes_total",]) == (600, 100)
+    assert samples["pasture_policy_cpu_seconds_total",] == 0.25
     of_tiers = {name for name, *labels in samples if labels and name.startswith("pasture_store")}
-    assert len(of_tiers) == len(fields(TierStatistics)) - 2, "a line for each figure but the name and what only remote tiers have"
+    assert len(of_tiers) == len(fields(TierStatistics)) - 2, (
+        "a line for each figure but the name and what only remote tiers have"
+    )
 
 
 async def test_two_apps_in_one_process_keep_their_metrics_apart(connect: Connect) -> None:

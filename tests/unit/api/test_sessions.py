@@ -164,6 +164,14 @@ async def test_pins_are_released_with_what_they_pin(client: httpx.AsyncClient, s
     assert all(pin.released for pin in service.pins)
 
 
+async def test_a_session_can_be_brought_into_ram_alone(client: httpx.AsyncClient, service: StubService) -> None:
+    session_id = await new_session(client, SYSTEM, HI)
+    answer = (await client.post(f"{SESSIONS}/{session_id}/prefetch?live=false")).json()
+    assert [len(tokens) for tokens in service.lifted] == [answer["tokens"]]
+    assert answer["cached_tokens"] == answer["tokens"], "what the stub has live"
+    assert not service.requests, "nothing is computed for it"
+
+
 async def test_a_conversation_is_cut_at_a_message_or_a_token(client: httpx.AsyncClient) -> None:
     session_id = await new_session(client, SYSTEM, HI, HELLO)
     path = f"{SESSIONS}/{session_id}/truncate"
