@@ -143,6 +143,43 @@ def down(address: Address = None) -> None:
             time.sleep(0.1)
 
 
+@cluster.command("bench")
+def bench(
+    model: Annotated[str | None, typer.Option("-m", "--model", metavar="FILE", help="A GGUF file, for the pool.")] = None,
+    kv_remote: Annotated[str | None, typer.Option("--kv-remote", metavar="URL", help="The pool to measure with it.")] = None,
+    threads: Annotated[int, typer.Option("-t", "--threads", min=1, metavar="N", help="Of each replica, with a model.")] = 1,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each throughput run.")] = 15.0,
+) -> None:
+    """Measure on this machine: two replicas against one and the way through an ingress, or what the shared pool saves.
+
+    Without a model, engines that only sleep are driven. With `-m` and `--kv-remote`, a prompt of 2,000 tokens is computed on
+    one replica and restored on another.
+    """
+    with _ray():
+        from pasture.bench import cluster as measuring
+        from pasture.bench.client import run_loop
+
+        if (model is None) != (kv_remote is None):
+            raise ConfigError("-m and --kv-remote go together: the one is measured with the other")
+        if model is not None and kv_remote is not None:
+            flags = ("-t", str(threads))
+            measuring.report_restoring(run_loop(measuring.measure_restoring(model, kv_remote, flags, err())), out())
+            return
+        scaling, overhead = run_loop(measuring.measure(seconds, err()))
+        measuring.report(scaling, overhead, out())
+
+
+@cluster.command("demo")
+def demo(
+    stay: Annotated[bool, typer.Option("--stay/--no-stay", help="Go on serving afterwards, until Ctrl-C.")] = True,
+) -> None:
+    """Three replicas of the small model; the one that writes is killed in the middle of its reply."""
+    with _ray():
+        from pasture.bench.cluster_demo import main
+
+        raise typer.Exit(main(stay=stay))
+
+
 def _prepared(settings: Settings, *, local: bool) -> Settings:
     """With one port for all ingresses, and one database."""
     changes: dict[str, object] = {}

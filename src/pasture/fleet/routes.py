@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from pasture.cluster.service import ClusterService
+from pasture.cluster.values import ReplicaId
 
 
 def cluster_routes(service: ClusterService) -> APIRouter:
@@ -41,6 +42,7 @@ def describe(service: ClusterService) -> dict[str, object]:
             "epoch": link.member.epoch,
             "seconds": round(time.time() - link.member.epoch / 1e9, 1),
             "draining": name not in taking,
+            "running": _running(service, name),
             "uncached_tokens": routed.uncached_tokens.get(name, 0),
             "known_blocks": service.router.known_blocks(name),
             "fingerprint": link.identity.fingerprint[:16],
@@ -49,3 +51,12 @@ def describe(service: ClusterService) -> dict[str, object]:
     ]
     told = asdict(routed) | {"decisions": {reason.value: n for reason, n in routed.decisions.items()}}
     return {"object": "cluster", "replicas": replicas, "router": told, "survived_losses": service.survived}
+
+
+def _running(service: ClusterService, name: ReplicaId) -> int:
+    """Requests that wait or generate there, through whichever ingress; as of its last report."""
+    found = service.links.statistics.get(name)
+    if found is None:
+        return 0
+    scheduler = found.scheduler
+    return scheduler.waiting + scheduler.prefilling + scheduler.decoding + scheduler.swapped
