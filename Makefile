@@ -28,7 +28,7 @@ format: $(VENV)/.dev  ## put the code into shape
 	@$(BIN)/ruff format
 
 docs: $(VENV)/.docs  ## the documentation as a site, in site/
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "open site/index.html, or: python -m http.server -d site"
 
 screenshots: $(VENV)/.dev  ## the documentation's pictures, made by the product itself
 	@$(BIN)/python tools/screenshots.py
