@@ -15,6 +15,7 @@ import httpx
 import openai
 
 from pasture.api import ApiSettings, create_app
+from pasture.core.ports import Engine
 from pasture.core.storage import Store
 from pasture.core.values import Namespace, PoolShape, Request, SamplingParams, TokenEvent
 from pasture.engine.fake import FakeEngine, expected_reply
@@ -31,7 +32,7 @@ GREEDY = ApiSettings(sampling=SamplingParams(temperature=0.0), admin_key="admin"
 class WatchedService(LocalService):
     """Notes for every tenant what its own requests could have left in the cache, and catches hits on anything else."""
 
-    def __init__(self, engine: FakeEngine, store: Store, settings: SchedulerSettings) -> None:
+    def __init__(self, engine: Engine, store: Store, settings: SchedulerSettings) -> None:
         super().__init__(engine, store, settings)
         self._begun: Counter[tuple[str, tuple[int, ...]]] = Counter()
         """how often a tenant has sent a prompt"""

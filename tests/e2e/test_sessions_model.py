@@ -43,11 +43,11 @@ async def post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> An
     return answer.json()
 
 
-async def test_a_second_turn_sends_little_and_computes_little(service: Service) -> None:
+async def test_a_second_turn_on_two_thousand_tokens_sends_little_and_computes_little(service: Service) -> None:
+    long = {"role": "system", "content": " ".join(f"Rule {i}: be brief and kind." for i in range(210))}
     async with client_of(service) as client:
-        first = await post(
-            client, "/responses", {"input": [SYSTEM, {"role": "user", "content": "Hi"}], "max_output_tokens": 12}
-        )
+        first = await post(client, "/responses", {"input": [long, {"role": "user", "content": "Hi"}], "max_output_tokens": 12})
+        assert first["usage"]["input_tokens"] >= 2000
         body = {"input": "And a second thing?", "previous_response_id": first["id"], "max_output_tokens": 4}
         assert len(json.dumps(body)) < 1024
         usage = (await post(client, "/responses", body))["usage"]
