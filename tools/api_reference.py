@@ -18,8 +18,8 @@ Json = dict[str, Any]
 _METHODS = ("get", "post", "delete", "put", "patch")
 _INTRODUCTION = """# API reference
 
-Made from the schema that the server itself serves at `/openapi.json`, so it cannot say anything else than the server does. What
-the routes are for, and how sessions and responses work, is told in [API](api.md). Errors all have the same shape; their statuses
+Made from the schema that the server serves at `/openapi.json`, so it cannot say anything else than the server does. What the
+routes are for, and how sessions and responses work, is told in [API](api.md). Errors all have the same shape; their statuses
 are listed with each route.
 """
 

@@ -1,7 +1,7 @@
 """What the documentation shows is true: every command line parses, and whatever can run without a model of yours runs.
 
-Python runs on the engine without a model, curl and the clients against a server on it. What cannot be run is at least read: TOML
-by its parser, commands by the command line's own.
+Python runs on the engine without a model, curl and the clients against a server on it. What cannot be run is at least read:
+TOML by its parser, commands by the command line's own.
 """
 
 from __future__ import annotations

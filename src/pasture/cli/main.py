@@ -35,7 +35,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start here: pasture serve -m model.gguf, then open the URL it prints, or point any OpenAI client at it.",
+    epilog="Start here: pasture demo needs no model of yours. With one: pasture serve -m model.gguf, then open the URL that it "
+    "prints, or point any OpenAI client at it.",
 )
 app.command(rich_help_panel="Serve")(serve)
 app.command(rich_help_panel="Serve")(warm)
