@@ -52,6 +52,10 @@ FLAGS = (
 )  # fmt: skip
 
 
+class _Gone(Exception):
+    """The session has expired."""
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What a server holds at one moment."""
@@ -70,6 +74,8 @@ class Soaked:
     """One run."""
 
     sessions: int
+    cut_short: int
+    """of these, sessions that expired between two turns"""
     requests: int
     load_seconds: float
     before: Standing
@@ -123,10 +129,10 @@ async def soak(options: BenchOptions, console: Console) -> Soaked:
         started = time.monotonic()
         with progress_bar(console) as progress:
             task = progress.add_task("sessions", total=options.conversations)
-            done = 0
+            done = n_gone = 0
             while done < options.conversations:
                 n = min(100, options.conversations - done)
-                await _use(up, Random(f"{options.seed} {done}"), n, size.users)
+                n_gone += await _use(up, Random(f"{options.seed} {done}"), n, size.users)
                 done += n
                 progress.advance(task, n)
         ended = time.monotonic()
@@ -135,6 +141,7 @@ async def soak(options: BenchOptions, console: Console) -> Soaked:
         after, seconds = await _expired(up, endpoint)
     return Soaked(
         sessions=done,
+        cut_short=n_gone,
         requests=done * TURNS,
         load_seconds=ended - started,
         before=before,
@@ -154,27 +161,36 @@ def growth(resident: Sequence[int]) -> float:
     return (late - early) / early
 
 
-async def _use(up: Running, random: Random, n_sessions: int, at_once: int) -> None:
+async def _use(up: Running, random: Random, n_sessions: int, at_once: int) -> int:
+    """Returns how many sessions expired between two turns: on a machine that is busy with other things, seconds pass."""
     texts = [" ".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=WORDS)) for _ in range(n_sessions)]
 
-    async def worker() -> None:
+    async def worker() -> int:
+        n_gone = 0
         while texts:
-            await _live(up, texts.pop())
+            n_gone += await _live(up, texts.pop())
+        return n_gone
 
-    await asyncio.gather(*(worker() for _ in range(at_once)))
+    return sum(await asyncio.gather(*(worker() for _ in range(at_once))))
 
 
-async def _live(up: Running, text: str) -> None:
-    """One session, from its beginning to where its client loses interest."""
+async def _live(up: Running, text: str) -> int:
+    """One session, from its beginning to where its client loses interest; 1 where it expired before."""
     made = await _post(up.system.endpoint, "/v1/sessions", {"messages": [{"role": "system", "content": text}]}, 201)
     for turn in range(TURNS):
         question = {"role": "user", "content": f"Question {turn}"}
         body = {"messages": [question], "session_id": made["id"], "max_tokens": 8, "ignore_eos": True}
-        await _post(up.system.endpoint, "/v1/chat/completions", body, 200)
+        try:
+            await _post(up.system.endpoint, "/v1/chat/completions", body, 200)
+        except _Gone:
+            return 1
+    return 0
 
 
 async def _post(endpoint: Endpoint, path: str, body: dict[str, object], status: int) -> dict[str, object]:
     found, data = await call(endpoint, path, body, timeout_seconds=60.0)
+    if found == 404:
+        raise _Gone
     if found != status:
         raise SystemFailed(f"{path} answered {found}: {data[:300].decode(errors='replace')}")
     answer: dict[str, object] = json.loads(data)
@@ -224,7 +240,7 @@ def table(soaked: Soaked) -> Table:
     """One row for each thing that could grow."""
     made = Table(
         title=f"{soaked.sessions:,} sessions, {soaked.requests:,} requests in {soaked.load_seconds:.0f} s; "
-        f"all expired {soaked.expired_seconds:.0f} s later"
+        f"{soaked.cut_short:,} expired between two turns, all {soaked.expired_seconds:.0f} s after the end"
     )
     for heading in ("", "before", "at most", "after"):
         made.add_column(heading, justify="right" if heading else "left")

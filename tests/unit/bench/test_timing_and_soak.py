@@ -11,7 +11,7 @@ from pasture.bench.soak import KEPT_FILES, Soaked, Standing, growth
 from pasture.bench.timing import Probe, area, standard_error, tells
 
 NOTHING = Standing(0, 0, 0, 0, 0, 30, 100 << 20)
-RUN = Soaked(10, 20, 1.0, NOTHING, NOTHING, NOTHING, 1.0, 0.0)
+RUN = Soaked(10, 0, 20, 1.0, NOTHING, NOTHING, NOTHING, 1.0, 0.0)
 
 
 def probes(cached: list[float], cold: list[float]) -> list[Probe]:
