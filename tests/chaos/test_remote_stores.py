@@ -6,13 +6,23 @@ wrong, nothing waited for that could have been given up; and that blocks are fou
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
+from pasture.config.remote import parse_remote
+from pasture.stores import open_remote
 from pasture.tiers.remote import RemoteTier
 from pasture.tiers.remote_ports import Shelf
 from pasture.tiers.remote_redis import redis_shelf
@@ -268,3 +278,81 @@ def test_a_network_that_is_cut_or_slow_is_a_miss_until_it_is_back(
     finally:
         server.kill()
         server.wait(10)
+
+
+# TLS, and a user who may do no more than he must
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """One for 127.0.0.1, signed by itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pasture tests")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / "cert.pem", folder / "key.pem"
+    files[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, plain))
+    return files
+
+
+def _errors(tier: RemoteTier) -> int:
+    return tier.statistics().errors
+
+
+def test_redis_over_tls_with_an_acl(fleet: Fleet, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    rules = (
+        "user",
+        "default",
+        "off",
+        "user",
+        "herd",
+        "on",
+        ">secret",
+        "~pasture:*",
+        "+@read",
+        "+@write",
+        "+ping",
+        "+info",
+        "+dbsize",
+    )
+    configuration = tmp_path / "redis.conf"
+    configuration.write_text(f"{' '.join(rules[:3])}\n{' '.join(rules[3:])}\n")
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    options = ["--bind", LOOPBACK, "--save", "", "--port", "0", "--tls-auth-clients", "no"]
+    options += ["--tls-cert-file", str(cert), "--tls-key-file", str(key)]
+    process = Process(lambda port: [binary, str(configuration), *options, "--tls-port", str(port)])
+    fleet.processes.append(process)
+    url = f"rediss://herd:secret@{LOOPBACK}:{process.port}?ca={cert}&lookup=5s"
+    tier = open_remote(parse_remote(url), None)
+    fleet.tiers.append(tier)
+    connected(tier)
+    expected = list(blocks(TALK, 1000))
+    assert all(map(tier.put, expected))
+    assert leading(tier, path(TALK)) == len(expected)
+    assert tier.following([path(TALK)[-1].parent])[0]
+    tier.remove(expected[0].address.key)
+    assert not tier.stored(path(TALK))[0]
+    wait_for(lambda: tier.statistics().blocks)
+    for wrong in (
+        f"rediss://herd:wrong@{LOOPBACK}:{process.port}?ca={cert}",
+        f"rediss://herd:secret@{LOOPBACK}:{process.port}",
+    ):
+        stranger = open_remote(parse_remote(wrong), None)
+        fleet.tiers.append(stranger)
+        wait_for(partial(_errors, stranger))
+        assert not stranger.accepts

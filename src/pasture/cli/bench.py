@@ -40,6 +40,7 @@ class Benchmark(StrEnum):
     QUALITY = "quality"
     RESTART = "restart"
     IMPORT = "import"
+    REMOTE = "remote"
     SOAK = "soak"
     TIMING = "timing"
     IDLE = "idle"
@@ -54,6 +55,7 @@ _MODULES = {
     Benchmark.QUALITY: "pasture.cli.quality",
     Benchmark.RESTART: "pasture.bench.restart",
     Benchmark.IMPORT: "pasture.bench.importing",
+    Benchmark.REMOTE: "pasture.bench.remote",
     Benchmark.SOAK: "pasture.bench.soak",
     Benchmark.TIMING: "pasture.bench.timing",
     Benchmark.IDLE: "pasture.cli.idle",
@@ -224,6 +226,7 @@ def bench(
     `overhead`: what pasture costs beside the model. `quality`: what each stored form does to the answers. `restart`: the first
     answer after one. `import`: a conversation that goes on at another server. `soak`: whether anything grows. `idle`: thousands
     of resting conversations. `tiers`: every workload with tiers and without. `timing`: whether a hit of others can be felt.
+    `remote`: a prompt that another server has computed, through a store that both share.
 
         pasture bench team --users 16 --turns 3 --against isolated,llama-server
         pasture bench docs --against http://other-server:8080 --out results
