@@ -6,14 +6,17 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs screenshots clean
+.PHONY: help demo demo-cluster test lint format docs screenshots clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.demo  ## sixteen people on one small model, against one context each; then a server to talk to
 	@$(BIN)/pasture demo
+
+demo-cluster: $(VENV)/.demo,cluster  ## three replicas of one small model; the one that writes is killed, and another goes on
+	@$(BIN)/pasture cluster demo
 
 test: lint  ## lint, types and every test
 	@$(BIN)/python -m pytest
