@@ -30,6 +30,8 @@ CALL_SECONDS = 2e-4
 """one save or restore, however small"""
 RETURN_PROBABILITY = 0.25
 """that what is stored is asked for again before it is evicted; conversations go on and system prompts return more often"""
+STALE_DESCRIPTIONS = 10
+"""of a tier without a read, from which on its own figures count again: what was slow and is not asked since may be so no more"""
 _PRIOR_BYTES = 4 * MIB
 _KEPT = 0.9
 """share of the past that stays when a sample comes in"""
@@ -91,7 +93,7 @@ class Gate(Protocol):
     def observe_unpack(self, form: Form, n_bytes: int, seconds: float) -> None: ...
     def observe_read(self, tier: str, n_bytes: int, seconds: float) -> None: ...
     def describe_tier(self, tier: str, latency_seconds: float, bytes_per_second: float) -> None:
-        """What the tier has measured of itself; zero: nothing. Its bandwidth counts until a read was measured here."""
+        """What the tier has measured of itself; zero: nothing. Its bandwidth counts while no read is measured here."""
         ...
 
     def figures(self) -> GateFigures: ...
@@ -101,7 +103,8 @@ class Gate(Protocol):
 class _SlowTier:
     latency_seconds: float
     rate: Rate
-    measured: bool = False
+    stale: int | None = None
+    """descriptions since the last read that was measured; None: none was"""
 
 
 class CostGate:
@@ -184,15 +187,18 @@ class CostGate:
     def observe_read(self, tier: str, n_bytes: int, seconds: float) -> None:
         slow = self._tier(tier)
         with self._lock:
-            slow.measured = True
+            slow.stale = 0
             slow.rate.observe(n_bytes, max(seconds - slow.latency_seconds, seconds / 10))
 
     def describe_tier(self, tier: str, latency_seconds: float, bytes_per_second: float) -> None:
         slow = self._tier(tier)
         if latency_seconds > 0:
             slow.latency_seconds = latency_seconds
-        if bytes_per_second > 0 and not slow.measured:
-            slow.rate = Rate(bytes_per_second)
+        with self._lock:
+            if slow.stale is not None:
+                slow.stale += 1
+            if bytes_per_second > 0 and (slow.stale is None or slow.stale > STALE_DESCRIPTIONS):
+                slow.rate = Rate(bytes_per_second)
 
     def _tier(self, name: str) -> _SlowTier:
         with self._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pasture.core.values import Direction, Form, Transfer
-from pasture.tiers.gate import CostGate, OpenGate, Rate
+from pasture.tiers.gate import STALE_DESCRIPTIONS, CostGate, OpenGate, Rate
 
 CELL = 23_040
 RAW = {Form.RAW: 1000 * CELL}
@@ -94,6 +94,20 @@ def test_each_tier_is_judged_by_its_own_figures() -> None:
         gate.observe_read("thin", 10**6, 1e-3)
     gate.describe_tier("thin", latency_seconds=0.0, bytes_per_second=10e6)
     assert gate.fetch_slow("thin", 1000)
+
+
+def test_a_tier_that_was_slow_once_is_given_another_chance() -> None:
+    gate = CostGate(CELL)
+    gate.observe_prefill(2000)
+    gate.describe_tier("far", latency_seconds=1e-3, bytes_per_second=1e9)
+    assert gate.fetch_slow("far", 1000)
+    for _ in range(40):
+        gate.observe_read("far", 10**6, 10.0)
+    for _ in range(STALE_DESCRIPTIONS):
+        gate.describe_tier("far", latency_seconds=1e-3, bytes_per_second=1e9)
+        assert not gate.fetch_slow("far", 1000), "what was measured lately counts"
+    gate.describe_tier("far", latency_seconds=1e-3, bytes_per_second=1e9)
+    assert gate.fetch_slow("far", 1000)
 
 
 def test_the_size_of_a_token_is_learnt() -> None:
