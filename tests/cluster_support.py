@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from pasture.cluster.journal import Journal
-from pasture.cluster.members import Identity, Member, Move, Roll, vocabulary_mark
+from pasture.cluster.members import Identity, Member, vocabulary_mark
+from pasture.cluster.register import Register
 from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.serving import ReplicaServer
 from pasture.cluster.values import Epoch, ReplicaId
@@ -28,27 +29,23 @@ GREEDY = SamplingParams(temperature=0)
 _epochs = itertools.count(1)
 
 
-class Register:
-    """A directory in memory; see `pasture.cluster.members.Directory`."""
+class MemoryDirectory:
+    """A register on this loop; see `pasture.cluster.members.Directory`."""
 
     def __init__(self) -> None:
-        self.members: dict[ReplicaId, Member] = {}
-        self.moves: list[Move] = []
+        self._register = Register()
 
     async def join(self, member: Member) -> None:
-        self.members[member.replica] = member
+        self._register.join(member)
 
     async def leave(self, replica: ReplicaId, epoch: Epoch) -> None:
-        self.members.pop(replica, None)
+        self._register.leave(replica, epoch)
 
     async def drain(self, replica: ReplicaId) -> None:
-        self.members[replica] = replace(self.members[replica], draining=True)
+        self._register.drain(replica)
 
-    async def moved(self, session: str, replica: ReplicaId) -> None:
-        self.moves.append(Move(len(self.moves) + 1, session, replica))
-
-    async def roll(self) -> Roll:
-        return Roll(tuple(self.members.values()), tuple(self.moves))
+    async def members(self) -> Sequence[Member]:
+        return self._register.members()
 
 
 class Replica:
@@ -71,7 +68,7 @@ class Replica:
         self.server = ReplicaServer(self.service, identity, self.journal, KEY)
         self.member = Member(self.journal.replica, self.journal.epoch, "127.0.0.1", 0)
 
-    async def start(self, register: Register) -> None:
+    async def start(self, register: MemoryDirectory) -> None:
         self.member = replace(self.member, port=await self.server.start("127.0.0.1"))
         await register.join(self.member)
 
@@ -85,10 +82,15 @@ class Fleet:
     """Replicas by name, and one ingress' service over them."""
 
     def __init__(self, engines: Sequence[FakeEngine], settings: ClusterSettings | None = None) -> None:
-        self.register = Register()
+        self.register = MemoryDirectory()
         self.replicas = {f"r{n}": Replica(f"r{n}", engine) for n, engine in enumerate(engines)}
         engine = engines[0]
         self.service = ClusterService(engine.model, engine.vocabulary, self.register, KEY, settings)
+
+    def another_ingress(self) -> ClusterService:
+        """Over the same replicas; the caller's to close."""
+        engine = next(iter(self.replicas.values())).engine
+        return ClusterService(engine.model, engine.vocabulary, self.register, KEY)
 
     async def start(self) -> None:
         for replica in self.replicas.values():

@@ -62,12 +62,16 @@ class Link:
         self._end()
 
     async def generate(
-        self, request: Request, uncached_tokens: int, source: Source | None = None
+        self, request: Request, session: str | None, uncached_tokens: int, source: Source | None = None
     ) -> AsyncGenerator[TokenEvent, None]:
-        """As `Service.generate`; raises ReplicaLost too. `uncached_tokens`: what the router expects it to compute."""
+        """As `Service.generate`; raises ReplicaLost too.
+
+        `session`: what the router knows the conversation by; `uncached_tokens`: what it expects the replica to compute.
+        """
         message: Message = {
             "op": "generate",
             "request": to_plain(replace(request, prompt=())),
+            "session": session,
             "uncached_tokens": uncached_tokens,
             "source": to_plain(source),
         }
@@ -101,8 +105,9 @@ class Link:
         _, payload = await self._call("export", namespace, tokens)
         return payload
 
-    async def restore(self, namespace: Namespace, tokens: array[int], exported: bytes) -> int:
-        answer, _ = await self._call("restore", namespace, tokens, exported)
+    async def restore(self, namespace: Namespace, tokens: array[int], exported: bytes, session: str | None = None) -> int:
+        """As `Service.restore`, of nothing too. `session`: is at home there from now on, and all ingresses are told."""
+        answer, _ = await self._call("restore", namespace, tokens, exported, session=session)
         return from_plain(int, answer["value"])
 
     async def pin(self, namespace: Namespace, tokens: array[int]) -> int:

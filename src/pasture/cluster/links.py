@@ -2,6 +2,7 @@
 
     directory, twice a second  ──► who should be there    connect, drain, let go
     a link is up               ──► router.join, observe   with the replica's epoch, from a snapshot on
+    a session is somewhere     ──► on_home                told to all ingresses by the replica that has answered it
     a link is lost             ──► router.leave           in the same turn of the loop: nothing is credited to the dead
 
 A replica whose vocabulary is another than the ingress' is left alone: its tokens would mean something else. Event loop only.
@@ -12,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from pasture.cluster.frames import Message
 from pasture.cluster.link import Link, ReplicaLost, open_link
-from pasture.cluster.members import Directory, Member, Roll
+from pasture.cluster.members import Directory, Member
 from pasture.cluster.plain import from_plain
 from pasture.cluster.pulling import PullCosts
 from pasture.cluster.router import Router
@@ -29,12 +30,13 @@ from pasture.tiers.keys import KEY_BYTES
 log = logging.getLogger(__name__)
 
 DIRECTORY_SECONDS = 0.25
-OnMoved = Callable[[SessionKey, ReplicaId], None]
+OnHome = Callable[[SessionKey, BlockKey | None, ReplicaId], None]
+"""a session, the key of its conversation's last full block, and where it is"""
 
 
 class Links:
     def __init__(
-        self, directory: Directory, key: bytes, router: Router, costs: PullCosts, vocabulary: str, on_moved: OnMoved
+        self, directory: Directory, key: bytes, router: Router, costs: PullCosts, vocabulary: str, on_home: OnHome
     ) -> None:
         """`vocabulary`: the ingress' mark; see `vocabulary_mark`."""
         self.router = router
@@ -44,11 +46,10 @@ class Links:
         self._key = key
         self._costs = costs
         self._vocabulary = vocabulary
-        self._on_moved = on_moved
+        self._on_home = on_home
         self._opening: dict[ReplicaId, asyncio.Task[None]] = {}
         self._strangers: set[Member] = set()
         self._changed = asyncio.Event()
-        self._last_move = 0
         self._following: asyncio.Task[None] | None = None
         self._watching: set[asyncio.Task[None]] = set()
 
@@ -88,13 +89,13 @@ class Links:
     async def _follow(self) -> None:
         while True:
             try:
-                self._compare(await self._directory.roll())
+                self._compare(await self._directory.members())
             except Exception as error:  # whatever it is made of may fail, and the last list goes on to count
                 log.warning("the list of replicas cannot be read: %s", error)
             await asyncio.sleep(DIRECTORY_SECONDS)
 
-    def _compare(self, roll: Roll) -> None:
-        for member in roll.members:
+    def _compare(self, members: Sequence[Member]) -> None:
+        for member in members:
             link = self.open.get(member.replica)
             if link is not None and link.member.epoch < member.epoch:
                 link.close()  # it has restarted, and this connection has not noticed yet
@@ -105,10 +106,6 @@ class Links:
                 opening.add_done_callback(partial(self._opened, member.replica))
             if link is not None and member.draining:
                 self.router.drain(member.replica)
-        for move in roll.moves:
-            if move.number > self._last_move:
-                self._last_move = move.number
-                self._on_moved(SessionKey(move.session), move.replica)
 
     def _opened(self, replica: ReplicaId, _: asyncio.Task[None]) -> None:
         self._opening.pop(replica, None)
@@ -167,6 +164,10 @@ class Links:
             rate = found.store.prefill_tokens_per_second
             self._costs.observe_prefill(rate)
             self.router.join(member.replica, member.epoch, Capacity(max(1.0, rate)))
+        elif op == "homes":
+            for session, key in from_plain(tuple[tuple[str, str | None], ...], message["homes"]):
+                block = None if key is None else BlockKey(bytes.fromhex(key))
+                self._on_home(SessionKey(session), block, member.replica)
         elif op == "pulled":
             self._costs.observe(from_plain(int, message["n_bytes"]), from_plain(float, message["seconds"]))
         elif op in ("delta", "snapshot"):

@@ -30,25 +30,6 @@ class Member:
     draining: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A session whose KV was carried to another replica: from now on it is at home there."""
-
-    number: int
-    """goes up by one with every move in the cluster"""
-    session: str
-    replica: ReplicaId
-
-
-@dataclass(frozen=True, slots=True)
-class Roll:
-    """The list at one moment."""
-
-    members: Sequence[Member]
-    moves: Sequence[Move] = ()
-    """the latest ones, ascending"""
-
-
 class Directory(Protocol):
     """Where the list is. Any implementation may fail for a while: then the last list goes on to count."""
 
@@ -61,8 +42,7 @@ class Directory(Protocol):
         """From now on it gets nothing new."""
         ...
 
-    async def moved(self, session: str, replica: ReplicaId) -> None: ...
-    async def roll(self) -> Roll: ...
+    async def members(self) -> Sequence[Member]: ...
 
 
 @dataclass(frozen=True, slots=True)

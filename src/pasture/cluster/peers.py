@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pasture.cluster.conversations import Conversation
 from pasture.cluster.frames import Message
 from pasture.cluster.link import Link, ReplicaLost, Source, open_link
 from pasture.cluster.members import Member
@@ -22,7 +23,7 @@ from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core.errors import PastureError
 from pasture.core.ports import Service
 from pasture.core.storage import BLOCK_TOKENS
-from pasture.core.values import Namespace, Request
+from pasture.core.values import Request
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ MIN_PULL_SECONDS, MAX_PULL_SECONDS = 0.25, 30.0
 CARRY_SECONDS = 60.0
 """for one conversation"""
 CARRIED_AT_ONCE = 4
+HEAD_TOKENS = 16 * BLOCK_TOKENS
+"""conversations that begin alike so far go to the same replica"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +75,17 @@ class Peers:
             return None
         return Pulled(restored, len(exported), time.monotonic() - started) if restored else None
 
-    async def carry(
-        self, conversations: Iterator[tuple[Namespace, array[int]]], members: list[Member], fingerprint: str
-    ) -> Message:
-        """Give each conversation to one of `members`, the latest first; returns counts and where each one is now."""
+    async def carry(self, conversations: Iterator[Conversation], members: list[Member]) -> Message:
+        """Give each conversation to one of `members`, the latest first; returns counts. Those who get it tell the routers."""
         ring, by_name = Ring(), {member.replica: member for member in members}
         ring.set_members(by_name)
         counts = {"conversations": 0, "carried": 0, "tokens": 0, "bytes": 0}
 
         async def worker() -> None:
-            for namespace, tokens in conversations:
+            for conversation in conversations:
                 counts["conversations"] += 1
-                for replica in ring.order(tokens[: 16 * BLOCK_TOKENS].tobytes()):
-                    n_tokens, n_bytes = await self._carry_one(namespace, tokens, by_name[replica])
+                for replica in ring.order(conversation.tokens[:HEAD_TOKENS].tobytes()):
+                    n_tokens, n_bytes = await self._carry_one(conversation, by_name[replica])
                     if n_tokens:
                         counts["carried"] += 1
                         counts["tokens"] += n_tokens
@@ -94,14 +95,16 @@ class Peers:
         await asyncio.gather(*(worker() for _ in range(CARRIED_AT_ONCE)))
         return dict(counts)
 
-    async def _carry_one(self, namespace: Namespace, tokens: array[int], to: Member) -> tuple[int, int]:
+    async def _carry_one(self, conversation: Conversation, to: Member) -> tuple[int, int]:
         """(tokens, bytes) that it took in."""
         try:
             async with asyncio.timeout(CARRY_SECONDS):
+                namespace, tokens = conversation.namespace, conversation.tokens
                 exported = await self._service.export(namespace, tokens)
                 if not exported:
                     return 0, 0
-                return await (await self._link(to)).restore(namespace, tokens, exported), len(exported)
+                link = await self._link(to)
+                return await link.restore(namespace, tokens, exported, conversation.session), len(exported)
         except (ReplicaLost, PastureError, TimeoutError) as error:
             log.warning("a conversation was not taken by %s: %s", to.replica, error or "it took too long")
             return 0, 0

@@ -55,7 +55,7 @@ def from_plain(kind: type[_T], plain: Plain) -> _T:
     """The value of that type. Raises ValueError for anything that is none."""
     try:
         return cast(_T, _reader(cast(Any, kind))(plain))
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"this is no {getattr(kind, '__name__', kind)}: {error}") from error
 
 
@@ -144,7 +144,9 @@ def _error_from_plain(plain: Any) -> PastureError:
         raise ValueError(f"{plain['kind']!r} is no error of pasture's")
     message = str(plain["message"])
     if issubclass(kind, QueueFull):
-        return kind(message, retry_after_seconds=float(plain["retry_after_seconds"]))
+        full = kind(message, retry_after_seconds=float(plain["retry_after_seconds"]))
+        full.param = plain.get("param")
+        return full
     if issubclass(kind, RequestError):
         return kind(message, param=plain.get("param"))
     return kind(message)

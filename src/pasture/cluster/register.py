@@ -7,15 +7,14 @@ That a replica is to be drained is remembered for this start of it alone. Plain 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
-from pasture.cluster.members import Member, Move, Roll
+from pasture.cluster.members import Member
 from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core.ports import Clock
 
 FORGOTTEN_SECONDS = 30.0
-REMEMBERED_MOVES = 1000
 
 
 class Register:
@@ -23,8 +22,6 @@ class Register:
         self._clock = clock
         self._members: dict[ReplicaId, tuple[Member, float]] = {}
         self._draining: set[tuple[ReplicaId, Epoch]] = set()
-        self._moves: deque[Move] = deque(maxlen=REMEMBERED_MOVES)
-        self._n_moves = 0
 
     def join(self, member: Member) -> None:
         """It is there; said again at least every few seconds."""
@@ -45,12 +42,9 @@ class Register:
             self._draining.add((replica, known[0].epoch))
             self._members[replica] = (replace(known[0], draining=True), known[1])
 
-    def moved(self, session: str, replica: ReplicaId) -> None:
-        self._n_moves += 1
-        self._moves.append(Move(self._n_moves, session, replica))
-
-    def roll(self) -> Roll:
+    def members(self) -> Sequence[Member]:
+        """Everybody who was heard of lately."""
         now = self._clock()
         for replica in [name for name, (_, seen) in self._members.items() if now - seen > FORGOTTEN_SECONDS]:
             del self._members[replica]
-        return Roll(tuple(member for member, _ in self._members.values()), tuple(self._moves))
+        return tuple(member for member, _ in self._members.values())

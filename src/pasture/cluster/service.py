@@ -89,8 +89,7 @@ class ClusterService:
         self._clock = clock
         costs = PullCosts(model.cell_bytes if model.shareable else 0)
         self.router = Router(self._settings.router, costs.seconds)
-        self._directory = directory
-        self.links = Links(directory, key, self.router, costs, vocabulary_mark(vocabulary), self._settle)
+        self.links = Links(directory, key, self.router, costs, vocabulary_mark(vocabulary), self._at_home)
         self._continuing = Continuing()
         self._longest = 0
         self._n_running = 0
@@ -173,7 +172,9 @@ class ClusterService:
         """The events of one replica; an end that is none of the request's is the loss of the replica."""
         self.router.started(request.request_id, leg.placement, leg.decision)
         try:
-            async with aclosing(leg.link.generate(request, leg.decision.uncached_tokens, leg.source)) as events:
+            async with aclosing(
+                leg.link.generate(request, leg.placement.session, leg.decision.uncached_tokens, leg.source)
+            ) as events:
                 async for event in events:
                     finish = event.finish
                     if finish is not None and finish.reason is FinishReason.CANCELLED:
@@ -278,12 +279,12 @@ class ClusterService:
         n_tokens = 0
         try:
             exported = b"" if source is target else await source.export(namespace, path)
-            n_tokens = await target.restore(namespace, path, exported) if exported else 0
+            for session in sessions:
+                key = SessionKey(f"{namespace}\0{session}")
+                n_tokens = max(n_tokens, await target.restore(namespace, path, exported, key))
+                self._at_home(key, None, target.member.replica)
         except ReplicaLost as lost:
             raise NoReplica(f"{lost} was lost; nothing was moved") from lost
-        for session in sessions:
-            await self._directory.moved(f"{namespace}\0{session}", target.member.replica)
-            self._settle(SessionKey(f"{namespace}\0{session}"), target.member.replica)
         found = await target.locate(namespace, path)
         return max(n_tokens, found.live_tokens, found.ram_tokens)
 
@@ -292,8 +293,10 @@ class ClusterService:
             with suppress(ReplicaLost):
                 await link.verify()
 
-    def _settle(self, session: SessionKey, replica: ReplicaId) -> None:
-        """From now on the session is at home there."""
+    def _at_home(self, session: SessionKey, key: BlockKey | None, replica: ReplicaId) -> None:
+        """From now on the session, whose conversation stands at that block, is at home there."""
+        if key is not None:
+            self._continuing.note((key,), session)
         if replica in self.router.replicas():
             request = RequestId(f"move\0{session}")
             self.router.started(request, Placement((), 0, session), Decision(replica, Reason.SESSION, 0, 0))

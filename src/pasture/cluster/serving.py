@@ -66,6 +66,8 @@ class ReplicaServer:
         self.watchers: set[Wire] = set()
         self.uncached: dict[object, int] = {}
         """of what runs, the prompt tokens that are probably still to compute"""
+        self._homes: list[Plain] = []
+        """sessions that the ingresses have to hear of"""
         self._key = key
         self._trails = Trails(fingerprint)
         self._server: asyncio.Server | None = None
@@ -93,6 +95,14 @@ class ReplicaServer:
     def load(self) -> Load:
         return Load(sum(self.uncached.values()))
 
+    def at_home(self, namespace: Namespace, tokens: array[int], session: str | None) -> None:
+        """A conversation stands at these tokens here; whoever routes should know."""
+        self.conversations.note(namespace, tokens, session)
+        if session is not None:
+            n_full = len(tokens) // BLOCK_TOKENS
+            key = self._trails.of(namespace, tokens)[n_full - 1].key.hex() if n_full else None
+            self._homes.append([session, key])
+
     async def hand_over(self, members: list[Member]) -> Message:
         """Once, however often it is asked for."""
         if self._handed is None:
@@ -101,7 +111,7 @@ class ReplicaServer:
 
     async def _hand_over(self, members: list[Member]) -> Message:
         await self.service.drain()
-        return await self.peers.carry(self.conversations.latest_first(), members, self.identity.fingerprint)
+        return await self.peers.carry(self.conversations.latest_first(), members)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         wire = await accept(reader, writer, self._key)
@@ -145,9 +155,12 @@ class ReplicaServer:
             "uncached_tokens": self.load.uncached_tokens,
         }
         payload = b"".join((*delta.stored, *delta.removed))
+        homes, self._homes = self._homes, []
         for wire in self.watchers:
             if wire.unsent_bytes <= MAX_UNSENT_BYTES:
                 wire.send(message, payload)
+                if homes:
+                    wire.send({"op": "homes", "homes": homes})
         if with_statistics and self.watchers:
             self.tell_statistics(*self.watchers)
 
@@ -214,7 +227,9 @@ class _Caller:
         if op == "generate":
             request = replace(from_plain(Request, message["request"]), prompt=tuple(_tokens(payload)))
             source = None if message["source"] is None else from_plain(Source, message["source"])
-            self._start(number, self._generate(number, request, from_plain(int, message["uncached_tokens"]), source))
+            session = None if message["session"] is None else from_plain(str, message["session"])
+            uncached_tokens = from_plain(int, message["uncached_tokens"])
+            self._start(number, self._generate(number, request, session, uncached_tokens, source))
         elif op == "cancel":
             if number in self._tasks:
                 self._tasks[number].cancel()
@@ -243,7 +258,9 @@ class _Caller:
 
     # Streams
 
-    async def _generate(self, number: int, request: Request, uncached_tokens: int, source: Source | None) -> None:
+    async def _generate(
+        self, number: int, request: Request, session: str | None, uncached_tokens: int, source: Source | None
+    ) -> None:
         replica, stream = self._replica, _Stream()
         self._streams[number] = stream
         replica.uncached[stream] = uncached_tokens
@@ -257,7 +274,7 @@ class _Caller:
                     if event.token is not None:
                         reply.append(event.token)
                     if event.finish is not None and event.finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
-                        replica.conversations.note(request.namespace, array("i", [*request.prompt, *reply]))
+                        replica.at_home(request.namespace, array("i", [*request.prompt, *reply]), session)
                     self._put(number, event)
                     stream.unread += 1
                     while stream.unread >= WINDOW_EVENTS:
@@ -306,9 +323,10 @@ class _Caller:
     async def _restore(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
         n_bytes = from_plain(int, message["n"])
         namespace, tokens = _namespace(message), _tokens(payload[:n_bytes])
-        restored = await self._replica.service.restore(namespace, tokens, payload[n_bytes:])
-        if restored:
-            self._replica.conversations.note(namespace, tokens)
+        exported, session = payload[n_bytes:], message.get("session")
+        restored = await self._replica.service.restore(namespace, tokens, exported) if exported else 0
+        if restored or session is not None:
+            self._replica.at_home(namespace, tokens, None if session is None else from_plain(str, session))
         return restored, b""
 
     async def _pin(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:

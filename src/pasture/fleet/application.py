@@ -133,7 +133,7 @@ def replicas() -> list[str]:
 
 async def members() -> list[Member]:
     """Who is on the list."""
-    return list((await find_directory().roll()).members)
+    return list(await find_directory().members())
 
 
 def chosen(known: Sequence[Member], wanted: str) -> list[ReplicaId]:
@@ -150,7 +150,7 @@ async def _drain(directory: RayDirectory, names: Sequence[ReplicaId]) -> dict[st
     for name in names:
         await directory.drain(name)
     await asyncio.sleep(NOTICED_SECONDS)
-    known = {member.replica: member for member in (await directory.roll()).members}
+    known = {member.replica: member for member in await directory.members()}
     well = {part.name for part in status() if part.status == ApplicationStatus.RUNNING.value}
     stay = [member for member in known.values() if not member.draining and f"{APPLICATION}{member.replica}" in well]
     if not stay:

@@ -6,12 +6,13 @@ again. Who reaches Ray can read the key; nobody else can. `RayDirectory` is what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
 
-from pasture.cluster.members import Member, Roll
+from pasture.cluster.members import Member
 from pasture.cluster.register import Register
 from pasture.cluster.values import Epoch, ReplicaId
 from pasture.config import Settings
@@ -60,11 +61,8 @@ class RayDirectory:
     async def drain(self, replica: ReplicaId) -> None:
         await self._handle.drain.remote(replica)
 
-    async def moved(self, session: str, replica: ReplicaId) -> None:
-        await self._handle.moved.remote(session, replica)
-
-    async def roll(self) -> Roll:
-        return cast(Roll, await self._handle.roll.remote())
+    async def members(self) -> Sequence[Member]:
+        return cast(Sequence[Member], await self._handle.members.remote())
 
     def blueprint(self) -> Blueprint:
         """Waits for it."""

@@ -23,7 +23,7 @@ from pasture.core.ports import Vocabulary
 from pasture.core.values import ModelInfo
 from pasture.engine.fake import FakeEngine
 from pasture.fleet.loops import LoopThread
-from pasture.fleet.routes import cluster_routes
+from pasture.fleet.routes import cluster_routes, picture
 from pasture.server import api_settings, open_state, start_engine
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class RunningIngress:
             listeners.append(bind_shared(settings.admin_host, settings.admin_port))
         app = create_app(self.service, replace(api, admin_port=settings.admin_port), state=self._state)
         app.include_router(cluster_routes(self.service))
+        app.state.gateway.live.add("cluster", lambda: picture(self.service))
         options = ServerOptions(settings.ssl_cert_file, settings.ssl_key_file, settings.log_level)
         listening = threading.Event()
         self._server = DrainingServer(app, options, lambda _: listening.set())

@@ -16,6 +16,18 @@ from starlette.responses import Response
 from pasture.cluster.service import ClusterService
 from pasture.cluster.values import ReplicaId
 
+REPLICA_FIELDS = (
+    "replica",
+    "node",
+    "seconds",
+    "draining",
+    "running",
+    "uncached_tokens",
+    "known_blocks",
+    "used_cells",
+    "cells",
+)
+
 
 def cluster_routes(service: ClusterService) -> APIRouter:
     """For the admin key alone, as everything below `/v1/admin`."""
@@ -51,6 +63,30 @@ def describe(service: ClusterService) -> dict[str, object]:
     ]
     told = asdict(routed) | {"decisions": {reason.value: n for reason, n in routed.decisions.items()}}
     return {"object": "cluster", "replicas": replicas, "router": told, "survived_losses": service.survived}
+
+
+def picture(service: ClusterService) -> dict[str, object]:
+    """What the dashboard draws of the cluster, without addresses. `REPLICA_FIELDS` names the columns."""
+    routed = service.router.statistics()
+    taking = set(service.router.replicas())
+    rows = []
+    for name, link in sorted(service.links.open.items()):
+        pool = None if (found := service.links.statistics.get(name)) is None else found.pool
+        rows.append(
+            [
+                name,
+                link.member.node,
+                round(time.time() - link.member.epoch / 1e9, 1),
+                name not in taking,
+                _running(service, name),
+                routed.uncached_tokens.get(name, 0),
+                service.router.known_blocks(name),
+                0 if pool is None else pool.used_cells,
+                0 if pool is None else pool.shape.n_cells,
+            ]
+        )
+    decisions = {reason.value: n for reason, n in routed.decisions.items() if n}
+    return {"replicas": rows, "decisions": decisions, "pulls": routed.pulls, "survived": service.survived}
 
 
 def _running(service: ClusterService, name: ReplicaId) -> int:

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 from array import array
 from contextlib import aclosing
+from functools import partial
 
 import pytest
 
-from pasture.cluster.service import ClusterSettings
+from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.values import ReplicaId
 from pasture.core.errors import NoReplica, PromptTooLong, RequestError
 from pasture.core.values import DEFAULT_NAMESPACE, FinishReason, PoolShape, Request, RequestId, SamplingParams
@@ -28,6 +29,7 @@ def slow() -> FakeEngine:
 
 async def serving(made: Fleet, name: str) -> str:
     """Which replica the request runs on."""
+
     def busy() -> list[str]:
         return [name for name, replica in made.replicas.items() if replica.service.statistics().scheduler.decoding]
 
@@ -219,3 +221,26 @@ async def test_an_export_of_the_cluster_is_one_of_a_replica() -> None:
         replica = next(r for r in made.replicas.values() if not r.engine.n_computed)
         assert await replica.service.restore(DEFAULT_NAMESPACE, array("i", PROMPT), exported) == len(PROMPT)
         assert ReplicaId("r0") in made.service.links.open
+
+
+def heard(service: ClusterService, tokens: list[int]) -> bool:
+    """Whether an ingress knows a conversation that stands at these tokens."""
+    path = service._path(DEFAULT_NAMESPACE, tokens)
+    return not service._continuing.session(path, RequestId("asked")).endswith("asked")
+
+
+async def test_ingresses_agree_on_where_a_conversation_is() -> None:
+    async with fleet(usual(), usual(), usual()) as made:
+        other = made.another_ingress()
+        other.start()
+        await until(lambda: len(other.router.replicas()) == 3)
+        said, turns = list(PROMPT), [made.service, other, made.service, other]
+        for turn, service in enumerate(turns):
+            reply, finish = await collect(service, request(f"t{turn}", said, 70))
+            if turn:
+                assert finish.usage.cached_tokens == len(said) - 8 - 1
+            said += [*reply, *range(8)]
+            await until(partial(heard, turns[(turn + 1) % 4], said[: len(said) - 8]))
+        assert sum(bool(replica.engine.n_computed) for replica in made.replicas.values()) == 1
+        other.close()
+        await asyncio.sleep(0)
