@@ -31,7 +31,7 @@ CALL_SECONDS = 2e-4
 RETURN_PROBABILITY = 0.25
 """that what is stored is asked for again before it is evicted; conversations go on and system prompts return more often"""
 STALE_DESCRIPTIONS = 10
-"""of a tier without a read, from which on its own figures count again: what was slow and is not asked since may be so no more"""
+"""of a tier without a read, from which on its own figures count again: what was slow then may not be so any more"""
 _PRIOR_BYTES = 4 * MIB
 _KEPT = 0.9
 """share of the past that stays when a sample comes in"""
