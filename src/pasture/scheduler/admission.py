@@ -3,8 +3,9 @@
 Fairness says who may start (`FairQueue`), promises say who had better wait (`Promises`), and among the rest the shortest
 remaining prompt goes first, counted a head: a prompt that others wait for serves them all. Waiting makes a prompt count as
 shorter, so a long one overtakes newcomers after a while, and past the age bound the oldest goes before everybody: on a server
-that is behind for longer than that, it is first come, first served. Before all that come priorities: nobody is looked at while
-somebody more urgent is ready, but whoever has waited past the age bound counts as normal at least.
+that is behind for longer than that, it is first come, first served. Before all that come priorities, and then what tenants have
+used lately: nobody is looked at while somebody goes before who is more urgent, or whose tenant has used much less. Whoever has
+waited past the age bound counts as normal at least.
 
 Nobody is ready whose tenant is at its limit of live cells, or would take idle cells that others are guaranteed, unless nothing
 of that tenant runs: one request at a time always can. Engine thread.
@@ -22,6 +23,7 @@ from pasture.scheduler.promises import Promises
 from pasture.scheduler.resting import Resting
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
+from pasture.scheduler.usage import Usage
 
 MIN_GAIN_TOKENS = 8
 """waiting for somebody else's prefill must save at least this much: the first tokens of a chat template are not worth it"""
@@ -37,6 +39,7 @@ class Admission:
     def __init__(self, pool: Pool, resting: Resting, settings: SchedulerSettings, clock: Clock) -> None:
         self.waiting = FairQueue()
         self.promises = Promises()
+        self.usage = Usage(clock)
         self.running: dict[RequestId, Task] = {}
         """tasks with a sequence; `Places` changes it"""
         self._pool = pool
@@ -63,8 +66,7 @@ class Admission:
         if not candidates:
             return None
         now = self._clock()
-        urgent = max(self.urgency(task, now) for task in candidates)
-        candidates = [task for task in candidates if self.urgency(task, now) == urgent]
+        candidates = self._first(candidates, now)
         oldest = min(candidates, key=lambda task: task.submitted_at)
         if now - oldest.submitted_at > self._settings.age_bound_seconds:
             return oldest
@@ -101,7 +103,16 @@ class Admission:
 
     def _eligible(self) -> list[Task]:
         now = self._clock()
-        return self.waiting.eligible(self._ready, self.cost, lambda task: self.urgency(task, now))
+        return self.waiting.eligible(
+            self._ready, self.cost, lambda task: self.urgency(task, now), lambda tasks: self._first(tasks, now)
+        )
+
+    def _first(self, tasks: list[Task], now: float) -> list[Task]:
+        """Of these, all that nobody else goes before."""
+        if len(tasks) < 2:
+            return tasks
+        urgent = max(self.urgency(task, now) for task in tasks)
+        return self.usage.first([task for task in tasks if self.urgency(task, now) == urgent])
 
     def urgency(self, task: Task, now: float) -> int:
         """Its priority; whoever has waited past the age bound counts as normal at least."""

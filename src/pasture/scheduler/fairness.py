@@ -4,7 +4,7 @@ Deficit round robin (Shreedhar and Varghese, 1995) on two levels. Every flow has
 its flow's deficit covers its cost, and is charged for it. When nobody's deficit suffices, every flow with someone in line gets
 the same number of quanta, the fewest that let somebody start. The line does not say who of those goes first: the scheduler
 chooses among them (shortest first), which is what makes short turns quick without letting anyone starve. An empty flow is
-forgotten. A tenant's weight multiplies its quanta. Only the most urgent of those who are ready take part: a higher priority
+forgotten. A tenant's weight multiplies its quanta. Only those take part whom nobody who is ready goes before: a higher priority
 goes first whoever it is from, which is why a tenant's requests have no higher one than the operator allows.
 """
 
@@ -27,6 +27,8 @@ MAX_OFFERED = 64
 Ready = Callable[[Task], bool]
 Cost = Callable[[Task], int]
 Urgency = Callable[[Task], int]
+First = Callable[[list[Task]], list[Task]]
+"""of these, who need not let another of them go before"""
 
 
 @dataclass(slots=True)
@@ -66,6 +68,10 @@ class FairQueue:
         """Tenants with somebody in line."""
         return ((name, tenant.weight) for name, tenant in self._tenants.items())
 
+    def heads(self) -> Iterator[Task]:
+        """Somebody of each tenant in line."""
+        return (task for tenant in self._tenants.values() for task in islice(next(iter(tenant.users.values())).line, 1))
+
     def push(self, task: Task) -> None:
         tenant = self._tenants.setdefault(task.request.tenant, _Tenant())
         tenant.weight = task.request.allowance.weight
@@ -93,14 +99,14 @@ class FairQueue:
         user = tenant.users.get(task.request.user) if tenant is not None else None
         return user is not None and task in user.line
 
-    def eligible(self, ready: Ready, cost: Cost, urgency: Urgency) -> list[Task]:
+    def eligible(self, ready: Ready, cost: Cost, urgency: Urgency, first: First) -> list[Task]:
         """One task a user whose turn it may be now. Adds quanta where nobody could start; empty when nobody is ready."""
         most = max(1, MAX_OFFERED // max(1, len(self._tenants)))
         offers = [(tenant, _offers(tenant, ready, urgency, most)) for tenant in self._tenants.values()]
-        urgent = max((urgency(task) for _, able in offers for _, task in able), default=0)
+        going = {id(task) for task in first([task for _, able in offers for _, task in able])}
         chosen: list[tuple[_Tenant, Task, int]] = []
         for tenant, able in offers:
-            heads = [(user, task, cost(task)) for user, task in able if urgency(task) == urgent]
+            heads = [(user, task, cost(task)) for user, task in able if id(task) in going]
             chosen += [(tenant, task, tokens) for task, tokens in _turns(heads)]
         if not chosen:
             return []

@@ -15,7 +15,7 @@ Owns the tasks; the pool owns cells. Knows no threads and no asyncio: `pasture.s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, RequestError
 from pasture.core.ports import Clock, Engine
@@ -178,10 +178,16 @@ class Scheduler:
 
     def _streams(self) -> list[Task]:
         streams = [t for t in self.running.values() if t.decoding and not t.paused and self._room_in_stream(t)]
+        streams = self.admission.usage.thin_out(streams, self._prompts())
         while streams and (victim := self._in_the_way(streams)) is not None:
             self.places.swap_out(victim)
             streams = [task for task in streams if task is not victim]
         return streams[: self.pool.shape.n_batch]
+
+    def _prompts(self) -> Iterator[Task]:
+        """Prompts that are being computed, or might be in this step: of the waiting, the first of each tenant."""
+        yield from (task for task in self.running.values() if not task.decoding and not task.paused)
+        yield from self.waiting.heads()
 
     def _in_the_way(self, streams: list[Task]) -> Task | None:
         """Who has to go so that each of these can grow by a token; None when there is room."""
@@ -197,7 +203,7 @@ class Scheduler:
 
     def _keep_within_limits(self) -> None:
         """Where a tenant's own limit lets none of its prompts go on, the last of them makes way, from the next step on."""
-        working = {task.request.namespace for task in self._planned}
+        working = {task.request.namespace for task in self.running.values() if task.decoding or task in self._planned}
         for namespace in {task.request.namespace for task in self.running.values()} - working:
             if self.pool.evictor.shares.limit(namespace) is not None and len(self.places.of(namespace)) > 1:
                 self.places.swap_out(self.places.last(namespace))
@@ -212,7 +218,7 @@ class Scheduler:
             taken = sum(len(work.tokens) for work in works)
             newcomers = self.places.may_start(self.admission.newcomers(len(self.running))) if may_start else []
             task = self.admission.choose(started + newcomers)
-            if task is None:
+            if task is None or self.admission.usage.stands_aside(task, self._planned[self._n_streams :]):
                 return
             if task.sequence is not None:
                 started.remove(task)
@@ -223,7 +229,7 @@ class Scheduler:
                 may_start = self.places.swap_out_unread(self._planned)
                 continue
             if budget is None:
-                budget = self._budget_tokens = self.shaper.prompt_share(works[: self._n_streams], task)
+                budget = self._budget_tokens = self.shaper.prompt_share(self._streams_beside(task, works), task)
             n = min(self._chunk(task, budget), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return
@@ -234,6 +240,12 @@ class Scheduler:
             if self.pool.shape.layout is Layout.STREAMS:
                 return  # two prompts would be cut into equal pieces, each shorter than a tile
             budget -= n
+
+    def _streams_beside(self, task: Task, works: list[Work]) -> list[Work]:
+        """The streams whose next tokens must not come late because of a prompt: not those that stand aside for it."""
+        streams = self._planned[: self._n_streams]
+        aside = self.admission.usage.aside_for(task, streams)
+        return [work for stream, work in zip(streams, works[: self._n_streams], strict=True) if stream not in aside]
 
     def _chunk(self, task: Task, budget: int) -> int:
         """Tokens of a prompt for this step; in streams no rest is left that would be shorter than a tile."""
@@ -307,6 +319,8 @@ class Scheduler:
 
     def _book(self, plan: StepPlan, result: StepResult) -> None:
         now = self._clock()
+        rows = [(task, len(work.tokens)) for task, work in zip(self._planned, plan.works, strict=True)]
+        self.admission.usage.charge(rows, result.decode_seconds)
         self.shaper.learn(plan, self._n_streams, result)
         self.resting.store.observe_prefill(self.shaper.costs.tokens_per_second)
         self.accounts.computed_tokens += plan.n_tokens - self._n_streams

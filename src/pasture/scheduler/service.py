@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
@@ -211,9 +211,15 @@ class LocalService:
                 f"one conversation can hold {self._limit}. Shorten the prompt or lower max_tokens",
                 param="messages",
             )
-        if sum(task.started_at is None for task in self._channels) >= self._settings.max_waiting:
+        if self._is_full_for(request.tenant):
             self._n_rejected += 1
             raise QueueFull("too many requests are waiting; try again later", retry_after_seconds=self._retry_after())
+
+    def _is_full_for(self, tenant: str) -> bool:
+        """Whether the line is full; beyond its end, tenants that have less than their part of it still find a place."""
+        waiting = Counter(task.request.tenant for task in self._channels if task.started_at is None)
+        most = self._settings.max_waiting
+        return waiting.total() >= most and waiting[tenant] >= most / len(waiting.keys() | {tenant})
 
     async def _ask(self, question: Callable[[Scheduler], Answer]) -> Answer:
         try:

@@ -29,11 +29,15 @@ def task(name: str, tenant: str = "t", user: str = "u", n_tokens: int = 100, wei
     return Task(request, 0.0, lambda: False)
 
 
+def most_urgent(tasks: list[Task]) -> list[Task]:
+    return [t for t in tasks if t.request.priority == max(other.request.priority for other in tasks)]
+
+
 def serve(queue: FairQueue, n: int) -> list[Task]:
     """Start `n` tasks, each time the first that fairness offers."""
     started = []
     for _ in range(n):
-        offered = queue.eligible(lambda _: True, lambda t: len(t.tokens), lambda t: t.request.priority)
+        offered = queue.eligible(lambda _: True, lambda t: len(t.tokens), lambda t: t.request.priority, most_urgent)
         queue.remove(offered[0], len(offered[0].tokens))
         started.append(offered[0])
     return started
@@ -107,7 +111,7 @@ def test_who_is_not_ready_does_not_hold_up_the_same_user_or_others() -> None:
     tasks = [task("first"), task("second"), task("other", user="v")]
     for t in tasks:
         queue.push(t)
-    offered = queue.eligible(lambda t: t is not tasks[0], lambda t: 1, lambda t: 0)
+    offered = queue.eligible(lambda t: t is not tasks[0], lambda t: 1, lambda t: 0, lambda tasks: tasks)
     assert offered == tasks[1:]
     assert len(queue) == 3
 

@@ -1,0 +1,134 @@
+"""A tenant that sends fifty times its share, in virtual time: what the others notice of it.
+
+The fake engine computes the tokens; a step takes what it would on two cores (docs/architecture.md: with fewer than 64 rows each
+row walks over its cells alone). Eight tenants send prompts at random moments, seven of them, and in one run all eight, no more
+than their part of what the machine can do. Time passes in steps alone, so every run is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+
+import pytest
+
+from pasture.core.errors import QueueFull
+from pasture.core.values import Allowance, Namespace, PoolShape, Request, RequestId, SamplingParams
+from pasture.engine.fake import FakeEngine
+from pasture.scheduler.scheduler import Scheduler
+from pasture.scheduler.service import LocalService
+from pasture.scheduler.settings import SchedulerSettings
+from pasture.scheduler.task import Task
+from tests.store_support import still_store_for
+
+N_TENANTS = 8
+PROMPT_TOKENS, REPLY_TOKENS = 200, 32
+REQUEST_SECONDS = 1.35
+"""of the machine, about"""
+LOAD = 0.7
+"""of its part of the machine, that each tenant asks for"""
+SECONDS, SETTLED = 240.0, 30.0
+MAX_CONNECTIONS = 300
+
+
+def step_seconds(n_rows: int) -> float:
+    if not n_rows:
+        return 0.0
+    return 0.005 + 0.017 * n_rows if n_rows < 64 else 0.02 + 0.0048 * n_rows
+
+
+@dataclass
+class Outcome:
+    first_token_seconds: list[float]
+    """of the seven, after everything has settled"""
+    served: int
+    """requests of the eighth"""
+
+    @property
+    def p95(self) -> float:
+        return sorted(self.first_token_seconds)[int(0.95 * len(self.first_token_seconds))]
+
+
+def arrivals(times: float, rng: Random) -> list[tuple[float, int]]:
+    found = []
+    for tenant in range(N_TENANTS):
+        rate = LOAD / N_TENANTS / REQUEST_SECONDS * (times if tenant == 0 else 1.0)
+        at = rng.expovariate(rate)
+        while at < SECONDS:
+            found.append((at, tenant))
+            at += rng.expovariate(rate)
+    return sorted(found)
+
+
+def serve(times: float) -> Outcome:
+    """`times`: its share, that tenant 0 sends."""
+    rng, now = Random(1), 0.0
+    engine = FakeEngine(PoolShape(32768, 128, tile_tokens=64))
+    scheduler = Scheduler(engine, SchedulerSettings(max_running=64), still_store_for(engine, 1 << 28), lambda: now)
+    coming, waiting, outcome = arrivals(times, rng), dict[RequestId, Task](), Outcome([], 0)
+    while now < SECONDS:
+        while coming and coming[0][0] <= now:
+            at, tenant = coming.pop(0)
+            if tenant == 0 and sum(task.request.tenant == "0" for task in waiting.values()) >= MAX_CONNECTIONS:
+                continue
+            task = Task(_request(len(coming), tenant, rng), at, lambda: False)
+            waiting[task.request.request_id] = task
+            scheduler.submit(task)
+        plan = scheduler.schedule()
+        if not plan.works:
+            now = coming[0][0] if coming else SECONDS
+            continue
+        seconds = step_seconds(plan.n_tokens)
+        result = replace(engine.execute(plan), decode_seconds=seconds)
+        now += seconds
+        for task, event in scheduler.commit(plan, result):
+            if event.token is not None and waiting.pop(task.request.request_id, None) is not None:
+                if task.request.tenant == "0":
+                    outcome.served += 1
+                elif task.submitted_at > SETTLED:
+                    outcome.first_token_seconds.append(now - task.submitted_at)
+    return outcome
+
+
+def _request(number: int, tenant: int, rng: Random) -> Request:
+    prompt = (tenant, *(rng.randrange(250) for _ in range(PROMPT_TOKENS - 1)))
+    name = str(tenant)
+    return Request(
+        RequestId(f"{name}-{number}"),
+        prompt,
+        REPLY_TOKENS,
+        SamplingParams(temperature=0),
+        namespace=Namespace(name),
+        tenant=name,
+        user=name,
+        allowance=Allowance(),
+    )
+
+
+@pytest.mark.timeout(120)
+def test_fifty_times_a_share_raises_the_others_first_token_p95_by_less_than_a_third() -> None:
+    usual, greedy = serve(1.0), serve(50.0)
+    assert len(greedy.first_token_seconds) > 60
+    assert greedy.p95 <= 1.3 * usual.p95
+    assert greedy.served > usual.served, "what the others leave is the greedy tenant's"
+
+
+@pytest.mark.timeout(120)
+def test_without_an_account_of_what_was_used_they_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pasture.scheduler.usage.Usage.charge", lambda self, rows, seconds: None)
+    usual, greedy = serve(1.0), serve(50.0)
+    assert greedy.p95 > 2 * usual.p95
+
+
+async def test_a_line_that_one_tenant_has_filled_has_a_place_for_another() -> None:
+    engine = FakeEngine(PoolShape(2000, 4))
+    service = LocalService(engine, still_store_for(engine, 1 << 20), SchedulerSettings(max_waiting=4))
+    service.close()  # nothing starts any more: everybody stays in line
+    for number in range(4):
+        task = Task(_request(number, 1, Random(number)), 0.0, lambda: False)
+        service._channels[task] = None  # type: ignore[assignment]
+    assert service._is_full_for("1")
+    assert not service._is_full_for("2")
+    service._draining = False
+    with pytest.raises(QueueFull):
+        service._admit(_request(9, 1, Random(9)))
