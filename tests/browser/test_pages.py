@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlsplit
@@ -51,10 +52,17 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made.close()
 
 
+@dataclass(frozen=True)
+class At:
+    """A server that somebody else has started."""
+
+    url: str
+
+
 class Watched:
     """A page, and what it should not do: complain, or ask another host."""
 
-    def __init__(self, page: Page, server: Server) -> None:
+    def __init__(self, page: Page, server: Server | At) -> None:
         self.page = page
         self._host = urlsplit(server.url).netloc
         self.complaints: list[str] = []
@@ -78,7 +86,7 @@ class Watched:
 
 @contextmanager
 def watched(
-    browser: Browser, server: Server, path: str, *, width: int = 1280, dark: bool = False, key: str = ""
+    browser: Browser, server: Server | At, path: str, *, width: int = 1280, dark: bool = False, key: str = ""
 ) -> Iterator[Watched]:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
     seen = Watched(context.new_page(), server)

@@ -48,6 +48,11 @@ class Live:
         self._happenings: deque[tuple[int, float, Happening]] = deque(maxlen=MAX_HAPPENINGS)
         self._n_happened = 0
         self._json = b""
+        self._more: dict[str, Callable[[], object]] = {}
+
+    def add(self, name: str, value: Callable[[], object]) -> None:
+        """Something else that each snapshot holds under that name, as JSON: what is not in one service's statistics."""
+        self._more[name] = value
 
     def snapshot(self) -> bytes:
         """The present state as JSON, at most a tick old."""
@@ -80,6 +85,7 @@ class Live:
             [number, round(now - moment, 1), happening.kind, happening.amount, happening.unit, happening.text]
             for number, moment, happening in reversed(self._happenings)
         ]
+        picture |= {name: value() for name, value in self._more.items()}
         self._json = orjson.dumps(picture)
 
     def _rates(self, now: float, scheduler: SchedulerStatistics) -> Rates:

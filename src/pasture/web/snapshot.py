@@ -123,10 +123,13 @@ def _tier(tier: TierStatistics) -> Json:
         "bytes_by_form": {form.value: size for form, size in tier.bytes_by_form.items() if size},
         "hit_tokens": tier.hit_tokens,
         "missed_tokens": tier.missed_tokens,
+        "written_bytes": tier.written_bytes,
+        "read_bytes": tier.read_bytes,
         "evicted_blocks": tier.evicted_blocks,
         "errors": tier.errors + tier.damaged_blocks,
         "latency_seconds": tier.latency_seconds,
         "bytes_per_second": tier.bytes_per_second,
+        "remote": None if tier.remote is None else asdict(tier.remote),
     }
 
 

@@ -66,8 +66,8 @@ const locked = () => html`<p class="notice">This server shows its numbers to tho
   <button type="button" @click=${openKey}>Enter the key</button></p>`;
 
 const content = (snapshot) => html`
-  ${headline(snapshot)} ${tiles(snapshot)} ${pool(snapshot)} ${tiers(snapshot)}
-  <div class="columns">${prefixes()} <div>${detail()} ${happenings(snapshot)}</div></div>
+  ${headline(snapshot)} ${tiles(snapshot)} ${snapshot.cluster ? cluster(snapshot.cluster) : nothing} ${pool(snapshot)} ${tiers(snapshot)}
+  ${snapshot.cluster ? happenings(snapshot) : html`<div class="columns">${prefixes()} <div>${detail()} ${happenings(snapshot)}</div></div>`}
   ${namespaces(snapshot)} ${sequences(snapshot)}`;
 
 const headline = ({ headline: h }) => html`
@@ -126,13 +126,13 @@ function pick(event) {
 
 const tiers = (snapshot) => html`
   <section aria-labelledby="tiers-title"><h2 id="tiers-title">Where conversations rest</h2>
-    ${snapshot.tiers.filter((t) => t.budget_bytes).length ? html`<div class="tiers">${snapshot.tiers.filter((t) => t.budget_bytes).map(tier)}</div>` : html`<p class="note">Nowhere: what leaves the live cache is computed again.</p>`}
+    ${snapshot.tiers.filter((t) => t.budget_bytes || t.remote).length ? html`<div class="tiers">${snapshot.tiers.filter((t) => t.budget_bytes || t.remote).map(tier)}</div>` : html`<p class="note">Nowhere: what leaves the live cache is computed again.</p>`}
   </section>`;
 
 /** What everybody's conversations come to, above what they take: the difference is what sharing saves. */
 function sharing(p) {
   const apart = p.used_cells + p.saved_cells;
-  if (!p.saved_cells) return nothing;
+  if (p.saved_cells * 20 < p.used_cells) return nothing;
   const bar = (className, cells, width, words) => html`<div class="weigh"><svg class="bar ${className}" aria-hidden="true">${svg`<rect width="${width}%" height="100%"></rect>`}</svg>
     <span><strong>${count(cells)}</strong> ${words}</span></div>`;
   return html`<div class="sharing">
@@ -151,11 +151,40 @@ function tier(t) {
     return svg`<rect class="form ${form}" x="${at - width}%" width="${width}%" height="100%"></rect>`;
   });
   const forms = FORMS.filter((form) => t.bytes_by_form[form]).map((form) => `${bytes(t.bytes_by_form[form])} ${form}`);
+  if (t.remote) return shared(t);
   return html`<div class="tier"><h3>${t.name === "ram" ? "RAM" : t.name}</h3>
     <svg class="bar" role="img" aria-label="${percent(t.bytes, t.budget_bytes)} of ${t.name} used">${parts}</svg>
     <p><strong>${bytes(t.bytes)}</strong> of ${bytes(t.budget_bytes)}, ${plural(t.blocks, "block")}${forms.length ? `: ${forms.join(", ")}` : ""}</p>
     <p class="note">${compact(t.hit_tokens)} tokens found, ${compact(t.missed_tokens)} not${t.hit_tokens ? `; read at ${bytes(t.bytes_per_second)}/s` : ""}${t.errors ? html`; <b class="bad">${plural(t.errors, "error")}</b>` : nothing}</p></div>`;
 }
+
+/** A store that several servers share: how full it is matters less than whether it answers. */
+function shared(t) {
+  return html`<div class="tier"><h3>${t.remote.kind} over ${t.remote.transport}${t.remote.sealed ? ", sealed" : ""}</h3>
+    <ul class="servers">${t.remote.servers.map((s) => html`<li>${s.address}: ${s.state === "closed" ? `answers in ${(1000 * s.round_trip_seconds).toFixed(1)} ms` : html`<b class="bad">left alone, it does not answer</b>`}</li>`)}</ul>
+    <p class="note">${compact(t.hit_tokens)} tokens found, ${compact(t.missed_tokens)} not; ${bytes(t.written_bytes)} written, ${bytes(t.read_bytes)} read</p>
+    ${t.remote.warnings.map((text) => html`<p class="note bad">${text}</p>`)}</div>`;
+}
+
+// Several servers, on the page of an ingress
+
+const REASONS = {
+  session: "to where their session is", prefix: "to where their beginning is known to be", head: "to where their beginning was sent before",
+  ring: "by the ring", spilled: "away from a server that had too much", busy: "to a server that had too much: no other was cheaper",
+};
+
+const cluster = ({ replicas, decisions, pulls, survived }) => html`
+  <section aria-labelledby="cluster-title"><h2 id="cluster-title">${plural(replicas.length, "server")} in the cluster</h2>
+    <div class="scroll" tabindex="0" role="region" aria-label="Servers"><table>
+      <thead><tr><th scope="col">Server</th><th scope="col">Machine</th><th scope="col">State</th><th scope="col">Requests</th><th scope="col">Tokens to read</th><th scope="col">Blocks known</th><th scope="col">Live cache</th></tr></thead>
+      <tbody>${replicas.map(([name, node, up, draining, running, uncached, blocks, used, cells]) => html`<tr><th scope="row">${name}</th><td>${node}</td>
+        <td>${draining ? "draining" : `up for ${seconds(up)}`}</td><td>${count(running)}</td><td>${count(uncached)}</td><td>${compact(blocks)}</td>
+        <td><svg class="bar" role="img" aria-label="${percent(used, cells)} used">${svg`<rect class="form raw" width="${cells ? (100 * used) / cells : 0}%" height="100%"></rect>`}</svg></td></tr>`)}</tbody>
+    </table></div>
+    <ul class="moves">${Object.entries(decisions).sort((a, b) => b[1] - a[1]).map(([reason, n]) => html`<li><strong>${compact(n)}</strong> ${REASONS[reason] ?? reason}</li>`)}
+      ${pulls ? html`<li><strong>${compact(pulls)}</strong> moved, with their blocks pulled from another server</li>` : nothing}
+      ${survived ? html`<li><strong>${compact(survived)}</strong> went on elsewhere after their server was lost</li>` : nothing}</ul>
+  </section>`;
 
 // The prefix tree
 

@@ -35,7 +35,13 @@ export const ownerOf = (node) => (Number.isFinite(node.owner) ? node.owner : 0);
 /** [{tokens, node | sequence, ...}], what to paint in which order. Private copies (streams) are painted by sequence. */
 function segments(snapshot, tree) {
   const out = [];
-  if (snapshot.pool.layout === "unified") {
+  if (!tree.roots.length && snapshot.pool.layout === "unified") {
+    // several servers, seen from their ingress: no tree of all of them, but what each conversation has of its own
+    if (snapshot.pool.shared_cells) out.push({ tokens: snapshot.pool.shared_cells, owner: 0, holders: 2, running: 1, idle: 0 });
+    for (const [sequence, state, tokens, shared, idle] of snapshot.sequences) {
+      out.push({ tokens: tokens - shared, owner: sequence, holders: 1, running: state === "idle" ? 0 : 1, idle });
+    }
+  } else if (snapshot.pool.layout === "unified") {
     const walk = (node) => {
       out.push({ tokens: node.tokens, node, owner: ownerOf(node), holders: node.holders, running: node.running, idle: node.idle });
       node.children.forEach(walk);
