@@ -170,6 +170,11 @@ def _tiers(snapshot: Json) -> Table:
             forms = ", ".join(f"{format_bytes(size)} {form}" for form, size in tier["bytes_by_form"].items())
             used = f"{format_bytes(tier['bytes'])} of {format_bytes(tier['budget_bytes'])}, {tier['blocks']:,} blocks"
             table.add_row(tier["name"], used + (f": {forms}" if forms else ""))
+        for server in tier["remote"]["servers"] if tier["remote"] else ():
+            answers = (
+                f"answers in {1e3 * server['round_trip_seconds']:.1f} ms" if server["state"] == "closed" else "does not answer"
+            )
+            table.add_row(tier["remote"]["kind"], f"{server['address']} {answers}; {tier['hit_tokens']:,} tokens found")
     return _named(table)
 
 
