@@ -2,10 +2,10 @@
 
     recomputed   a prompt of about 2,000 tokens that nobody has seen, at the second server
     here         another such prompt, at the first server, which writes it to the store behind the answer
-    restored     the same prompt at the second server, with another question behind it
+    restored     the same prompt at the second server; then once more at the first, which has to say the same
 
 Once with a Redis and once with a Mooncake pool over TCP, each started for this on a port of loopback and ended afterwards; one
-that is not installed is named and left out. Both servers must say the same. One machine: what a network would add is not in the
+that is not installed is named and left out. One machine: what a network would add is not in the
 figures. One event loop, in the caller's thread.
 """
 
@@ -51,8 +51,7 @@ QUIET_SECONDS = 1.0
 POOL = "512MiB"
 """that each server lends to Mooncake"""
 
-_FIRST = "Which part of all this should a colleague who is new to Python read first?"
-_SECOND = "Which of these things would you rather not use in new code?"
+_QUESTION = "Which part of all this should a colleague who is new to Python read first?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +118,14 @@ async def _main(options: BenchOptions, console: Console) -> int:
 
 async def one_round(store: str, here: Running, there: Running, options: BenchOptions, number: int) -> Round:
     """One prompt. Raises SystemFailed when a server does not answer, or does not write to the store."""
-    strange, shared = (_opening(options.seed * 1000 + 2 * number + which) for which in (0, 1))
-    recomputed = await _ask(there, (*strange, _user(_FIRST)), options)
+    strange, shared = (_prompt(options.seed * 1000 + 2 * number + which) for which in (0, 1))
+    recomputed = await _ask(there, strange, options)
     await _sent(there, 0)
     before = await _written(here)
-    first = await _ask(here, (*shared, _user(_FIRST)), options)
+    first = await _ask(here, shared, options)
     written = await _sent(here, before)
-    restored = await _ask(there, (*shared, _user(_SECOND)), options)
-    stayed = await _ask(here, (*shared, _user(_SECOND)), options)
+    restored = await _ask(there, shared, options)
+    stayed = await _ask(here, shared, options)
     return Round(
         store=store,
         recomputed_seconds=recomputed.ttft_seconds,
@@ -243,8 +242,9 @@ async def _written(up: Running) -> int:
     raise SystemFailed(f"{up.system.label} shows no remote tier")
 
 
-def _opening(seed: int) -> tuple[Message, ...]:
-    return ({"role": "system", "content": "You know this text.\n\n" + passage(Random(seed), PROMPT_TOKENS)},)
+def _prompt(seed: int) -> tuple[Message, ...]:
+    text = "You know this text.\n\n" + passage(Random(seed), PROMPT_TOKENS)
+    return ({"role": "system", "content": text}, _user(_QUESTION))
 
 
 def _user(text: str) -> Message:
