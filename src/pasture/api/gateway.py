@@ -10,6 +10,7 @@ from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
 from pasture.api.pinned import Pinned
 from pasture.api.publics import Publics
+from pasture.api.repairs import Repairs
 from pasture.api.settings import ApiSettings
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
@@ -50,6 +51,10 @@ class Gateway:
     def expecting(self) -> Expecting:
         settings = self.settings
         return Expecting(self.service, self.jobs, turn_ahead=settings.turn_ahead, prefetch=settings.prefetch)
+
+    @cached_property
+    def repairs(self) -> Repairs:
+        return Repairs(self.service, self.state, self.jobs, self.publics, sessions=self.settings.turn_ahead)
 
     async def session_tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
         """A session's conversation as the model reads it."""

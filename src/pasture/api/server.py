@@ -111,6 +111,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._gateway.pinned.started()
+            self._gateway.repairs.started()
         if self._on_started is not None and self.started:
             self._on_started(self.url)
 
@@ -123,6 +124,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._gateway.pinned.close()
+        await self._gateway.repairs.close()
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:

@@ -1,6 +1,6 @@
 """Prefill ahead of time: prompts that will probably be asked for, brought back and computed while nobody asks for anything.
 
-    anticipate()  ->  a short list, newest first; what slow tiers have of it begins to rise into RAM
+    anticipate()  ->  a short list, newest first; what slow tiers have of what is typed begins to rise into RAM at once
     next()        ->  a step of its own: the first prompt that is not rising any more, restored and one piece further computed
     give_way()    ->  somebody asks: what is computed so far stays, idle
 
@@ -21,12 +21,12 @@ from pasture.core.storage import Lift
 from pasture.core.values import Namespace, Outcome, RequestId, StepPlan, StepResult, Work
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
-from pasture.scheduler.resting import Resting
+from pasture.scheduler.resting import MIN_RESTORE_TOKENS, Resting
 
 MAX_ANTICIPATED = 64
 """prompts on the list; beyond that the oldest of whoever has most is forgotten"""
-MAX_AGE_SECONDS = 60.0
-"""after which nobody waits for a prompt any more"""
+MAX_TYPING_SECONDS = 60.0
+"""after which what was typed is not expected any more: its blocks are held in RAM until then"""
 MAX_LIFTED = 16
 """prompts whose blocks are on their way into RAM, or held there for them"""
 MIN_TILE_TOKENS = 64
@@ -45,6 +45,9 @@ class _Prompt:
     namespace: Namespace
     tokens: array[int]
     since: float
+    typing: bool
+    looked: bool = False
+    """whether slow tiers have been asked for it"""
     lift: Lift | None = None
     """of its blocks, into RAM"""
 
@@ -84,14 +87,13 @@ class Ahead:
         if not self._pool.shares or missing < least or len(tokens) >= self._pool.shape.cells_per_sequence:
             return
         self.give_way()
-        prompt = _Prompt(namespace, tokens, self._clock())
+        prompt = _Prompt(namespace, tokens, self._clock(), typing)
         before = next((other for other in self._prompts if prompt.goes_on_from(other)), None)
         if before is not None:
-            prompt.lift, before.lift = before.lift, None
+            prompt.looked, prompt.lift, before.lift = before.looked, before.lift, None
             self._forget(before)
-        elif typing and sum(other.lift is not None for other in self._prompts) < MAX_LIFTED:
-            have = max(self._pool.lookup(namespace, tokens), self._resting.store.reach(namespace, tokens))
-            prompt.lift = self._resting.store.lift(namespace, tokens, have, self._wake)
+        if typing:
+            self._look(prompt)
         self._prompts.append(prompt)
         if len(self._prompts) > MAX_ANTICIPATED:
             most = Counter(other.namespace for other in self._prompts).most_common(1)[0][0]
@@ -140,16 +142,29 @@ class Ahead:
 
     def _begin(self) -> tuple[_Prompt, Sequence] | None:
         """Start with the newest prompt that is not rising any more."""
-        while (prompt := next((p for p in reversed(self._prompts) if p.lift is None or p.lift.done), None)) is not None:
+        for prompt in reversed(self._prompts):
+            if not self._look(prompt) or (prompt.lift is not None and not prompt.lift.done):
+                continue
             sequence = self._pool.join(prompt.namespace, prompt.tokens, _NOBODY)
             if sequence is None:
-                self._forget(prompt)
-                continue
+                return None
             if self._pool.cuttable:
                 self._resting.restore(sequence, prompt.tokens[:-1])
             self._current = prompt, sequence
             return self._current
         return None
+
+    def _look(self, prompt: _Prompt) -> bool:
+        """Have what slow tiers have of a prompt rise into RAM, once; False while too many others are held there."""
+        if not prompt.looked and sum(other.lift is not None for other in self._prompts) < MAX_LIFTED:
+            prompt.looked = True
+            have = max(self._pool.lookup(prompt.namespace, prompt.tokens), self._reach(prompt))
+            if len(prompt.tokens) - have >= MIN_RESTORE_TOKENS:
+                prompt.lift = self._resting.store.lift(prompt.namespace, prompt.tokens, have, self._wake)
+        return prompt.looked
+
+    def _reach(self, prompt: _Prompt) -> int:
+        return self._resting.store.reach(prompt.namespace, prompt.tokens)
 
     def _piece(self, missing: int) -> int:
         """How many of the missing tokens the next step computes."""
@@ -163,9 +178,11 @@ class Ahead:
         self._forget(prompt)
 
     def _expire(self) -> None:
-        oldest = self._clock() - MAX_AGE_SECONDS
-        while self._prompts and self._prompts[0].since < oldest:
-            self._leave(self._prompts[0])
+        oldest = self._clock() - MAX_TYPING_SECONDS
+        for prompt in [prompt for prompt in self._prompts if prompt.typing and prompt.since < oldest]:
+            if self._current is not None and self._current[0] is prompt:
+                self.give_way()
+            self._forget(prompt)
 
     def _forget(self, prompt: _Prompt) -> None:
         self._prompts.remove(prompt)

@@ -107,6 +107,15 @@ class Sessions:
             rows = connection.execute(text("SELECT * FROM sessions WHERE pinned = 1 ORDER BY last_used DESC")).all()
         return tuple(_as_session(row) for row in rows)
 
+    def recent(self, within_seconds: float, limit: int) -> tuple[Session, ...]:
+        """Everybody's sessions that were used within so many seconds before now, last used first."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                text("SELECT * FROM sessions WHERE last_used >= :since ORDER BY last_used DESC LIMIT :limit"),
+                {"since": self._clock() - within_seconds, "limit": limit},
+            ).all()
+        return tuple(_as_session(row) for row in rows)
+
     def count(self, tenant: Tenant) -> int:
         with self._database.read() as connection:
             return _count(connection, tenant)

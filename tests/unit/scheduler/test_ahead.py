@@ -9,7 +9,7 @@ import pytest
 from pasture.core.values import DEFAULT_NAMESPACE, Namespace, Outcome, PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.kv.radix import token_array
-from pasture.scheduler.ahead import MAX_AGE_SECONDS, MAX_ANTICIPATED
+from pasture.scheduler.ahead import MAX_ANTICIPATED, MAX_TYPING_SECONDS
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
@@ -140,7 +140,7 @@ def test_what_is_typed_is_computed_even_when_little_is_missing(bench: Bench) -> 
 
 def test_a_prompt_that_did_not_come_is_forgotten(bench: Bench) -> None:
     bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT), typing=True)
-    bench.now += MAX_AGE_SECONDS + 1
+    bench.now += MAX_TYPING_SECONDS + 1
     assert not bench.step()
     assert not bench.scheduler.ahead.waiting
 
