@@ -1,6 +1,6 @@
 """Where KV is when it is not in the live cache: the ports between scheduler, stores and engine.
 
-    engine (SlabCodec: slab <-> bytes)      scheduler -> Store (RAM; behind it SlowTier: disk, later remote)
+    engine (SlabCodec: slab <-> bytes)      scheduler -> Store (RAM; behind it SlowTier: disk, remote)
 
 A *block* is the KV of `BLOCK_TOKENS` consecutive tokens `[64k, 64k + 64)`; the last of a conversation may be shorter. Its key
 is a hash over its parent's key and its tokens, so it stands for the whole prefix; the root takes the namespace and the model's
