@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pasture.core.values import Finish, FinishReason, Request, RequestId, TokenEvent, Usage
+from pasture.core.values import Finish, FinishReason, Phase, Request, RequestId, TokenEvent, Usage
 
 
 class Story:
@@ -27,6 +27,9 @@ class Story:
         self._n_swaps = 0
         self._legs = 0
         self._before_leg = 0
+        self._leg_started_at = now
+        self._phases: tuple[Phase, ...] = ()
+        """of the legs that told theirs, in the whole reply's time"""
 
     def next_leg(self, now: float) -> Request | None:
         """What is left to ask for; None when every token was sent and only the end is missing."""
@@ -35,6 +38,7 @@ class Story:
         if n_sent and n_sent >= request.max_tokens:
             return None
         self._legs += 1
+        self._leg_started_at = now
         if self._legs == 1:
             return request
         deadline = request.deadline_seconds
@@ -57,6 +61,8 @@ class Story:
         if event.token is not None:
             self.sent.append(event.token)
         finish = event.finish
+        if (usage := event.usage if finish is None else finish.usage) is not None:
+            self._note(usage.phases)
         if finish is not None:
             if self._cached_tokens is None:
                 self._cached_tokens, self._queue_seconds = finish.usage.cached_tokens, finish.usage.queue_seconds
@@ -80,4 +86,14 @@ class Story:
             first_token_seconds=first - self._started_at,
             total_seconds=now - self._started_at,
             n_swaps=self._n_swaps,
+            phases=self._phases,
+        )
+
+    def _note(self, phases: tuple[Phase, ...]) -> None:
+        """What a leg says of itself, so far or at its end; its own clock begins with it."""
+        begun = self._leg_started_at - self._started_at
+        before = tuple(phase for phase in self._phases if phase.start_seconds < begun)
+        self._phases = (
+            *before,
+            *(replace(p, start_seconds=p.start_seconds + begun, end_seconds=p.end_seconds + begun) for p in phases),
         )

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from pasture.api import create_app
 from pasture.api.server import DrainingServer, ServerOptions
+from pasture.api.tracing import open_tracing
 from pasture.cluster.members import Directory
 from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.config import Settings
@@ -36,7 +37,8 @@ class RunningIngress:
     """Listens when it is made. `close` lets what runs through it finish first."""
 
     def __init__(self, settings: Settings, key: bytes, directory: Directory) -> None:
-        api = api_settings(settings)
+        self._tracing = open_tracing(settings.otel_endpoint)
+        api = replace(api_settings(settings), tracing=self._tracing)
         self._drain_seconds = settings.drain_timeout
         self._state = open_state(settings, api.api_keys)
         self._state.keep_sweeping()
@@ -72,6 +74,7 @@ class RunningIngress:
         self.service.close()
         self._loop.stop()
         self._state.close()
+        self._tracing.close()
 
     async def _serve(self, listeners: list[socket.socket]) -> None:
         self.service.start()
