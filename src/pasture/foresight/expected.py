@@ -103,15 +103,15 @@ class ExpectedSaving:
     def value(self, entry: Entry, now: float) -> float:
         """Seconds of computing saved per second and byte, in units of this machine's speed at depth 0."""
         address = entry.block.address
-        cost = (address.p1 - address.p0) * (1 + address.p0 / ATTENTION_TOKENS)
+        p0 = address.p0
+        cost = (address.p1 - p0) * (1 + p0 / ATTENTION_TOKENS)
         return self.model.rate(address.key, now) * cost / entry.size
 
     def _take_in(self, now: float) -> None:
-        for entry in self._fresh:
-            if self._wanted(entry):
-                self._leaves[id(entry)] = entry
-                heapq.heappush(self._heap, (self.value(entry, now), next(self._turn), entry))
-        self._fresh.clear()
+        fresh, self._fresh = self._fresh, []
+        for entry in filter(self._wanted, fresh):
+            self._leaves[id(entry)] = entry
+            heapq.heappush(self._heap, (self.value(entry, now), next(self._turn), entry))
 
     def _make_order(self, now: float) -> None:
         if now >= self.model.refreshed_at + ORDER_SECONDS:

@@ -41,32 +41,37 @@ class VirtualClock:
 
 
 class TraceTrail(Trail):
-    """A request's blocks as the tiers walk them; the addresses are known beforehand."""
+    """A request's blocks as the tiers walk them, all known beforehand."""
 
-    def __init__(self, addresses: list[Address], ids: Sequence[int]) -> None:
+    def __init__(self, blocks: list[Block], ids: Sequence[int]) -> None:
         self.tokens = array("i", np.repeat(np.asarray(ids, np.int32), BLOCK_TOKENS).tobytes())
         self.owner = _ROOT
-        self.n_blocks = len(addresses)
-        self._found = addresses
+        self.n_blocks = len(blocks)
+        self.blocks = blocks
+        self._found = [block.address for block in blocks]
+
+    def part(self, index: int) -> array[int]:
+        return self.blocks[index].tokens
 
 
 class TrailMaker:
-    """Addresses of trace blocks; each is made once."""
+    """Blocks of a trace; each is made once, and weighs nothing beyond its overhead."""
 
     def __init__(self) -> None:
-        self._addresses: dict[int, Address] = {}
+        self._blocks: dict[int, Block] = {}
 
     def trail(self, ids: Sequence[int]) -> TraceTrail:
-        found: list[Address] = []
+        found: list[Block] = []
         parent = _ROOT
-        for index, block in enumerate(ids):
-            address = self._addresses.get(block)
-            if address is None:
+        for index, number in enumerate(ids):
+            block = self._blocks.get(number)
+            if block is None:
                 p0 = index * BLOCK_TOKENS
-                address = Address(key_of(block), parent, p0, p0 + BLOCK_TOKENS)
-                self._addresses[block] = address
-            found.append(address)
-            parent = address.key
+                address = Address(key_of(number), parent, p0, p0 + BLOCK_TOKENS)
+                block = Block(address, array("i", (number,)) * BLOCK_TOKENS, Form.RAW, _NOTHING)
+                self._blocks[number] = block
+            found.append(block)
+            parent = block.address.key
         return TraceTrail(found, ids)
 
 
@@ -130,8 +135,8 @@ class Replay:
         reach = tier.reach(trail)
         tier.fetch(trail, 0, reach)
         n_found = reach // BLOCK_TOKENS
-        for index in range(n_found, trail.n_blocks):
-            if not tier.insert(Block(trail[index], trail.part(index), Form.RAW, _NOTHING)):
+        for block in trail.blocks[n_found:]:
+            if not tier.insert(block):
                 break
             tally.stored_blocks += 1
         tally.requests += 1

@@ -19,16 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-
 from pasture.core.ports import Clock
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
-from pasture.core.values import Form, Kind
+from pasture.core.values import Kind
 from pasture.foresight.paths import Paths, Reading
 from pasture.foresight.replay import TraceTrail, TrailMaker, VirtualClock, bytes_for
 from pasture.foresight.shelf import Shelf
 from pasture.foresight.traces import TRACE_BLOCK_TOKENS, TraceRequest
-from pasture.tiers.block import Block
 from pasture.tiers.eviction import PolicyMaker
 from pasture.tiers.gate import OpenGate
 from pasture.tiers.memory import MemoryTier
@@ -36,7 +33,6 @@ from pasture.tiers.prefetch import Prefetcher
 
 ROUND_SECONDS = 1.0
 """between two rounds of the prefetcher"""
-_NOTHING = np.empty(0, np.uint8)
 
 
 class Ahead(StrEnum):
@@ -119,10 +115,10 @@ class TwoTiers:
         ram, disk = self.ram, self.disk
         n_found = next((i for i, key in enumerate(path) if key not in disk and key not in ram), len(path))
         n_lifted = self._ask_for(trail, path[:n_found])
-        for index in range(n_found, trail.n_blocks):
-            disk.put(Block(trail[index], trail.part(index), Form.RAW, _NOTHING))
-        for key in path[n_found:]:
-            if not ram.insert(disk.block(key)):
+        for block in trail.blocks[n_found:]:
+            disk.put(block)
+        for block in trail.blocks[n_found:]:
+            if not ram.insert(block):
                 break
         disk.use(path)
         disk.trim()

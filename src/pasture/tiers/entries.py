@@ -56,7 +56,8 @@ class Entry:
     def empty(self) -> Block:
         """Let go of the block, which a heap or a pin would otherwise keep alive; returns it."""
         block, self.gone = self.block, True
-        self.block = Block(block.address, block.tokens, block.form, _NO_BYTES, block.whole, block.owner)
+        if block.payload.nbytes:  # else there is nothing to let go of
+            self.block = Block(block.address, block.tokens, block.form, _NO_BYTES, block.whole, block.owner)
         return block
 
 

@@ -20,6 +20,7 @@ from pasture.tiers.entries import Entry
 from pasture.tiers.keys import child_key
 from pasture.tiers.trail import Trail, common_prefix
 
+_NOBODY: Iterator[Entry] = iter(())
 MAX_CANDIDATES = 32
 """siblings compared token by token, newest first"""
 
@@ -27,7 +28,7 @@ MAX_CANDIDATES = 32
 class BlockIndex:
     def __init__(self, *, divisible: bool) -> None:
         self.divisible = divisible
-        self.n_children: Counter[BlockKey] = Counter()
+        self.n_children: dict[BlockKey, int] = {}
         self._entries: dict[BlockKey, Entry] = {}
         self._siblings: dict[tuple[BlockKey, int], dict[BlockKey, Entry]] = {}
         """(parent, first token) -> entries, oldest first"""
@@ -61,10 +62,15 @@ class BlockIndex:
             del self._siblings[name]
         return self.lose_child(block.address.parent)
 
+    def gain_child(self, parent: BlockKey) -> None:
+        """From here on the parent is no leaf."""
+        self.n_children[parent] = self.n_children.get(parent, 0) + 1
+
     def lose_child(self, parent: BlockKey) -> Entry | None:
         """Returns the parent when it has become a leaf."""
-        self.n_children[parent] -= 1
-        if self.n_children[parent]:
+        n_children = self.n_children[parent] - 1
+        if n_children:
+            self.n_children[parent] = n_children
             return None
         del self.n_children[parent]
         return self._entries.get(parent)
@@ -76,7 +82,7 @@ class BlockIndex:
     def check(self) -> bool:
         """Whether the links add up."""
         children = Counter(entry.block.address.parent for entry in self._entries.values())
-        return +self.n_children == children and sum(map(len, self._siblings.values())) == len(self._entries)
+        return self.n_children == children and sum(map(len, self._siblings.values())) == len(self._entries)
 
     # Walks
 
@@ -124,7 +130,7 @@ class BlockIndex:
     def behind(self, parent: BlockKey, first_token: int) -> Iterator[Entry]:
         """A few entries behind `parent` that begin with this token, newest first."""
         siblings = self._siblings.get((parent, first_token))
-        return islice(reversed(siblings.values()), MAX_CANDIDATES) if siblings else iter(())
+        return islice(reversed(siblings.values()), MAX_CANDIDATES) if siblings else _NOBODY
 
     def whole_at(self, trail: Trail, p1: int) -> Entry | None:
         """The checkpoint of exactly `[0, p1)`."""

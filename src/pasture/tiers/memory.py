@@ -276,11 +276,22 @@ class MemoryTier:
             self._evict_to(budget_bytes, freed)
 
     def trim(self) -> int:
-        """Above the high watermark, evict down to the low one; returns the bytes freed. For a background thread."""
+        """Above the high watermark, evict down to the low one; returns the bytes freed. For a background thread.
+
+        Nothing goes that a slow tier still lacks: it only makes room before room is needed.
+        """
         freed: list[Block] = []
         with self._lock:
-            if self._taken() > HIGH_WATER * self._budget_bytes:
-                self._evict_to(int(LOW_WATER * self._budget_bytes), freed)
+            full = self._taken() > HIGH_WATER * self._budget_bytes
+            while full and self._taken() > LOW_WATER * self._budget_bytes:
+                victim = self._owners.victim(self._budget_bytes, None)
+                if victim is None:
+                    break
+                if not self._pass_on(victim):
+                    self._owners.offered(victim)
+                    break
+                freed.append(self._remove(victim))
+                self._evicted_blocks += 1
         return sum(map(size_of, freed))
 
     # For the background: writing and squeezing
@@ -385,7 +396,7 @@ class MemoryTier:
         if known is not None:
             return known
         entry = Entry(block)
-        self._index.n_children[parent] += 1  # from here on the parent is no leaf, so it stays while room is made
+        self._index.gain_child(parent)  # from here on the parent is no leaf, so it stays while room is made
         room = int(HIGH_WATER * self._budget_bytes) if ahead else self._budget_bytes  # so that no trim follows
         fits = self._keep_within(block.owner, entry.size, freed) and entry.size <= room
         fits = fits and self._evict_to(room - entry.size, freed, None if force else entry)
@@ -443,18 +454,29 @@ class MemoryTier:
             self._owners.offered(entry)
 
     def _evictable(self, entry: Entry) -> bool:
-        return not entry.gone and not entry.pins and self._index.is_leaf(entry)
+        return not (entry.gone or entry.pins) and self._index.is_leaf(entry)
 
     def _can_be_squeezed(self, entry: Entry) -> bool:
         return not entry.gone and entry.stage < self._squeeze_stages
 
     def _taken(self, more_bytes: int = 0) -> int:
         """Of the budget; with `more_bytes` passing by."""
-        beside = self._lines.passing_bytes + more_bytes - int(BESIDE_SHARE * self._budget_bytes)
-        return self._bytes + beside if beside > 0 else self._bytes
+        passing = self._lines.passing_bytes + more_bytes
+        if not passing:
+            return self._bytes
+        return self._bytes + max(0, passing - int(BESIDE_SHARE * self._budget_bytes))
 
     def _may_pass(self, n_bytes: int) -> bool:
         return len(self._lines) > 0 and n_bytes <= PASSING_SHARE * self._budget_bytes - self._lines.passing_bytes
+
+    def _pass_on(self, entry: Entry) -> bool:
+        """The writers that lack it may take it although it goes; False when one lacks it, and there is no room for that."""
+        if not self._lines.lack(entry):
+            return True
+        fits = self._lines.passing_bytes + entry.size <= BESIDE_SHARE * self._budget_bytes
+        if fits:
+            self._lines.pass_on(entry)
+        return fits
 
     def _make_way(self, n_bytes: int, freed: list[Block]) -> bool:
         """Evict what is written until so many bytes are free for what passes by; False when that cannot be."""
@@ -474,7 +496,7 @@ class MemoryTier:
     def _evict_to(self, target_bytes: int, freed: list[Block], newcomer: Entry | None = None) -> bool:
         """Evict until at most `target_bytes` are used; False when all that is left is pinned, needed or worth more.
 
-        What goes before every slow tier has it still passes by their writers.
+        What goes before every slow tier has it passes by their writers, where there is room beside the budget.
         """
         while self._taken() > target_bytes:
             victim = self._owners.victim(self._budget_bytes, newcomer)
@@ -483,8 +505,7 @@ class MemoryTier:
             if newcomer is not None and not self._owners.admits(newcomer, victim, self._budget_bytes):
                 self._owners.offered(victim)
                 return False
-            if self._may_pass(victim.size):
-                self._lines.pass_on(victim)
+            self._pass_on(victim)
             freed.append(self._remove(victim))
             self._evicted_blocks += 1
         return True

@@ -92,6 +92,10 @@ class Owners:
 
     def victim(self, budget_bytes: int, newcomer: Entry | None) -> Entry | None:
         """Take out who goes for a block that comes (None: because there is less room); None when there is nobody."""
+        if len(self._blocks) == 1:  # the usual case, at the usual cost
+            [only] = self._blocks
+            if newcomer is None or newcomer.block.owner == only:
+                return self.victim_of(only)
         beyond = self.shares.beyond(self.bytes, budget_bytes)
         if newcomer is None:
             return self._coldest(beyond) or self._coldest(list(self.bytes))
@@ -100,7 +104,9 @@ class Owners:
 
     def victim_of(self, owner: Owner) -> Entry | None:
         """Take out who of the owner's goes first."""
-        return self._coldest([owner])
+        if owner in self._drawn:
+            return self._coldest([owner])
+        return self._policy(owner).victim()
 
     def admits(self, newcomer: Entry, victim: Entry, budget_bytes: int) -> bool:
         """Whether the newcomer may take the victim's place: by right where its owner lacks what is guaranteed, or by worth."""
