@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pasture.bench import counters as count
-from pasture.bench.client import Chat, chat, run_loop
+from pasture.bench.client import Chat, Exchange, chat, run_loop
 from pasture.bench.distinct import PromptTokens, distinct_prompt_tokens
 from pasture.bench.drive import Progress as OnExchange
 from pasture.bench.drive import Target, play
@@ -29,7 +29,7 @@ from pasture.bench.measure import Figures, Outside, figures
 from pasture.bench.options import BenchOptions, WorkloadName
 from pasture.bench.report import print_report
 from pasture.bench.results import Report, Run, best_variants, summarise, traces
-from pasture.bench.slo import largest, within
+from pasture.bench.slo import Outlook, largest, within
 from pasture.bench.systems import (
     PASTURE,
     Running,
@@ -88,6 +88,10 @@ async def measure(up: Running, workload: Workload, options: BenchOptions, on_exc
     return Run(system.peer, system.label, figures(exchanges, outside), traces(exchanges))
 
 
+class _Hopeless(Exception):
+    """A run is outside its service level, however it goes on."""
+
+
 class Bench:
     """One benchmark from options to report."""
 
@@ -133,11 +137,24 @@ class Bench:
                     runs.append(await self._once(system, self._workload, label, progress))
         return runs
 
-    async def _once(self, system: System, workload: Workload, label: str, progress: Progress) -> Run:
+    async def _once(
+        self, system: System, workload: Workload, label: str, progress: Progress, outlook: Outlook | None = None
+    ) -> Run:
+        """`outlook`: who may say that the run need not go on, which raises _Hopeless."""
         task = progress.add_task(label, total=workload.n_requests)
+
+        def ended(exchange: Exchange) -> None:
+            progress.advance(task)
+            if outlook is not None and outlook.lost(exchange):
+                raise _Hopeless
+
         log = self._folder / f"{_NOT_A_NAME.sub('-', system.label).strip('-')}.log"
         async with running(system, log) as up:
-            return await measure(up, workload, self._options, lambda _: progress.advance(task))
+            try:
+                return await measure(up, workload, self._options, ended)
+            except* _Hopeless:
+                progress.update(task, description=f"{label}: outside")
+        raise _Hopeless
 
     def _systems(self, workload: Workload, cells: int) -> list[System]:
         size = Size(workload.users, workload.longest_tokens, cells)
@@ -155,7 +172,11 @@ class Bench:
             async def holds(users: int) -> bool:
                 workload = build(self._options, users=users)
                 system = self._variant(peer, label, workload, self._options.cells)
-                run = await self._once(system, workload, f"{label}, {users} users", progress)
+                outlook = Outlook(self._options.slo, workload.n_requests)
+                try:
+                    run = await self._once(system, workload, f"{label}, {users} users", progress, outlook)
+                except _Hopeless:
+                    return False
                 return within(run.figures, self._options.slo)
 
             return await largest(holds, self._options.slo_max_users)

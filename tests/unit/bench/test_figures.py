@@ -11,7 +11,7 @@ from pasture.bench.client import Chat, Endpoint, Exchange
 from pasture.bench.distinct import PromptTokens, Trie, distinct_prompt_tokens
 from pasture.bench.measure import Figures, Outside, figures, medians, quantile
 from pasture.bench.options import Limit
-from pasture.bench.slo import largest, within
+from pasture.bench.slo import PRECISION, Outlook, largest, within
 from tests.unit.bench.stub_openai import StubServer, serving
 
 
@@ -129,3 +129,39 @@ def test_levels_are_read_by_name() -> None:
     run: Figures = figures([exchange(0.0, 2.0)])
     assert run.level("ttft_p95") == 2.0
     assert run.level("itl_max") is None
+
+
+async def test_a_large_number_is_found_to_a_share_of_itself() -> None:
+    for limit in (40, 57, 63, 64, 99):
+        tried: list[int] = []
+
+        async def holds(users: int, limit: int = limit, tried: list[int] = tried) -> bool:
+            tried.append(users)
+            return users <= limit
+
+        assert min(limit, 64) * (1 - PRECISION) <= await largest(holds, 64) <= limit
+        assert len(tried) <= 10
+
+
+def test_a_run_is_lost_when_it_cannot_keep_a_limit_any_more() -> None:
+    outlook = Outlook((Limit("ttft_p95", 1.0),), 40)
+    assert [outlook.lost(exchange(0.0, 5.0)) for _ in range(3)] == [False, False, True], "two of forty may be late"
+    assert Outlook((Limit("ttft_p95", 1.0),), 1).lost(exchange(0.0, 1.5))
+    mean = Outlook((Limit("latency_mean", 1.0),), 4)
+    assert [mean.lost(exchange(0.0, 0.5, 3.0)), mean.lost(exchange(0.0, 0.5, 1.5))] == [False, True]
+    wall = Outlook((Limit("wall", 10.0),), 4)
+    assert [wall.lost(exchange(0.0, 9.0)), wall.lost(exchange(5.0, 11.0))] == [False, True]
+    assert Outlook((Limit("itl_max", 1.0),), 4).lost(exchange(0.0, 1.0, 3.0))
+    assert Outlook((Limit("itl_p95", 1.0),), 4).lost(exchange(0.0, error="no"))
+    assert not Outlook((Limit("itl_p95", 1.0),), 4).lost(exchange(0.0, 1.0, 3.0)), "how many gaps will come is not known"
+
+
+@pytest.mark.parametrize("n_requests", [1, 2, 19, 20, 21, 40])
+def test_what_is_lost_would_have_been_outside(n_requests: int) -> None:
+    limits = (Limit("ttft_p95", 1.0),)
+    for n_late in range(n_requests + 1):
+        outlook = Outlook(limits, n_requests)
+        late = [exchange(0.0, 2.0) for _ in range(n_late)]
+        lost = [outlook.lost(one) for one in late]
+        if any(lost):
+            assert not within(figures([*late, *(exchange(0.0, 0.1) for _ in range(n_requests - n_late))]), limits)
