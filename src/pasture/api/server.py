@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from pasture.api.gateway import Gateway
+from pasture.api.heads import BoundedHeads
 from pasture.api.loiterers import Loiterers
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Service
@@ -91,7 +92,7 @@ class DrainingServer(uvicorn.Server):
             server_header=False,
             lifespan="off",
             ws="none",
-            http="httptools",
+            http=BoundedHeads,
         )
         try:
             config.load()
