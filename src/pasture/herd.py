@@ -44,6 +44,7 @@ class OpenOptions(TypedDict, total=False):
     kv_cache: str
     kv_disk: str | int
     kv_key_file: str
+    kv_remote: str
     kv_compress: Literal["auto", "off", "lossless", "q8_0", "q4_0"]
     kv_quality: float
     kv_policy: Literal["foresight", "lru", "s3fifo"]

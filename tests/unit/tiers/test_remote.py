@@ -7,6 +7,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from pasture.tiers.keys import chain, root_key
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.ports import SlowTier
 from pasture.tiers.remote_calls import Calls, TooLate
+from pasture.tiers.remote_mooncake import MooncakeShelf
 from pasture.tiers.remote_ports import CHILDREN
 from pasture.tiers.sealed import SealedWire
 from pasture.tiers.store import TieredStore
@@ -409,3 +411,21 @@ def test_what_a_call_raises_arrives_where_it_is_waited_for() -> None:
     with pytest.raises(ValueError, match="so"):
         pending.result()
     calls.close()
+
+
+# RDMA
+
+
+def test_rdma_without_hardware_is_tcp_and_says_so(tmp_path: Path) -> None:
+    def pool(device: str, devices: Path) -> MooncakeShelf:
+        return MooncakeShelf(("m", 1), protocol="rdma", device=device, share_bytes=1 << 20, host=None, devices=devices)
+
+    none = pool("", tmp_path / "infiniband")
+    assert none.transport == "tcp"
+    assert none.warnings == ("RDMA was asked for, but this machine has no RDMA device: blocks go over TCP",)
+    (tmp_path / "infiniband" / "mlx5_0").mkdir(parents=True)
+    wrong = pool("mlx5_7", tmp_path / "infiniband")
+    assert wrong.transport == "tcp"
+    assert "mlx5_7 is none of this machine's RDMA devices (mlx5_0)" in wrong.warnings[0]
+    for right in (pool("", tmp_path / "infiniband"), pool("mlx5_0", tmp_path / "infiniband")):
+        assert (right.transport, right.warnings) == ("rdma", ())

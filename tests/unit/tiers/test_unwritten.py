@@ -1,0 +1,160 @@
+"""Which blocks a writer has yet to take, when there are several writers behind RAM."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+
+import pytest
+
+from pasture.core.values import Form
+from pasture.tiers.block import Block
+from pasture.tiers.gate import OpenGate
+from pasture.tiers.keys import Address, chain, root_key
+from pasture.tiers.memory import MemoryTier
+from pasture.tiers.store import TieredStore
+from tests import tier_support
+from tests.blocks import block_at, blocks, conversation, path
+from tests.remote_support import wait_for
+from tests.tier_support import NAME, PlainCodec, ShelfTier, put, slab_of
+
+TALK = conversation(1, 192)
+
+
+@pytest.fixture
+def memory() -> MemoryTier:
+    return MemoryTier(1 << 20, n_writers=2)
+
+
+def drained(memory: MemoryTier, writer: int) -> list[int]:
+    """Where the blocks begin that this writer is given."""
+    starts = []
+    while (item := memory.next_unwritten(writer)) is not None:
+        starts.append(item.block.address.p0)
+    return starts
+
+
+def test_each_writer_has_a_line_of_its_own(memory: MemoryTier) -> None:
+    for block in blocks(TALK):
+        memory.insert(block)
+    assert drained(memory, 0) == [0, 64, 128]
+    assert memory.unwritten_blocks(1) == 3, "who is slow loses nothing"
+    assert drained(memory, 1) == [0, 64, 128]
+    memory.check()
+
+
+def test_what_came_from_a_tier_is_not_sent_back_to_it(memory: MemoryTier) -> None:
+    for block in blocks(TALK):
+        memory.insert_pinned(block, source=1).release()
+    assert drained(memory, 1) == []
+    assert drained(memory, 0) == [0, 64, 128]
+
+
+def test_what_was_not_taken_is_next_again_and_brings_its_claims(memory: MemoryTier) -> None:
+    short, longer = conversation(2, 10), conversation(2, 10) + conversation(3, 10)
+    memory.insert(block_at(path(short)[0], short))
+    memory.insert(block_at(path(longer)[0], longer))
+    for block in blocks(TALK):
+        memory.insert(block)
+    item = memory.next_unwritten(0)
+    assert item is not None
+    assert item.supersedes == (path(short)[0].key,)
+    memory.put_back(0, item)
+    again = memory.next_unwritten(0)
+    assert again == item
+    memory.put_back(0, item)
+    memory.resize(0)
+    memory.put_back(0, item)
+    assert drained(memory, 0) == [], "what left RAM left every line"
+    memory.check()
+
+
+def test_each_writer_is_told_once_what_a_block_supersedes(memory: MemoryTier) -> None:
+    talk = conversation(4, 60)
+    for length in (10, 20, 30):
+        memory.insert(block_at(path(talk[:length])[0], talk[:length]))
+    for writer in (0, 1):
+        item = memory.next_unwritten(writer)
+        assert item is not None
+        assert set(item.supersedes) == {path(talk[:10])[0].key, path(talk[:20])[0].key}
+        assert memory.next_unwritten(writer) is None
+
+
+def test_what_passes_by_is_kept_until_the_last_writer_has_it(memory: MemoryTier) -> None:
+    block = next(blocks(TALK))
+    assert memory.pass_by(block)
+    assert memory.pass_by(block), "once is enough"
+    held = memory.statistics().in_flight_bytes
+    assert held >= block.n_bytes
+    assert drained(memory, 0) == [0]
+    assert memory.statistics().in_flight_bytes == held
+    assert drained(memory, 1) == [0]
+    assert memory.statistics().in_flight_bytes == 0
+    memory.check()
+
+
+class Refusing(ShelfTier):
+    """Takes nothing but what is offered again."""
+
+    def __init__(self, name: str, refusals: int) -> None:
+        super().__init__(name)
+        self.refusals = refusals
+
+    def put(self, block: Block) -> bool:
+        if self.refusals:
+            self.refusals -= 1
+            return False
+        return super().put(block)
+
+
+def store_over(*tiers: ShelfTier) -> TieredStore:
+    store = TieredStore(PlainCodec(), MemoryTier(1 << 30, n_writers=len(tiers)), OpenGate(), slow=tiers)
+    tier_support.OPENED.append(store)
+    return store
+
+
+def test_a_block_is_offered_again_and_not_for_ever() -> None:
+    for refusals, n_there in ((2, 3), (3, 2)):
+        tier = Refusing("moody", refusals)
+        store = store_over(tier)
+        put(store, TALK)
+        assert store.flush(20)
+        assert len(tier.blocks) == n_there
+
+
+def test_a_tier_that_takes_nothing_keeps_its_line_and_no_other_s() -> None:
+    shut, open_ = ShelfTier("shut"), ShelfTier("open")
+    shut.accepts = False
+    store = store_over(shut, open_)
+    put(store, TALK)
+    wait_for(lambda: len(open_.blocks) == 3)
+    assert not store.flush(5), "it says so without waiting for long"
+    assert shut.blocks == {}
+    shut.accepts = True
+    assert store.flush(20)
+    assert len(shut.blocks) == 3
+
+
+def test_a_path_is_asked_about_once_and_read_in_batches() -> None:
+    codec = PlainCodec(pad_bytes=1000)
+    near, far = ShelfTier("near"), ShelfTier("far", batch_bytes=10**9)
+    talk = conversation(6, 64 * 6)
+    for tier, wanted in ((near, (0, 3)), (far, range(6))):
+        for number, address in enumerate(path_in(codec, talk)):
+            if number in wanted:
+                slab = slab_of(talk, address.p0, address.p1)
+                tier.blocks[address.key] = Block(address, talk[address.p0 : address.p1], Form.RAW, codec.pack(slab))
+    store = store_over(near, far)
+    ready = threading.Event()
+    lift = store.lift(NAME, talk, 0, ready.set)
+    assert lift is not None
+    assert ready.wait(20)
+    assert store.reach(NAME, talk) == len(talk)
+    lift.release()
+    assert (near.calls("stored"), far.calls("stored")) == (1, 1)
+    assert near.batches == [1, 1]
+    assert sorted(far.batches) == [2, 2], "neighbours from one tier come together"
+
+
+def path_in(codec: PlainCodec, tokens: array[int]) -> list[Address]:
+    return list(chain(root_key(codec.fingerprint, NAME), tokens))
