@@ -65,7 +65,7 @@ class Cost:
 def measure(sessions: int = SESSIONS, seconds: float = SECONDS) -> Cost:
     """Starts everything and ends it. `seconds` is for each of the parts: page, server without a page, server with one."""
     with served() as (url, process), sync_playwright() as playwright:
-        talk(url, range(sessions), workers=8)
+        talk(url, range(sessions), workers=16)
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         settle(process)
         alone = processor_share(process, seconds)
@@ -106,7 +106,7 @@ def talk(url: str, numbers: Sequence[int], workers: int) -> None:
 
 def _ask(url: str, number: int) -> None:
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": f"Session {number}: how many sheep?"}]
-    body = {"messages": messages, "max_tokens": 48, "ignore_eos": True, "prompt_cache_key": f"session {number}"}
+    body = {"messages": messages, "max_tokens": 16, "ignore_eos": True, "prompt_cache_key": f"session {number}"}
     request = Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
     with urlopen(request, timeout=60) as answer:
         answer.read()
