@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 
-FOREIGN_FLAGS = {"--slot-save-path", "--kv-unified", "--no-kv-unified", "--no-repack", "--repack", "--no-webui", "--cache-ram"}
+RAYS_FLAGS = {"--head", "--node-ip-address", "--include-dashboard", "--generate"}
+"""of `ray`, which the guide to clusters uses"""
+
+FOREIGN_FLAGS = RAYS_FLAGS | {"--slot-save-path", "--kv-unified", "--no-kv-unified", "--no-repack", "--repack", "--no-webui", "--cache-ram"}
 """of llama-server, which the documentation compares with"""
 
 MADE_WITH_THE_SITE = {"reference.md"}
