@@ -21,7 +21,15 @@ PAGES = [ROOT / "README.md", *DOCS]
 RAYS_FLAGS = {"--head", "--node-ip-address", "--include-dashboard", "--generate"}
 """of `ray`, which the guide to clusters uses"""
 
-FOREIGN_FLAGS = RAYS_FLAGS | {"--slot-save-path", "--kv-unified", "--no-kv-unified", "--no-repack", "--repack", "--no-webui", "--cache-ram"}
+FOREIGN_FLAGS = RAYS_FLAGS | {
+    "--slot-save-path",
+    "--kv-unified",
+    "--no-kv-unified",
+    "--no-repack",
+    "--repack",
+    "--no-webui",
+    "--cache-ram",
+}
 """of llama-server, which the documentation compares with"""
 
 MADE_WITH_THE_SITE = {"reference.md"}
