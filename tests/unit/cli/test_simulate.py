@@ -65,6 +65,43 @@ def test_what_cannot_be_done_is_one_line(trace: Path, tmp_path: Path, capsys: py
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_two_tiers_as_json(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(trace, "--capacity", "20k", "--disk", "1M", "--cell-bytes", "100", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    lines = {(r["policy"], r["ahead"]): r for r in document["results"]}
+    assert list(lines) == [("lru", "off"), *(("foresight", a) for a in ("off", "returns", "paths")), ("belady", "off")]
+    lru, paths = lines["lru", "off"], lines["foresight", "paths"]
+    assert lru["precision"] is None
+    assert lru["recall"] == 0
+    assert lru["read_bytes"] == 512 * 100 * lru["lifted_blocks"]
+    assert paths["recall"] == paths["ahead_used_blocks"] / lru["lifted_blocks"] > 0
+    assert paths["ram_hit_ratio"] > lru["ram_hit_ratio"]
+    assert paths["ram_hit_ratio"] + paths["disk_hit_ratio"] == pytest.approx(document["unbounded_hit_ratio"])
+    assert 0 <= document["foreseeable_share_of_returns"] <= 1
+
+
+def test_two_tiers_as_a_table_and_a_plot(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("plotly")
+    monkeypatch.setenv("COLUMNS", "200")
+    plot = tmp_path / "plot.html"
+    assert run(trace, "--policy", "lru", "--capacity", "20k", "--disk", "1M", "--plot", plot) == 0
+    printed = capsys.readouterr().out
+    for word in ("lru", "paths", "belady", "precision", "RAM 20,000 tokens", "could be in this RAM"):
+        assert word in printed
+    assert "returns" not in printed.splitlines()[4], "lru expects nobody"
+    assert "without bounds" in plot.read_text()
+
+
+@pytest.mark.parametrize("wrong", [("--disk", "20k"), ("--disk", "much"), ("--disk", "1M", "--capacity", "20k,40k")])
+def test_a_disk_that_makes_no_sense_is_one_line(
+    trace: Path, wrong: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(trace, "--capacity", "20k", *wrong) == 2
+    assert "--disk" in capsys.readouterr().err or "much" in wrong
+
+
 def test_tokens() -> None:
     assert [parse_tokens(text) for text in ("250k", "1M", " 1.5m", "2G", "4096")] == [
         250_000,
