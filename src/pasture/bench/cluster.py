@@ -41,7 +41,6 @@ PROMPT_TOKENS, REPLY_TOKENS = 200, 24
 WARM_SECONDS = 3.0
 CALLS = 200
 LONG_TOKENS = 2000
-REPEATS = 3
 WAIT_SECONDS = 120.0
 _FLAGS = ("--fake-engine", "--fake-pace", PACE, "-np", str(RUNNING), "-c", "32768", "--kv-layout", "unified")
 
@@ -80,12 +79,12 @@ async def measure(seconds: float, console: Console) -> tuple[Scaling, float]:
     return Scaling((alone, both)), overhead
 
 
-async def measure_restoring(model: str, remote: str, flags: tuple[str, ...], console: Console) -> Restoring:
+async def measure_restoring(model: str, remote: str, flags: tuple[str, ...], repeats: int, console: Console) -> Restoring:
     """What the pool that replicas share saves. Raises ClusterFailed."""
     computed, restored, cached = [], [], []
     own = ("-m", model, "--kv-remote", remote, "-c", "8192", *flags)
     with tempfile.TemporaryDirectory() as folder, closing(ClusterProcess(Path(folder), *own, ingresses=1)) as up:
-        for repeat in range(REPEATS):
+        for repeat in range(repeats):
             await up.until(lambda found: len(found) == 2, WAIT_SECONDS)
             for warm in range(4):
                 await _first_token(up.endpoint, _tokens(100 * repeat + warm + 50, 40))

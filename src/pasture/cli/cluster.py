@@ -149,6 +149,7 @@ def bench(
     kv_remote: Annotated[str | None, typer.Option("--kv-remote", metavar="URL", help="The pool to measure with it.")] = None,
     threads: Annotated[int, typer.Option("-t", "--threads", min=1, metavar="N", help="Of each replica, with a model.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each throughput run.")] = 15.0,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, metavar="N", help="Prompts that are restored.")] = 3,
 ) -> None:
     """Measure on this machine: two replicas against one and the way through an ingress, or what the shared pool saves.
 
@@ -163,7 +164,8 @@ def bench(
             raise ConfigError("-m and --kv-remote go together: the one is measured with the other")
         if model is not None and kv_remote is not None:
             flags = ("-t", str(threads))
-            measuring.report_restoring(run_loop(measuring.measure_restoring(model, kv_remote, flags, err())), out())
+            found = run_loop(measuring.measure_restoring(model, kv_remote, flags, repeats, err()))
+            measuring.report_restoring(found, out())
             return
         scaling, overhead = run_loop(measuring.measure(seconds, err()))
         measuring.report(scaling, overhead, out())
