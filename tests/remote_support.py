@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,3 +222,41 @@ def shelf_in_redis(port: int, *, ttl_seconds: float = 3600.0) -> Shelf:
 
 def shelf_in_mooncake(port: int, *, share_bytes: int = 64 << 20, protocol: str = "tcp") -> MooncakeShelf:
     return MooncakeShelf((LOOPBACK, port), protocol=protocol, device="", share_bytes=share_bytes, host=LOOPBACK)
+
+
+class Cable:
+    """A stretch of network before a server: `delay_seconds` on the way there, or `cut`, so that nothing arrives any more."""
+
+    def __init__(self, port: int) -> None:
+        self.delay_seconds = 0.0
+        self.cut = False
+        self._target = port
+        self._listener = socket.create_server((LOOPBACK, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection((LOOPBACK, self._target))
+                self._sockets += [near, far]
+                threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
+                threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, slow: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if slow:
+                    time.sleep(self.delay_seconds)
+                if not self.cut:
+                    target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)

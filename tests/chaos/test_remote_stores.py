@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -23,12 +26,14 @@ from cryptography.x509.oid import NameOID
 
 from pasture.config.remote import parse_remote
 from pasture.stores import open_remote
+from pasture.tiers import remote_mooncake
 from pasture.tiers.remote import RemoteTier
 from pasture.tiers.remote_ports import Shelf
 from pasture.tiers.remote_redis import redis_shelf
 from tests.blocks import blocks, conversation, leading, path, same
 from tests.remote_support import (
     LOOPBACK,
+    Cable,
     Fleet,
     Process,
     connected,
@@ -211,73 +216,135 @@ def test_a_cluster_of_redis(fleet: Fleet, tmp_path_factory: pytest.TempPathFacto
 # A network that is cut
 
 
-@pytest.fixture
-def namespace() -> Iterator[str]:
-    """A network of its own, reached through a pair of interfaces; 10.213.7.2 is inside."""
-    name = "pasture-test"
-    ours, theirs = "pasture-t0", "pasture-t1"
-    steps: list[Sequence[str]] = [
-        ("ip", "netns", "add", name),
-        ("ip", "link", "add", ours, "type", "veth", "peer", "name", theirs),
-        ("ip", "link", "set", theirs, "netns", name),
-        ("ip", "addr", "add", "10.213.7.1/24", "dev", ours),
-        ("ip", "link", "set", ours, "up"),
-        ("ip", "netns", "exec", name, "ip", "addr", "add", "10.213.7.2/24", "dev", theirs),
-        ("ip", "netns", "exec", name, "ip", "link", "set", theirs, "up"),
-        ("ip", "netns", "exec", name, "ip", "link", "set", "lo", "up"),
-    ]
-    remove = ("ip", "netns", "del", name)
-    try:
-        for step in steps:
+_networks = count()
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of its own, reached through a pair of interfaces; several runs of the tests do not meet in it."""
+
+    number: int = field(default_factory=lambda: (os.getpid() * 10 + next(_networks)) % 50_000)
+
+    @property
+    def name(self) -> str:
+        return f"pasture-{self.number}"
+
+    def address(self, host: int) -> str:
+        return f"10.{self.number // 250 + 20}.{self.number % 250}.{host}"
+
+    def inside(self, *command: str) -> list[str]:
+        return ["ip", "netns", "exec", self.name, *command]
+
+    def make(self) -> None:
+        ours, theirs = f"pt{self.number}a", f"pt{self.number}b"
+        for step in (
+            ["ip", "netns", "add", self.name],
+            ["ip", "link", "add", ours, "type", "veth", "peer", "name", theirs],
+            ["ip", "link", "set", theirs, "netns", self.name],
+            ["ip", "addr", "add", f"{self.address(1)}/24", "dev", ours],
+            ["ip", "link", "set", ours, "up"],
+            self.inside("ip", "addr", "add", f"{self.address(2)}/24", "dev", theirs),
+            self.inside("ip", "link", "set", theirs, "up"),
+            self.inside("ip", "link", "set", "lo", "up"),
+        ):
             subprocess.run(step, check=True, capture_output=True)
+
+    def reaches(self, is_there: bool) -> None:
+        """Whether packets arrive inside; where they do not, nobody says so."""
+        address = ("ip", "addr", "add" if is_there else "del", f"{self.address(2)}/24", "dev", f"pt{self.number}b")
+        subprocess.run(self.inside(*address), check=True, capture_output=True)
+
+    def behave(self, *otherwise: str) -> None:
+        """As it should, or as netem is told; not every kernel has it."""
+        device = ("dev", f"pt{self.number}b", "root")
+        subprocess.run(self.inside("tc", "qdisc", "del", *device), check=False, capture_output=True)
+        if otherwise:
+            done = subprocess.run(
+                self.inside("tc", "qdisc", "add", *device, "netem", *otherwise), check=False, capture_output=True
+            )
+            if done.returncode:
+                pytest.skip(f"networks cannot be made to misbehave here: {done.stderr.decode()}")
+
+    def remove(self) -> None:
+        if shutil.which("ip") is not None:
+            subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    network = Network()
+    try:
+        network.make()
     except (OSError, subprocess.CalledProcessError) as error:
-        subprocess.run(remove, check=False, capture_output=True) if shutil.which("ip") else None
+        network.remove()
         pytest.skip(f"networks cannot be made here: {getattr(error, 'stderr', b'') or error}")
-    yield name
-    subprocess.run(remove, check=False, capture_output=True)
+    yield network
+    network.remove()
 
 
-def netem(namespace: str, *what: str) -> None:
-    """Let the network inside misbehave; without arguments, behave."""
-    tc = ("ip", "netns", "exec", namespace, "tc", "qdisc")
-    subprocess.run((*tc, "del", "dev", "pasture-t1", "root"), check=False, capture_output=True)
-    if what:
-        done = subprocess.run((*tc, "add", "dev", "pasture-t1", "root", "netem", *what), check=False, capture_output=True)
-        if done.returncode:
-            pytest.skip(f"networks cannot be made to misbehave here: {done.stderr.decode()}")
-
-
-@pytest.mark.parametrize("trouble", [("loss", "100%"), ("delay", "400ms")], ids=["partition", "delay"])
-def test_a_network_that_is_cut_or_slow_is_a_miss_until_it_is_back(
-    namespace: str, trouble: tuple[str, ...], fleet: Fleet
-) -> None:
+@pytest.fixture
+def far_redis(network: Network) -> Iterator[str]:
+    """The address of a Redis on port 7379 in that network."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed")
-    port = 7379
-    command = ["ip", "netns", "exec", namespace, binary, "--bind", "10.213.7.2", "--protected-mode", "no"]
-    server = subprocess.Popen([*command, "--port", str(port), "--save", ""], stdout=subprocess.DEVNULL)
-    try:
-        shelf = redis_shelf([("10.213.7.2", port)], lookup_seconds=LOOKUP_SECONDS, ttl_seconds=60.0)
-        tier = connected(fleet.tier(shelf, lookup_seconds=LOOKUP_SECONDS))
-        expected = list(blocks(TALK, 1000))
-        assert all(map(tier.put, expected))
-        netem(namespace, *trouble)
-        for _ in range(3):
-            assert not any(tier.stored(path(TALK)))
-        wait_for(lambda: states(tier) != ["closed"])
-        assert tier.get_batch(path(TALK), 5.0) == [None] * len(expected)
-        netem(namespace)
-        started = time.monotonic()
-        connected(tier)
-        assert time.monotonic() - started < RECOVERY_SECONDS
-        assert leading(tier, path(TALK)) == len(expected)
-        netem(namespace, "loss", "5%")
-        found = tier.get_batch(path(TALK), 5.0)
-        assert all(block is None or same(block, wanted) for block, wanted in zip(found, expected, strict=True))
-    finally:
-        server.kill()
-        server.wait(10)
+    command = network.inside(binary, "--bind", network.address(2), "--protected-mode", "no", "--port", "7379", "--save", "")
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    yield network.address(2)
+    server.kill()
+    server.wait(10)
+
+
+def suffer(tier: RemoteTier, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Between `begin` and `end`, every question is a miss, and nobody waits once that is known; after it, all is there."""
+    expected = list(blocks(TALK, 1000))
+    assert all(map(tier.put, expected))
+    begin()
+    for _ in range(3):
+        assert not any(tier.stored(path(TALK)))
+    wait_for(lambda: states(tier) != ["closed"])
+    assert tier.get_batch(path(TALK), 5.0) == [None] * len(expected)
+    assert not tier.put(expected[0])
+    end()
+    started = time.monotonic()
+    connected(tier)
+    assert time.monotonic() - started < RECOVERY_SECONDS
+    wait_for(lambda: leading(tier, path(TALK)) == len(expected))
+
+
+def test_a_network_that_is_cut(network: Network, far_redis: str, fleet: Fleet) -> None:
+    shelf = redis_shelf([(far_redis, 7379)], lookup_seconds=LOOKUP_SECONDS, ttl_seconds=60.0)
+    tier = connected(fleet.tier(shelf, lookup_seconds=LOOKUP_SECONDS))
+    suffer(tier, lambda: network.reaches(False), lambda: network.reaches(True))
+
+
+def test_a_network_with_a_delay_above_the_limit_and_one_that_loses_packets(
+    network: Network, far_redis: str, fleet: Fleet
+) -> None:
+    shelf = redis_shelf([(far_redis, 7379)], lookup_seconds=0.15, ttl_seconds=60.0)
+    tier = connected(fleet.tier(shelf, lookup_seconds=0.15))
+    suffer(tier, lambda: network.behave("delay", "200ms"), network.behave)
+    network.behave("loss", "5%")
+    expected = list(blocks(TALK, 1000))
+    found = tier.get_batch(path(TALK), 5.0)
+    assert all(block is None or same(block, wanted) for block, wanted in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["redis", "mooncake"])
+def test_a_cable_with_a_delay_above_the_limit(kind: str, fleet: Fleet) -> None:
+    process = fleet.redis() if kind == "redis" else fleet.mooncake()
+    cable = Cable(process.port)
+    shelf = shelf_in_redis(cable.port) if kind == "redis" else shelf_in_mooncake(cable.port)
+    tier = connected(fleet.tier(shelf, lookup_seconds=0.15))
+    suffer(tier, lambda: setattr(cable, "delay_seconds", 0.4), lambda: setattr(cable, "delay_seconds", 0.0))
+    cable.close()
+
+
+def test_a_cable_that_is_cut_while_a_block_is_on_its_way(fleet: Fleet) -> None:
+    cable = Cable(fleet.redis().port)
+    tier = connected(fleet.tier(shelf_in_redis(cable.port), lookup_seconds=LOOKUP_SECONDS))
+    suffer(tier, lambda: setattr(cable, "cut", True), lambda: setattr(cable, "cut", False))
+    cable.close()
 
 
 # TLS, and a user who may do no more than he must
@@ -356,3 +423,12 @@ def test_redis_over_tls_with_an_acl(fleet: Fleet, tmp_path: Path) -> None:
         fleet.tiers.append(stranger)
         wait_for(partial(_errors, stranger))
         assert not stranger.accepts
+
+
+def test_a_block_larger_than_a_lane_of_the_arena_goes_through(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_mooncake, "LANE_BYTES", 64 << 10)
+    tier = connected(fleet.tier(shelf_in_mooncake(fleet.mooncake().port)))
+    small, large = list(blocks(TALK[:128], 20_000)), list(blocks(conversation(8, 128), BLOCK_BYTES))
+    assert all(map(tier.put, [*small, *large]))
+    found = tier.get_batch([block.address for block in (*small, *large)], 5.0)
+    assert all(map(same, found, [*small, *large]))
