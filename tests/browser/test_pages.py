@@ -238,6 +238,16 @@ def test_a_fork_costs_no_cell_and_its_reply_reuses_what_both_have(browser: Brows
         seen.check()
 
 
+def test_typing_tells_the_server_what_will_be_asked(browser: Browser, server: Server) -> None:
+    with watched(browser, server, "/chat", key="root") as seen:
+        with seen.page.expect_request("**/v1/chat/prefetch") as hinted:
+            seen.page.get_by_label("Message to Chat 1").fill("How many sheep ")
+        assert hinted.value.post_data_json == {"messages": [], "draft": "How many sheep "}
+        answer = hinted.value.response()
+        assert answer is not None
+        assert answer.status == 202
+
+
 def test_a_users_key_opens_the_chat_and_not_the_numbers(browser: Browser, tmp_path: Path) -> None:
     server = Server(tmp_path, "-c", "8192", "--admin-key", "root", "--api-key", "theirs")
     try:
