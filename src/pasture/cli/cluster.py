@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import time
+from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -162,13 +163,15 @@ def bench(
 
         if (model is None) != (kv_remote is None):
             raise ConfigError("-m and --kv-remote go together: the one is measured with the other")
-        if model is not None and kv_remote is not None:
-            flags = ("-t", str(threads))
-            found = run_loop(measuring.measure_restoring(model, kv_remote, flags, repeats, err()))
-            measuring.report_restoring(found, out())
-            return
-        scaling, overhead = run_loop(measuring.measure(seconds, err()))
-        measuring.report(scaling, overhead, out())
+        try:
+            if model is not None and kv_remote is not None:
+                flags = ("-t", str(threads))
+                found = run_loop(measuring.measure_restoring(model, kv_remote, flags, repeats, err()))
+                measuring.report_restoring(found, out())
+            else:
+                measuring.report(*run_loop(measuring.measure(seconds, err())), out())
+        except (KeyboardInterrupt, CancelledError):
+            raise typer.Exit(130) from None
 
 
 @cluster.command("demo")
