@@ -1,8 +1,8 @@
 """The router: which replica a request goes to, and what that one should fetch instead of recomputing.
 
     its session is at home at a replica          there, until it is saturated
-    enough of its prompt is known somewhere      there, until it is saturated
-    its beginning was sent to one before         there, until it is saturated: it is being computed, or on a slow tier
+    enough of its prompt is somewhere            there, until it is saturated; what is being computed counts
+    its beginning was sent to one before         there, until it is saturated: a slow tier may have it
     none of these                                by the ring, over its first blocks, to the first within the load bound
     saturated                                    where it costs least, pulling its blocks from who has them if that pays
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pasture.cluster.catalogue import Catalogue
+from pasture.cluster.coming import Coming
 from pasture.cluster.homes import Homes
 from pasture.cluster.loads import Loads
 from pasture.cluster.ring import Ring
@@ -73,7 +74,11 @@ class _Offer:
 
     replica: ReplicaId
     cached_tokens: int
+    """known to be there"""
+    expected_tokens: int
+    """those, and what is being computed there"""
     uncached_tokens: int
+    """beside what is expected and pulled"""
     seconds: float
     """until its first token: what is before it, its pull and its own prefill"""
     work_seconds: float
@@ -89,6 +94,7 @@ class Router:
         self._pull_seconds = pull_seconds
         self._catalogue = Catalogue()
         self._loads = Loads()
+        self._coming = Coming()
         self._ring = Ring()
         self._capacities: dict[ReplicaId, Capacity] = {}
         """of who can be given requests"""
@@ -119,6 +125,7 @@ class Router:
         """It is gone, with all it held and all that was in flight there; nothing happens when it is unknown."""
         self._catalogue.drop(replica)
         self._loads.forget(replica)
+        self._coming.forget(replica)
         self._capacities.pop(replica, None)
         self._draining.discard(replica)
         self._lay_out()
@@ -166,6 +173,7 @@ class Router:
         head = self._head(placement)
         if head is not None:
             self._heads.sent(head, decision.replica, epoch)
+            self._coming.started(request, head, decision.replica, placement.path)
         if placement.session is not None:
             self._sessions.sent(placement.session, decision.replica, epoch)
 
@@ -176,6 +184,7 @@ class Router:
     def finished(self, request: RequestId) -> None:
         """It has ended, however; nothing happens when it is unknown."""
         self._loads.finished(request)
+        self._coming.finished(request)
 
     def known_blocks(self, replica: ReplicaId) -> int:
         """How many it is credited with; 0 for a stranger."""
@@ -199,8 +208,8 @@ class Router:
         home = self._standing(self._sessions.find(placement.session), offers)
         if home is not None:
             return home, Reason.SESSION
-        best = max(offers.values(), key=lambda offer: (offer.cached_tokens, -offer.seconds))
-        if best.cached_tokens >= self._settings.prefix_tokens:
+        best = max(offers.values(), key=lambda offer: (offer.expected_tokens, -offer.seconds))
+        if best.expected_tokens >= self._settings.prefix_tokens:
             return best, Reason.PREFIX
         home = self._standing(self._heads.find(self._head(placement)), offers)
         if home is not None:
@@ -235,29 +244,33 @@ class Router:
         leading = self._catalogue.leading(placement.path)
         owner = max(leading, key=lambda holder: leading[holder], default=None)
         most = leading[owner] if owner is not None else 0
+        head = self._head(placement)
+        coming = self._coming.leading(head, placement.path) if head is not None else {}
         offers: dict[ReplicaId, _Offer] = {}
         for replica in self.replicas():
             if replica in placement.avoid:
                 continue
             has = leading.get(replica, 0)
-            pull = Pull(owner, has, most) if owner is not None and most > has else None
-            offers[replica] = self._offer(placement, replica, has, pull)
+            expected = max(has, coming.get(replica, 0))
+            pull = Pull(owner, expected, most) if owner is not None and most > expected else None
+            offers[replica] = self._offer(placement, replica, (has, expected), pull)
         return offers
 
-    def _offer(self, placement: Placement, replica: ReplicaId, n_blocks: int, pull: Pull | None) -> _Offer:
-        cached = self._tokens(placement, n_blocks)
+    def _offer(self, placement: Placement, replica: ReplicaId, blocks: tuple[int, int], pull: Pull | None) -> _Offer:
+        """`blocks`: from the first, that are known to be there, and that are expected."""
+        cached, expected = (self._tokens(placement, n) for n in blocks)
         rate = self._capacities[replica].prefill_tokens_per_second
         pulled, pulling = 0, 0.0
         if pull is not None:
-            pulled = self._tokens(placement, pull.last) - cached
+            pulled = self._tokens(placement, pull.last) - expected
             seconds = self._pull_seconds(pulled)
             if seconds is None:
                 pull, pulled = None, 0
             else:
                 pulling = seconds
-        uncached = placement.n_tokens - cached - pulled
+        uncached = placement.n_tokens - expected - pulled
         work = pulling + uncached / rate
-        return _Offer(replica, cached, uncached, self._loads.of(replica) / rate + work, work, pull)
+        return _Offer(replica, cached, expected, uncached, self._loads.of(replica) / rate + work, work, pull)
 
     def _cost(self, offer: _Offer) -> float:
         return offer.seconds + self._settings.work_weight * offer.work_seconds
@@ -279,6 +292,7 @@ class Router:
             return False
         if before is not None and epoch > before:
             self._loads.forget(replica)
+            self._coming.forget(replica)
             self._draining.discard(replica)
         return True
 

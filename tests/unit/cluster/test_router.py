@@ -115,9 +115,9 @@ def test_what_is_in_flight_saturates_until_its_first_token() -> None:
     router = router_of(A, B)
     home = start(router, prompt("x", 40, session="s"))
     assert home.uncached_tokens == 2560
-    assert placed(router, prompt("x", 40, session="s")).reason == Reason.SPILLED
+    assert placed(router, prompt("y", 40, session="s")).reason == Reason.SPILLED
     router.progress(RequestId("r0"), 0)
-    assert placed(router, prompt("x", 40, session="s")).reason == Reason.SESSION
+    assert placed(router, prompt("y", 40, session="s")).reason == Reason.SESSION
 
 
 def test_a_bigger_replica_is_saturated_later() -> None:
@@ -169,7 +169,28 @@ def test_a_prompt_follows_one_with_the_same_beginning_that_is_still_being_comput
     first = start(router, prompt("x", 8))
     router.observe(Delta(first.replica, ONE, 1, load=Load(1800)))
     decision = placed(router, prompt("x", 9))
-    assert (decision.replica, decision.reason) == (first.replica, Reason.HEAD)
+    assert decision == Decision(first.replica, Reason.PREFIX, cached_tokens=0, uncached_tokens=BLOCK_TOKENS)
+
+
+def test_what_is_being_computed_is_worth_waiting_for_and_is_not_pulled() -> None:
+    router = router_of(A, B, pull_seconds=quick)
+    first = start(router, prompt("x", 100))
+    decision = placed(router, prompt("x", 100))
+    assert (decision.replica, decision.reason, decision.uncached_tokens) == (first.replica, Reason.BUSY, 1)
+    elsewhere = placed(router, prompt("x", 100, avoid=frozenset({first.replica})))
+    assert (elsewhere.uncached_tokens, elsewhere.pull) == (6400, None)
+
+
+def test_a_prompt_goes_where_its_beginning_went_though_nobody_has_it_any_more() -> None:
+    router = router_of(A, B, C)
+    hot = [placed(router, prompt("x")).replica]
+    router.observe(Delta(hot[0], ONE, 1, load=Load(1900)))
+    first = start(router, prompt("x", 8))
+    assert first.replica != hot[0], "the load bound"
+    router.finished(RequestId("r0"))
+    router.observe(Delta(hot[0], ONE, 2, load=Load(0)))
+    decision = placed(router, prompt("x", 9))
+    assert decision == Decision(first.replica, Reason.HEAD, cached_tokens=0, uncached_tokens=9 * BLOCK_TOKENS)
 
 
 # The ring

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from pasture.cluster.simulated import RULES, FleetComparison, Routed, compare, taken_by_another
+from pasture.cluster.simulated import OURS, RULES, FleetComparison, Routed, compare, taken_by_another
 from pasture.cluster.values import Reason
 from pasture.foresight.belady import unbounded_hit_ratio
 from pasture.foresight.nodes import LoadModel
 from pasture.foresight.nodes_replay import FleetReplay
 from pasture.foresight.policies import POLICIES
 from pasture.foresight.replay import key_of
+from pasture.foresight.traces import read_trace
 from tests.unit.foresight.traffic import traffic
 
 REQUESTS = traffic(300, regulars=16)
 MODEL = LoadModel(prefill_tokens_per_second=2500.0)
 CAPACITY = 300_000
+CONVERSATIONS = os.environ.get("PASTURE_CONVERSATION_TRACE")
+"""the Mooncake conversation trace, which is not in this repository"""
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +78,15 @@ def test_at_the_end_the_router_knows_exactly_what_the_nodes_hold() -> None:
 @pytest.mark.parametrize("n", [1, 3, 8, 63])
 def test_one_more_node_takes_about_its_share(n: int) -> None:
     assert 0 < taken_by_another(traffic(3000), n) <= 1.5 / (n + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(CONVERSATIONS is None, reason="PASTURE_CONVERSATION_TRACE names no trace")
+def test_eight_nodes_find_what_one_pool_finds_and_share_the_work() -> None:
+    found = compare(read_trace(Path(str(CONVERSATIONS))), 8, 16_000_000, "lru", rules=(OURS,))
+    [ours] = found.results
+    assert found.pool_hit_ratio == pytest.approx(0.336, abs=0.001)
+    assert ours.tally.hit_ratio >= 0.95 * found.pool_hit_ratio
+    assert ours.tally.max_over_mean <= 1.5
+    assert found.taken_by_another_node <= 1.5 / 9
