@@ -203,7 +203,8 @@ def redis_process(*more: str) -> Process:
     return Process(lambda port: [binary, "--port", str(port), *options])
 
 
-def mooncake_process() -> Process:
+def mooncake_master() -> str:
+    """The program that is a pool's master; the test is skipped where it is not installed."""
     binary = Path(sys.executable).with_name("mooncake_master")
     if not binary.exists():
         pytest.skip("mooncake_master is not installed")
@@ -211,9 +212,13 @@ def mooncake_process() -> Process:
         load()
     except ConfigError as error:
         pytest.skip(f"mooncake does not load: {error}")
-    metrics = free_port()
+    return str(binary)
+
+
+def mooncake_process() -> Process:
+    binary, metrics = mooncake_master(), free_port()
     options = [f"-rpc_address={LOOPBACK}", f"-metrics_host={LOOPBACK}", f"-metrics_port={metrics}", "-client_ttl=3"]
-    return Process(lambda port: [str(binary), f"-rpc_port={port}", *options])
+    return Process(lambda port: [binary, f"-rpc_port={port}", *options])
 
 
 def shelf_in_redis(port: int, *, ttl_seconds: float = 3600.0) -> Shelf:

@@ -28,6 +28,7 @@ from pasture.config.remote import parse_remote
 from pasture.stores import open_remote
 from pasture.tiers import remote_mooncake
 from pasture.tiers.remote import RemoteTier
+from pasture.tiers.remote_mooncake import MooncakeShelf
 from pasture.tiers.remote_ports import Shelf
 from pasture.tiers.remote_redis import redis_shelf
 from tests.blocks import blocks, conversation, leading, path, same
@@ -38,6 +39,7 @@ from tests.remote_support import (
     Process,
     connected,
     free_port,
+    mooncake_master,
     shelf_in_mooncake,
     shelf_in_redis,
     states,
@@ -318,6 +320,19 @@ def test_a_network_that_is_cut(network: Network, far_redis: str, fleet: Fleet) -
     suffer(tier, lambda: network.reaches(False), lambda: network.reaches(True))
 
 
+def test_a_network_that_is_cut_before_the_master_of_a_pool(network: Network, fleet: Fleet) -> None:
+    far = network.address(2)
+    master = network.inside(mooncake_master(), f"-rpc_address={far}", "-rpc_port=7379", "-metrics_port=7380", "-client_ttl=30")
+    server = subprocess.Popen(master, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        shelf = MooncakeShelf((far, 7379), protocol="tcp", device="", share_bytes=32 << 20, host=None)
+        tier = connected(fleet.tier(shelf, lookup_seconds=LOOKUP_SECONDS, list_all=False))
+        suffer(tier, lambda: network.reaches(False), lambda: network.reaches(True))
+    finally:
+        server.kill()
+        server.wait(10)
+
+
 def test_a_network_with_a_delay_above_the_limit_and_one_that_loses_packets(
     network: Network, far_redis: str, fleet: Fleet
 ) -> None:
@@ -330,12 +345,9 @@ def test_a_network_with_a_delay_above_the_limit_and_one_that_loses_packets(
     assert all(block is None or same(block, wanted) for block, wanted in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["redis", "mooncake"])
-def test_a_cable_with_a_delay_above_the_limit(kind: str, fleet: Fleet) -> None:
-    process = fleet.redis() if kind == "redis" else fleet.mooncake()
-    cable = Cable(process.port)
-    shelf = shelf_in_redis(cable.port) if kind == "redis" else shelf_in_mooncake(cable.port)
-    tier = connected(fleet.tier(shelf, lookup_seconds=0.15))
+def test_a_cable_with_a_delay_above_the_limit(fleet: Fleet) -> None:
+    cable = Cable(fleet.redis().port)
+    tier = connected(fleet.tier(shelf_in_redis(cable.port), lookup_seconds=0.15))
     suffer(tier, lambda: setattr(cable, "delay_seconds", 0.4), lambda: setattr(cable, "delay_seconds", 0.0))
     cable.close()
 
