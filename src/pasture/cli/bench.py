@@ -45,6 +45,8 @@ class Benchmark(StrEnum):
     TIMING = "timing"
     IDLE = "idle"
     TIERS = "tiers"
+    NEIGHBOURS = "neighbours"
+    FORKS = "forks"
     FORESIGHT = "foresight"
     RETURNING = "returning"
     TURN_AHEAD = "turn-ahead"
@@ -60,6 +62,8 @@ _MODULES = {
     Benchmark.TIMING: "pasture.bench.timing",
     Benchmark.IDLE: "pasture.cli.idle",
     Benchmark.TIERS: "pasture.cli.tiers",
+    Benchmark.NEIGHBOURS: "pasture.bench.neighbours",
+    Benchmark.FORKS: "pasture.bench.forks",
     Benchmark.FORESIGHT: "pasture.bench.foresight",
     Benchmark.RETURNING: "pasture.bench.returning",
     Benchmark.TURN_AHEAD: "pasture.bench.turn_ahead",
@@ -226,7 +230,8 @@ def bench(
     `overhead`: what pasture costs beside the model. `quality`: what each stored form does to the answers. `restart`: the first
     answer after one. `import`: a conversation that goes on at another server. `soak`: whether anything grows. `idle`: thousands
     of resting conversations. `tiers`: every workload with tiers and without. `timing`: whether a hit of others can be felt.
-    `remote`: a prompt that another server has computed, through a store that both share.
+    `remote`: a prompt that another server has computed, through a store that both share. `neighbours`: a tenant that sends 50
+    times its share. `forks`: one conversation in 32 branches.
 
         pasture bench team --users 16 --turns 3 --against isolated,llama-server
         pasture bench docs --against http://other-server:8080 --out results

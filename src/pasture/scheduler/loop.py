@@ -31,6 +31,8 @@ from pasture.scheduler.task import Task
 log = logging.getLogger(__name__)
 
 SNAPSHOT_SECONDS = 0.2
+SNAPSHOT_SHARE = 0.02
+"""of the thread's time that pictures of the pool may take while requests run"""
 IDLE_SECONDS = 0.3
 """without work for this long before housekeeping: a closed loop of users leaves shorter gaps"""
 KEEP_SECONDS = 30.0
@@ -62,6 +64,8 @@ class EngineLoop:
         self._stopping = False
         self._tidy = True
         self._snapshot_at = clock()
+        self._draw_seconds = 0.0
+        """that the last picture took"""
         self.snapshot: Snapshot = self._draw()
         self._thread = threading.Thread(target=self._run, name="pasture-engine", daemon=True)
 
@@ -216,14 +220,20 @@ class EngineLoop:
 
     def _deliver(self, events: list[Delivery]) -> None:
         ended = any(event.finish is not None for _, event in events)
-        if ended or self._clock() - self._snapshot_at > SNAPSHOT_SECONDS:
+        due = self._clock() - self._snapshot_at > max(SNAPSHOT_SECONDS, self._draw_seconds / SNAPSHOT_SHARE)
+        if due or (ended and not self._scheduler.busy):
             self.snapshot = self._draw()
+        elif ended:
+            self.snapshot = self.snapshot[0], self._scheduler.statistics()
         if events:
             self._publish(events)
 
     def _draw(self) -> Snapshot:
+        started = self._clock()
+        picture = self._scheduler.pool.statistics(), self._scheduler.statistics()
         self._snapshot_at = self._clock()
-        return self._scheduler.pool.statistics(), self._scheduler.statistics()
+        self._draw_seconds = self._snapshot_at - started
+        return picture
 
     def _start_over(self, error: PastureError) -> None:
         """Books and engine may disagree: end what runs, empty the cache, go on."""

@@ -34,8 +34,9 @@ class StepShaper:
         """The step of these works, the first `n_streams` of them streams. Makes the room it needs for filling up."""
         pool = self._pool
         n_apart = n_streams if self._are_better_apart(works, n_streams) else 0
-        last = self._load(works[n_apart:], n_streams - n_apart)
-        pad_to = self.costs.padding(pool.shape, last)
+        pad_to = 0
+        if pool.shape.can_pad:
+            pad_to = self.costs.padding(pool.shape, self._load(works[n_apart:], n_streams - n_apart))
         if pad_to and not pool.make_room(pad_to):
             pad_to = 0
         return StepPlan(pool.operations(), tuple(works), n_apart, pad_to)
