@@ -2,7 +2,7 @@
 
     scaling     a closed loop of people on 1 and on 2 replicas, engines asleep as long as a real one would compute
     overhead    a one-token reply through an ingress, and from a server alone with the same engine, in turns
-    restoring   a prompt of 2,000 tokens computed on one replica; then that one is killed, and another one is asked
+    restoring   a prompt of 2,000 tokens computed on one replica; then that one gets nothing more, and another one is asked
 
 The first two need no model; the third wants one, and a remote tier. Everything runs on this machine over loopback and HTTP, and
 the sleeping engines stand for machines of their own. Ends what it starts. One event loop, in the caller's thread.
@@ -96,9 +96,10 @@ async def measure_restoring(model: str, remote: str, flags: tuple[str, ...], rep
             await _until_stored(up.endpoint, written)
             grown = await up.until(lambda found, known=before: any(_growth(one, known) > 16 for one in found))  # type: ignore[misc]
             owner = max(grown, key=lambda one: _growth(one, before))
+            await asyncio.to_thread(up.run, "cordon", str(owner["replica"]))
+            seconds, found = await _first_token(up.endpoint, prompt)
             os.kill(int(str(owner["pid"])), signal.SIGKILL)
             await up.until(lambda found, dead=owner: dead["epoch"] not in {one["epoch"] for one in found})  # type: ignore[misc]
-            seconds, found = await _first_token(up.endpoint, prompt)
             restored.append(seconds)
             cached.append(found)
             console.print(

@@ -123,6 +123,22 @@ def drain(
         _print_carried(application.drain(names))
 
 
+@cluster.command("cordon")
+def cordon(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A replica, or a node by its name or address.")],
+    address: Address = None,
+) -> None:
+    """Give a replica, or all of a node, nothing new. It stays, with what it holds, until it is drained or starts again."""
+    with _connected(address):
+        import asyncio
+
+        from pasture.fleet import application
+
+        names = application.chosen(asyncio.run(application.members()), name)
+        application.cordon(names)
+        out().print(f"{', '.join(names)}: nothing new")
+
+
 @cluster.command("down")
 def down(address: Address = None) -> None:
     """End the cluster."""

@@ -23,7 +23,7 @@ from pasture.cluster.link import Link, ReplicaLost, Source
 from pasture.cluster.links import Links
 from pasture.cluster.members import Directory, vocabulary_mark
 from pasture.cluster.pulling import PullCosts
-from pasture.cluster.router import Router, RouterSettings
+from pasture.cluster.router import Router, RouterSettings, never_pull
 from pasture.cluster.sums import total
 from pasture.cluster.survival import Story
 from pasture.cluster.values import Decision, Placement, Reason, ReplicaId, SessionKey
@@ -45,6 +45,8 @@ class ClusterSettings:
     patience_seconds: float = 15.0
     """without any replica that takes a request, before it is refused"""
     drain_seconds: float = 60.0
+    pulls: bool = True
+    """whether replicas fetch from each other; not where they share a pool, which has it all"""
     router: RouterSettings = field(default_factory=RouterSettings)
 
 
@@ -88,7 +90,7 @@ class ClusterService:
         self._settings = settings or ClusterSettings()
         self._clock = clock
         costs = PullCosts(model.cell_bytes if model.shareable else 0)
-        self.router = Router(self._settings.router, costs.seconds)
+        self.router = Router(self._settings.router, costs.seconds if self._settings.pulls else never_pull)
         self.links = Links(directory, key, self.router, costs, vocabulary_mark(vocabulary), self._at_home)
         self._continuing = Continuing()
         self._longest = 0

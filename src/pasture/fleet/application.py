@@ -106,6 +106,11 @@ def drain(names: Sequence[ReplicaId]) -> dict[str, dict[str, object]]:
     return asyncio.run(_drain(find_directory(), names))
 
 
+def cordon(names: Sequence[ReplicaId]) -> None:
+    """From now on these get nothing new; what they hold can still be had from them. Ends with their next start."""
+    asyncio.run(_cordon(find_directory(), names))
+
+
 def down() -> None:
     """End every part."""
     directory = find_directory()
@@ -145,11 +150,15 @@ def chosen(known: Sequence[Member], wanted: str) -> list[ReplicaId]:
     return found
 
 
-async def _drain(directory: RayDirectory, names: Sequence[ReplicaId]) -> dict[str, dict[str, object]]:
-    key = directory.blueprint().key
+async def _cordon(directory: RayDirectory, names: Sequence[ReplicaId]) -> None:
     for name in names:
         await directory.drain(name)
     await asyncio.sleep(NOTICED_SECONDS)
+
+
+async def _drain(directory: RayDirectory, names: Sequence[ReplicaId]) -> dict[str, dict[str, object]]:
+    key = directory.blueprint().key
+    await _cordon(directory, names)
     known = {member.replica: member for member in await directory.members()}
     well = {part.name for part in status() if part.status == ApplicationStatus.RUNNING.value}
     stay = [member for member in known.values() if not member.draining and f"{APPLICATION}{member.replica}" in well]

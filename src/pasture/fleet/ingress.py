@@ -43,7 +43,13 @@ class RunningIngress:
         self._state = open_state(settings, api.api_keys)
         self._state.keep_sweeping()
         model, vocabulary = model_and_vocabulary(settings)
-        self.service = ClusterService(model, vocabulary, directory, key, ClusterSettings(drain_seconds=settings.drain_timeout))
+        self.service = ClusterService(
+            model,
+            vocabulary,
+            directory,
+            key,
+            ClusterSettings(drain_seconds=settings.drain_timeout, pulls=settings.kv_remote is None),
+        )
         listeners = [bind_shared(settings.host, settings.port)]
         if settings.admin_port is not None:
             listeners.append(bind_shared(settings.admin_host, settings.admin_port))
