@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from pasture.api import ApiSettings, create_app
 from pasture.core.values import DEFAULT_NAMESPACE
 from pasture.sessions.state import State
+from pasture.sessions.values import Share
 from tests.session_support import world
 from tests.unit.api.conftest import Connect
 from tests.unit.api.wire import CHAT, chat_body, error_of
@@ -48,6 +49,49 @@ async def test_weight_and_priority_reach_the_line() -> None:
     assert [request.priority for request in service.requests] == [1, -1, 0]
     assert {request.allowance.weight for request in service.requests} == {3.0}
     state.close()
+
+
+async def test_no_tenant_has_more_priority_than_it_is_allowed_and_an_open_server_allows_all() -> None:
+    service, state = StubService(), State()
+    secret, _ = state.tenants.add_key("usual")
+    async with client_of(service, state) as client:
+        headers = {"authorization": f"Bearer {secret}"}
+        await client.post(CHAT, json=chat_body(service_tier="priority"), headers=headers)
+        await client.post(CHAT, json=chat_body(), headers=headers | {"x-priority": "high"})
+        await client.post(CHAT, json=chat_body(service_tier="flex"), headers=headers)
+    state.close()
+    opened = State()
+    async with client_of(service, opened) as client:
+        await client.post(CHAT, json=chat_body(service_tier="priority"))
+    opened.close()
+    assert [request.priority for request in service.requests] == [0, 0, -1, 1]
+
+
+async def test_a_tenants_cells_are_the_longest_conversation_it_can_have() -> None:
+    service, state = StubService(), State()
+    secret, _ = state.tenants.add_key("small")
+    state.tenants.limit("small", max_live_cells=200, max_ram_bytes=1000, guaranteed_share=0.25)
+    async with client_of(service, state) as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        await client.post(CHAT, json=chat_body(max_tokens=None))
+        answer = await client.post(CHAT, json=chat_body(messages=[{"role": "user", "content": "x" * 300}]))
+    state.close()
+    (request,) = service.requests
+    assert len(request.prompt) + request.max_tokens == 200
+    assert (request.allowance.live_cells, request.allowance.ram_bytes, request.allowance.guaranteed_share) == (200, 1000, 0.25)
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == "context_length_exceeded"
+
+
+async def test_where_everybody_shares_one_cache_nobodys_limits_apply_to_it() -> None:
+    service, state = StubService(), State(share=Share.ALL)
+    secret, _ = state.tenants.add_key("small")
+    state.tenants.limit("small", max_live_cells=200, weight=2.0)
+    async with client_of(service, state) as client:
+        await client.post(CHAT, json=chat_body(), headers={"authorization": f"Bearer {secret}"})
+    state.close()
+    (request,) = service.requests
+    assert (request.allowance.live_cells, request.allowance.weight) == (None, 2.0)
 
 
 async def test_more_than_its_tokens_a_minute_is_a_429_that_says_when() -> None:
