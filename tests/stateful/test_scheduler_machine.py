@@ -163,9 +163,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._deliver(self.scheduler.commit(plan, self.engine.execute(plan)))
         pool.rebuilt(self.engine.rebuild(pool.segments(), layout, pool.shape.n_seqs))
 
-    @rule(stem=st.sampled_from(STEMS), tail=st.lists(TOKENS, max_size=12))
-    def anticipate(self, stem: list[int], tail: list[int]) -> None:
-        self.scheduler.ahead.anticipate(Namespace("shared"), token_array(stem + tail))
+    @rule(stem=st.sampled_from(STEMS), tail=st.lists(TOKENS, max_size=12), typing=st.booleans())
+    def anticipate(self, stem: list[int], tail: list[int], typing: bool) -> None:
+        self.scheduler.ahead.anticipate(Namespace("shared"), token_array(stem + tail), typing=typing)
 
     @rule()
     def demote(self) -> None:
