@@ -85,7 +85,7 @@ async def computed_and_sent(server: Server, prompt: Sequence[int]) -> list[int]:
     await asyncio.to_thread(
         wait_for, lambda: server.service.statistics().pool.evicted_cells.get("idle", 0) - left_before >= len(prompt)
     )
-    assert await asyncio.to_thread(server.store.flush, 20.0)
+    await asyncio.to_thread(wait_for, lambda: server.store.flush(20.0), "sending")
     return reply
 
 

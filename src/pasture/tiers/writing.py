@@ -29,8 +29,8 @@ PICTURE_SECONDS = 0.5
 """between two looks at the tier's own statistics"""
 MAX_REMOVALS = 1 << 16
 """remembered while a tier takes nothing; what is forgotten only takes room there until the tier evicts it"""
-MAX_OFFERS = 3
-"""of one block to a tier that takes others"""
+MAX_OFFERS = 10
+"""of one block, with the tier's own pauses in between: then it is the block that is at fault"""
 
 
 class Writer:

@@ -13,6 +13,7 @@ from pasture.tiers.gate import OpenGate
 from pasture.tiers.keys import Address, chain, root_key
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.store import TieredStore
+from pasture.tiers.writing import MAX_OFFERS
 from tests import tier_support
 from tests.blocks import block_at, blocks, conversation, path
 from tests.remote_support import wait_for
@@ -114,7 +115,7 @@ def store_over(*tiers: ShelfTier) -> TieredStore:
 
 
 def test_a_block_is_offered_again_and_not_for_ever() -> None:
-    for refusals, n_there in ((2, 3), (3, 2)):
+    for refusals, n_there in ((MAX_OFFERS - 1, 3), (MAX_OFFERS, 2)):
         tier = Refusing("moody", refusals)
         store = store_over(tier)
         put(store, TALK)
