@@ -7,7 +7,9 @@
 Time is compressed where that is honest: a session expires after seconds instead of days, and an engine that invents its tokens
 answers at once, so that minutes see as many sessions begin and end as weeks would; what is looked at is the server's own
 bookkeeping, and it is the product's: HTTP, scheduler, tiers, state. Budgets are small, so that they are full most of the time.
-Ten requests a second for half an hour are 18,000: 9,000 sessions. One event loop, in the caller's thread.
+Ten requests a second for half an hour are 18,000: 9,000 sessions. What the foresight policy remembers of the past, at most
+131,072 blocks, fills up over the first 20,000 of these sessions, and memory with it; behind a `--`, `--kv-policy lru` shows the
+rest alone. One event loop, in the caller's thread.
 """
 
 from __future__ import annotations
