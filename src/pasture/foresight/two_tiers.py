@@ -31,7 +31,7 @@ from pasture.tiers.gate import OpenGate
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.prefetch import Prefetcher
 
-ROUND_SECONDS = 2.0
+ROUND_SECONDS = 3.0
 """between two rounds of the prefetcher"""
 
 
