@@ -132,7 +132,7 @@ const tiers = (snapshot) => html`
 /** What everybody's conversations come to, above what they take: the difference is what sharing saves. */
 function sharing(p) {
   const apart = p.used_cells + p.saved_cells;
-  if (p.saved_cells * 20 < p.used_cells) return nothing;
+  if (!p.saved_cells || p.saved_cells * 20 < p.used_cells) return nothing;
   const bar = (className, cells, width, words) => html`<div class="weigh"><svg class="bar ${className}" aria-hidden="true">${svg`<rect width="${width}%" height="100%"></rect>`}</svg>
     <span><strong>${count(cells)}</strong> ${words}</span></div>`;
   return html`<div class="sharing">
