@@ -51,11 +51,11 @@ class RedisShelf:
 
     def open(self) -> None:
         quick, bulk = self._connect(max(CONNECT_SECONDS, self._lookup_seconds)), self._connect(TRANSFER_SECONDS)
-        quick.ping()
+        quick.strlen(_block(b""))
         self._quick, self._bulk = quick, bulk
 
     def ping(self) -> None:
-        self._quick.ping()
+        self._quick.strlen(_block(b""))  # which, unlike PING, a cluster that is down and a user without rights do not answer
 
     def usage(self) -> Usage:
         everywhere = {"target_nodes": "primaries"} if self._cluster else {}
