@@ -1,6 +1,6 @@
-"""Hearing what a RAM tier holds: a policy that tells somebody what enters and leaves, and leaves all judgement to another policy.
+"""Hearing what a RAM tier holds: a policy that tells somebody what enters and leaves, and leaves judgement to another policy.
 
-A tier tells its policy of every block that comes or goes, so who listens there knows its content without asking. Called under the
+A tier tells its policy of every block that comes or goes, so who listens there knows its content unasked. Called under the
 tier's lock: a listener does no more than note it.
 """
 
