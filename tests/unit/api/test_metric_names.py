@@ -30,7 +30,9 @@ STATES = ("pasture_draining", "pasture_peer_up")
 @pytest.fixture
 async def families(client: httpx.AsyncClient) -> list[Metric]:
     await client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3})
-    return list(text_string_to_metric_families((await client.get("/metrics")).text))
+    found = text_string_to_metric_families((await client.get("/metrics")).text)
+    # the parser takes the moment at which a series began for a metric of its own
+    return [family for family in found if not family.name.endswith("_created")]
 
 
 async def test_names_have_units_and_counters_end_in_total(families: list[Metric]) -> None:
