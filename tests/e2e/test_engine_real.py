@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pasture.core.errors import ModelError, RequestError
+from pasture.core.errors import ModelError, RequestError, ShuttingDown
 from pasture.core.values import Layout, SamplingParams, Segment, SeqId, StepPlan, Work
 from pasture.engine import probe_model
 from pasture.engine.expand import expand_weights
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.quality import LIVE, measure_quality
 from pasture.engine.sampling import LlamaSampler
+from pasture.engine.vocabulary_only import load_vocabulary
 from tests.engine_support import GREEDY, Hand, open_small, smollm_path
 
 pytestmark = pytest.mark.model
@@ -55,6 +56,15 @@ def assert_close(expected: NDArray[np.float64], found: NDArray[np.float64]) -> N
     """Kullback-Leibler divergence of the two distributions, in nats."""
     divergence = float((np.exp(expected) * (expected - found)).sum())
     assert divergence < TOLERANCE
+
+
+def test_a_closed_vocabulary_refuses_text_and_still_reads_tokens() -> None:
+    vocabulary = load_vocabulary(str(smollm_path()))
+    (token, *_) = vocabulary.tokenize("sheep", add_special=False, parse_special=False)
+    vocabulary.close()
+    with pytest.raises(ShuttingDown):
+        vocabulary.tokenize("sheep", add_special=False, parse_special=False)
+    assert vocabulary.piece(token)
 
 
 def test_the_vocabulary(engine: LlamaEngine) -> None:

@@ -47,6 +47,7 @@ class Model:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
+            self.vocabulary.close()
             lib.llama_model_free(self.handle)
 
 
