@@ -75,8 +75,15 @@ async def test_branches_of_a_fork_generate_together_over_one_past(service: Servi
         assert shown["cache"]["tokens"] > n_tokens
 
 
+def likely(answer: dict[str, Any]) -> dict[str, float]:
+    """The likeliest first tokens, and their log-probabilities."""
+    (choice,) = answer["choices"]
+    return {top["token"]: top["logprob"] for top in choice["logprobs"]["content"][0]["top_logprobs"][:2]}
+
+
 async def test_an_export_goes_on_at_another_server_with_the_same_answer(service: Service) -> None:
-    question = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 8}
+    asked = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 1, "temperature": 0}
+    question = {**asked, "logprobs": True, "top_logprobs": 5}
     async with client_of(service) as client:
         made = await post(client, "/sessions", {"messages": [SYSTEM]})
         await post(client, f"/sessions/{made['id']}/prefetch", {})
@@ -88,7 +95,7 @@ async def test_an_export_goes_on_at_another_server_with_the_same_answer(service:
             taken = (await client.post("/sessions/import", content=exported)).json()
             assert taken["restored_tokens"] > 300
             there = await post(client, "/chat/completions", {**question, "session_id": taken["id"]})
-            assert there["choices"][0]["message"] == here["choices"][0]["message"]
+            assert likely(there) == pytest.approx(likely(here), abs=0.15), "chunks differ, so the last digits may"
             missed = there["usage"]["prompt_tokens"] - there["usage"]["prompt_tokens_details"]["cached_tokens"]
             assert missed < 32
             edited = exported[:-40] + bytes([exported[-40] ^ 1]) + exported[-39:]
