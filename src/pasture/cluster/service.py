@@ -214,7 +214,7 @@ class ClusterService:
         owner = None if decision.pull is None else self.links.open.get(decision.pull.owner)
         if decision.pull is None or owner is None:
             return None
-        return Source(owner.member, decision.pull.last * BLOCK_TOKENS)
+        return Source(owner.member, (decision.pull.last + 1) * BLOCK_TOKENS)  # a block that is not full ends a conversation
 
     def _path(self, namespace: Namespace, tokens: Sequence[int]) -> tuple[BlockKey, ...]:
         whole = array("i", tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS])
