@@ -300,7 +300,7 @@ class Settings(BaseSettings):
     log_level: Annotated[LogLevel, Flag(("--log-level",), SERVER, "LEVEL")] = Field(
         default="info", description="How much the server says on stderr: debug, info, warning or error."
     )
-    log_format: Annotated[Literal["text", "json"], Flag(("--log-format",), SERVER, "FORM")] = Field(
+    log_format: Annotated[Literal["text", "json"], Flag(("--log-format",), SERVER, "text|json")] = Field(
         default="text", description="text for people, or json: an object a line, and a line for each answered request."
     )
     otel_endpoint: Annotated[str | None, Flag(("--otel-endpoint",), SERVER, "URL")] = Field(

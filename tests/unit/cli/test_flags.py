@@ -70,12 +70,23 @@ def test_normalise_leaves_everything_else_alone() -> None:
 
 
 def test_every_spelling_of_every_setting_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"SIZE": "1GiB", "TIME": "1s", "LAYOUT": "auto", "TYPE": "f16", "LEVEL": "info", "P": "0.5", "on|off|auto": "on"}
+    values = {
+        "SIZE": "1GiB",
+        "TIME": "1s",
+        "LAYOUT": "auto",
+        "TYPE": "f16",
+        "LEVEL": "info",
+        "P": "0.5",
+        "on|off|auto": "on",
+        "text|json": "json",
+    }
     values |= {"FORM": "q8_0", "WITH": "all", "POLICY": "lru", "URL": "redis://h"}
     partners = {
         "ssl_key_file": ["--ssl-cert-file", "c"],
         "ssl_cert_file": ["--ssl-key-file", "k"],
         "kv_key_file": ["--kv-cache", "d"],
+        "admin_port": ["--admin-key", "k"],
+        "peer_key_file": ["--peer", "north=http://h:1"],
     }
     for spec in setting_specs().values():
         for name in filter(None, (*spec.flag.names, spec.flag.off)):
