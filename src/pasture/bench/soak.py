@@ -223,10 +223,11 @@ async def _look(up: Running, endpoint: Endpoint) -> Standing:
         raise SystemFailed("the server does not tell what it holds")
     facts = next(check["facts"] for check in answer["checks"] if check["name"] == "memory_growth")  # type: ignore[attr-defined]
     process = psutil.Process(up.pid)
+    held = {name: tier["bytes"] for name, tier in facts["tiers"].items()}  # no tier is listed before its first picture
     return Standing(
         cells=facts["cells"]["used"],
-        ram_bytes=facts["tiers"]["ram"]["bytes"],
-        disk_bytes=facts["tiers"]["disk"]["bytes"],
+        ram_bytes=held.get("ram", 0),
+        disk_bytes=held.get("disk", 0),
         sessions=facts["state"]["sessions"],
         turns=facts["state"]["turns"],
         open_files=process.num_fds(),

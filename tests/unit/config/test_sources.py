@@ -47,6 +47,7 @@ def test_every_setting_can_be_set_in_the_environment_and_in_the_file(monkeypatch
         "kv_remote": "redis://h",
         "share": "all",
         "log_level": "debug",
+        "log_format": "json",
         "timeout": "5s",
     }
     skipped = {"kv_memory", "chat_template_file"}  # the other spelling of a setting that is set here
