@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from pasture.api.joining import whole
-from tests.session_support import answer_to, world
+from tests.session_support import GREEDY, answer_to, world
 from tests.unit.api.conftest import Connect
 from tests.unit.api.wire import CHAT, chat_texts, error_of
 from tests.unit.stub_service import StubService
@@ -181,7 +182,7 @@ async def test_a_conversation_is_cut_at_a_message_or_a_token(client: httpx.Async
 
 
 async def test_a_fork_goes_its_own_way_over_the_same_cells() -> None:
-    async with world(["one"]) as at, at.http("one") as client:
+    async with world(["one"], settings=replace(GREEDY, turn_ahead=False)) as at, at.http("one") as client:
         made = (await client.post("/sessions", json={"messages": [{"role": "system", "content": "Be kind. " * 50}]})).json()
         await client.post(f"/sessions/{made['id']}/prefetch")
         forks = (await client.post(f"/sessions/{made['id']}/fork", json={"n": 8})).json()["data"]
