@@ -4,7 +4,7 @@
     interference       conversations could see each other: the books are verified, damage is counted
     memory_growth      something grows past its budget: cells, tiers, what the state keeps
     memory_pressure    the machine swaps, or is about to
-    turned_off         the self-check had to turn something off that would have made the model faster
+    slowed_by          the self-check had to turn off what would be faster, or llama.cpp was built in a slow way for this model
 
 Everything but the verification of the books is read from statistics.
 """
@@ -58,7 +58,7 @@ def diagnosis_routes(gateway: Gateway) -> APIRouter:
         statistics = gateway.service.statistics()
         kept = await asyncio.to_thread(gateway.state.kept)
         checks = [hit_rate(statistics), interference(statistics, broken), memory_growth(statistics, kept)]
-        checks += [memory_pressure(await asyncio.to_thread(read_memory)), turned_off(statistics.model)]
+        checks += [memory_pressure(await asyncio.to_thread(read_memory)), slowed_by(statistics.model)]
         ok = all(check.status != "warning" for check in checks)
         return Response(orjson.dumps({"object": "diagnosis", "ok": ok, "checks": checks}), media_type="application/json")
 
@@ -138,10 +138,14 @@ def memory_pressure(memory: Memory) -> Check:
     return Check("memory_pressure", "warning", f"{wrong}; {advice}", asdict(memory))
 
 
-def turned_off(model: ModelInfo) -> Check:
+def slowed_by(model: ModelInfo) -> Check:
     """Whether the model runs as fast as it could."""
-    facts: dict[str, object] = {"reasons": list(model.turned_off)}
-    if not model.turned_off:
-        return Check("turned_off", "ok", "the self-check had nothing to turn off", facts)
-    advice = "it answers more slowly than it could; a host that carries out what its processor announces (AMX) does not need it"
-    return Check("turned_off", "warning", f"{'; '.join(model.turned_off).replace(';', ',')}; {advice}", facts)
+    facts: dict[str, object] = {"reasons": list(model.slowed_by)}
+    if not model.slowed_by:
+        return Check("slowed_by", "ok", "the self-check found nothing that slows this model down", facts)
+    advice = ""
+    if any("turned off" in reason for reason in model.slowed_by):
+        advice = (
+            "; it could be faster: a host that carries out what its processor announces does not need this"
+        )
+    return Check("slowed_by", "warning", f"{'; '.join(model.slowed_by).replace(';', ',')}{advice}", facts)

@@ -72,8 +72,8 @@ class Answer:
     free_bytes: int
     n_cells: int
     rates: Rates
-    turned_off: tuple[str, ...]
-    """by the self-check, each with its reason"""
+    slowed_by: tuple[str, ...]
+    """what the self-check turned off or found slow, each with its reason"""
 
     def users(self, n_tokens: int, shared_tokens: int) -> int:
         """Conversations of `n_tokens` that fit at once when they have their first `shared_tokens` in common."""
@@ -107,7 +107,7 @@ class Answer:
                 }
                 for rate in self.rates.decode
             ],
-            "self_check": list(self.turned_off),
+            "self_check": list(self.slowed_by),
         }
 
     def print(self) -> None:
@@ -124,7 +124,7 @@ class Answer:
         for rate in self.rates.decode:
             step = format_seconds(rate.step_seconds)
             facts.add_row(f"decode, {rate.sequences} at once", f"{_rate(rate.tokens_per_second)} ({step} a step)")
-        facts.add_row("self-check", "\n".join(map(escape, self.turned_off)) or "nothing had to be turned off")
+        facts.add_row("self-check", "\n".join(map(escape, self.slowed_by)) or "nothing slows it down")
         console.print(facts, highlight=False)
         table = Table(title="Conversations that fit at once", title_justify="left")
         for heading in ("tokens each", "nothing in common", "half in common"):

@@ -244,8 +244,8 @@ class ModelInfo:
     """bytes of KV a token, at the cache's types; 0 for a purely recurrent model"""
     shareable: bool
     """True: any prefix of a sequence can be shared or cut off. False (recurrent, hybrid): only a whole sequence can."""
-    turned_off: tuple[str, ...] = ()
-    """what had to be turned off for this machine, a sentence each"""
+    slowed_by: tuple[str, ...] = ()
+    """what makes it slower on this machine than it could be, a sentence each"""
 
 
 @dataclass(frozen=True, slots=True)

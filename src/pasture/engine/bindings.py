@@ -29,6 +29,15 @@ Handle = NewType("Handle", int)
 
 VERSION: str = llama_cpp.__version__
 
+
+def _build() -> str:
+    library = os.stat(lib._lib._name)
+    return f"{VERSION}-{library.st_size}-{library.st_mtime_ns}"
+
+
+BUILD: str = _build()
+"""another string after the library was built anew"""
+
 MAX_SEQUENCES = 256
 """LLAMA_MAX_SEQ"""
 

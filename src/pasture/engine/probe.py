@@ -59,6 +59,13 @@ def probe_model(path: str | Path, *, type_k: str = "f16", type_v: str = "f16") -
     )
 
 
+def head_elements(path: str | Path) -> int:
+    """Numbers in one attention head's row of V; 0 for a model without attention."""
+    header = read_header(path)
+    n_heads = header.number("attention.head_count")
+    return header.number("attention.value_length", header.number("embedding_length") // n_heads) if n_heads else 0
+
+
 def is_stateful(header: GgufHeader) -> bool:
     """Whether some layer keeps a running state in place of a cell a token."""
     return any(f"{header.architecture}.{key}" in header.metadata for key in _STATEFUL_KEYS)

@@ -2,8 +2,9 @@
 
 Some machines announce instructions they fault on (AMX in some virtual machines kills the process at the first prefill of a
 Q4 model in repacked buffers). So a child loads the model with the chosen settings, prefills 64 tokens and decodes a few. If
-a signal ends it, the next safer settings are tried: without repacked buffers, then without the GPU. What was turned off,
-and why, goes to the log. The verdict is kept for this machine, this file and these settings, so later starts skip the child.
+a signal ends it, the next safer settings are tried: without repacked buffers, then without the GPU. The child that lives also
+looks whether its build of llama.cpp is slow at this model (`engine.heads`). What was turned off, what is slow, and why, goes
+to the log. The verdict is kept for this machine, build, file and settings, so later starts skip the child.
 
 `python -m pasture.engine.selfcheck` is the child: settings as JSON on stdin, one JSON line on stdout. The parent holds no C
 state of its own. A child that takes too long proves nothing: repacked buffers stay off, the log says so, and the next start
@@ -40,7 +41,7 @@ _HEAD_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What survived: the two settings a self-check may change, and why it did (empty reasons: nothing was turned off)."""
+    """What survived: the two settings a self-check may change, why it did, and what else makes the model slow here."""
 
     use_extra_bufts: bool
     n_gpu_layers: int
@@ -89,15 +90,24 @@ def _try_candidates(settings: EngineSettings) -> Verdict:
     for turned_off, candidate in _candidates(settings):
         if turned_off:
             reasons.append(f"self-check: {death}; {turned_off} turned off")
-        outcome = _run_child(candidate)
-        if outcome == "":
+        trial = _run_child(candidate)
+        if not trial.death:
+            reasons += filter(None, [trial.slow])
             return Verdict(bool(candidate.use_extra_bufts), candidate.n_gpu_layers, tuple(reasons))
-        death = outcome
+        death = trial.death
     raise ModelError(f"{settings.model_path} cannot run on this machine: even with the safest settings, {death}")
 
 
-def _run_child(settings: EngineSettings) -> str:
-    """How the child died; empty when it lived.
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A child's end: how it died, empty when it lived; then what it found slow, if anything."""
+
+    death: str = ""
+    slow: str = ""
+
+
+def _run_child(settings: EngineSettings) -> Trial:
+    """Load and compute in a child.
 
     Raises ModelError when the model itself cannot be loaded, TimeoutExpired (with the child gone) when no answer comes.
     """
@@ -113,14 +123,14 @@ def _run_child(settings: EngineSettings) -> str:
         check=False,
     )
     if child.returncode < 0:
-        return f"a trial run was killed by {_signal_name(-child.returncode)}"
+        return Trial(f"a trial run was killed by {_signal_name(-child.returncode)}")
     try:
         answer = json.loads(child.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
-        return f"a trial run ended with status {child.returncode}"
+        return Trial(f"a trial run ended with status {child.returncode}")
     if "error" in answer:
         raise ModelError(str(answer["error"]))
-    return ""
+    return Trial(slow=str(answer.get("slow", "")))
 
 
 def _signal_name(number: int) -> str:
@@ -141,14 +151,14 @@ def _cache_directory() -> Path:
 
 def _cache_file(settings: EngineSettings) -> Path:
     """One file a question: equal machine, library, model file and settings ask the same one."""
-    from pasture.engine.bindings import VERSION
+    from pasture.engine.bindings import BUILD
 
     path = Path(settings.model_path)
     stat = path.stat()
     with path.open("rb") as file:
         head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
     question = (
-        *(stat.st_size, stat.st_mtime_ns, head, _cpu_model(), VERSION, settings.use_extra_bufts, settings.n_gpu_layers),
+        *(stat.st_size, stat.st_mtime_ns, head, _cpu_model(), BUILD, settings.use_extra_bufts, settings.n_gpu_layers),
         *(settings.flash_attn, settings.type_k, settings.type_v, settings.n_ubatch, settings.main_gpu),
     )
     name = hashlib.sha256(repr(question).encode()).hexdigest()[:32]
@@ -193,7 +203,9 @@ def _remember(path: Path, verdict: Verdict) -> None:
 
 def _child() -> dict[str, object]:
     from pasture.core.values import SamplingParams, SeqId, StepPlan, Work
+    from pasture.engine.heads import slow_heads
     from pasture.engine.open import open_unchecked
+    from pasture.engine.probe import head_elements
 
     asked = json.loads(sys.stdin.read())
     asked["layout"] = Layout(asked["layout"])
@@ -210,7 +222,7 @@ def _child() -> dict[str, object]:
         engine.close()
     except PastureError as error:
         return {"error": str(error)}
-    return {"ok": True}
+    return {"ok": True, "slow": "" if settings.n_gpu_layers else slow_heads(head_elements(settings.model_path))}
 
 
 if __name__ == "__main__":

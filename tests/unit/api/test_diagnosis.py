@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from pasture.api import pressure
-from pasture.api.diagnosis import hit_rate, interference, memory_growth, memory_pressure, turned_off
+from pasture.api.diagnosis import hit_rate, interference, memory_growth, memory_pressure, slowed_by
 from pasture.api.pressure import Memory, read_memory
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import StoreStatistics, TierStatistics
@@ -35,7 +35,7 @@ async def test_a_healthy_server_says_so(client: httpx.AsyncClient) -> None:
         "interference": "ok",
         "memory_growth": "ok",
         "memory_pressure": "ok",
-        "turned_off": "ok",
+        "slowed_by": "ok",
     }
     assert told["checks"][2]["facts"]["state"] == {"sessions": 0, "responses": 0, "turns": 0, "bytes": 0}
 
@@ -128,6 +128,6 @@ def test_memory_is_read_from_what_the_system_tells(monkeypatch: pytest.MonkeyPat
 
 def test_what_the_self_check_turned_off_is_told() -> None:
     reason = "self-check: a trial run was killed by SIGILL; repacked weight buffers (use_extra_bufts) turned off"
-    check = turned_off(replace(StubService().model, turned_off=(reason,)))
+    check = slowed_by(replace(StubService().model, slowed_by=(reason,)))
     assert check.status == "warning"
     assert "repacked weight buffers" in check.message.partition("; ")[0]

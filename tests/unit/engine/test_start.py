@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from pasture.core.errors import ConfigError, DoesNotFit, ModelError
-from pasture.engine import selfcheck
+from pasture.engine import bindings, heads, selfcheck
 from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.engine.probe import probe_model
-from pasture.engine.selfcheck import find_safe_settings
+from pasture.engine.selfcheck import Trial, examine, find_safe_settings
 from pasture.engine.settings import EngineSettings
 from tests.gguf_factory import write_llama
 
@@ -30,9 +30,9 @@ def children(monkeypatch: pytest.MonkeyPatch, *outcomes: str) -> list[EngineSett
     tried: list[EngineSettings] = []
     left = iter(outcomes)
 
-    def run(candidate: EngineSettings) -> str:
+    def run(candidate: EngineSettings) -> Trial:
         tried.append(candidate)
-        return next(left)
+        return Trial(next(left))
 
     monkeypatch.setattr(selfcheck, "_run_child", run)
     return tried
@@ -65,6 +65,36 @@ def test_a_crash_turns_off_what_crashed_and_says_so(
 def test_the_gpu_goes_last(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     children(monkeypatch, "x", "x", "")
     assert find_safe_settings(settings).n_gpu_layers == 0
+
+
+def test_what_is_slow_in_the_living_child_is_said_and_kept(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(selfcheck, "_run_child", lambda _: Trial(slow="heads of 64 numbers; rebuild"))
+    for _ in range(2):
+        caplog.clear()
+        assert examine(settings).reasons == ("heads of 64 numbers; rebuild",)
+        assert "heads of 64" in caplog.text
+        monkeypatch.setattr(selfcheck, "_run_child", lambda _: pytest.fail("the verdict is known"))
+
+
+def test_another_build_of_the_library_is_another_question(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    children(monkeypatch, "")
+    find_safe_settings(settings)
+    monkeypatch.setattr(bindings, "BUILD", "rebuilt")
+    assert len(children(monkeypatch, "")) == 0
+    find_safe_settings(settings)
+
+
+def test_attention_is_timed_over_heads_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {64: 3e-3, 128: 1e-3}
+    assert all((heads.attention_seconds(size) or 0) > 0 for size in times)
+    monkeypatch.setattr(heads, "attention_seconds", times.__getitem__)
+    assert "heads of 80 numbers number by number (64 take 3.0 times" in heads.slow_heads(80)
+    assert heads.REBUILD in heads.slow_heads(64)
+    assert heads.slow_heads(128) == "", "whole vectors are quick in every build"
+    times[64] = 0.6e-3
+    assert heads.slow_heads(64) == ""
 
 
 def test_nothing_works(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +146,7 @@ def test_a_child_killed_by_a_signal_is_told_from_one_that_answers(
         (Child(0, json.dumps({"ok": True})), ""),
     ):
         monkeypatch.setattr("subprocess.run", lambda *_, child=child, **__: child)
-        outcome = selfcheck._run_child(settings)
+        outcome = selfcheck._run_child(settings).death
         assert expected in outcome
         assert bool(outcome) == bool(expected)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: Child(0, json.dumps({"error": "cut short"})))

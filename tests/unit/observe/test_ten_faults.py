@@ -77,7 +77,7 @@ class SlowTier(Healthy):
 
 def without_amx() -> StubService:
     reason = "self-check: a trial run was killed by SIGILL; repacked weight buffers (use_extra_bufts) turned off"
-    return Healthy(model=dataclasses.replace(MODEL, turned_off=(reason,)))
+    return Healthy(model=dataclasses.replace(MODEL, slowed_by=(reason,)))
 
 
 def doctor(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]]]:
@@ -170,7 +170,7 @@ def test_8_swap(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 def test_9_repacked_weights_turned_off(capsys: pytest.CaptureFixture[str], enough_memory: None) -> None:
     with served(without_amx()) as url:
-        found(doctor(url, capsys=capsys), "turned_off", "SIGILL")
+        found(doctor(url, capsys=capsys), "slowed_by", "SIGILL")
 
 
 def test_10_a_tier_slower_than_recomputing(capsys: pytest.CaptureFixture[str], enough_memory: None) -> None:
