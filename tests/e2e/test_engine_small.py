@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
-from pasture.core.values import Layout, Outcome, SamplingParams, Segment, SeqId, StepPlan, Work
+from pasture.core.values import Compact, Layout, Outcome, SamplingParams, Segment, SeqId, Slab, StepPlan, Work
 from pasture.engine.assembly import concatenate
-from pasture.engine.blob import KvSlab
+from pasture.engine.blob import KvSlab, Rows
 from pasture.engine.context import Context, Piece
 from pasture.engine.llama import LlamaEngine
 from tests.engine_support import GREEDY, Hand, open_small
@@ -81,6 +81,46 @@ def test_a_copied_prefix_is_the_prefix(hand: Hand) -> None:
     hand.feed(0, TOKENS[:100], 0)
     hand.copy(0, 1, 0, 100)
     assert np.array_equal(hand.look(1, TOKENS[100:110], 100), again)
+
+
+def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path) -> None:
+    hand = Hand(open_small(models / "llama.gguf"))
+    hand.feed(0, TOKENS[:20], 0)
+    for sequence in (1, 2, 3):
+        hand.copy(0, sequence, 0, 20)
+    for i in range(20, 44):
+        for sequence in range(4):
+            hand.feed(sequence, TOKENS[i : i + 1], i)
+    expected = hand.look(3, TOKENS[44:48], 44)
+    context = hand.engine._context
+    moved = hand.save(1, 20, 44)
+    hand.engine.execute(StepPlan((Compact(SeqId(1), 20, 44),), ()))
+    assert context.length(1) == 44
+    again = hand.save(1, 20, 44)
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(rows_of(moved), rows_of(again), strict=True))
+    assert np.allclose(hand.look(1, TOKENS[44:48], 44), expected, atol=TOLERANCE)
+    assert np.allclose(hand.look(2, TOKENS[44:48], 44), expected, atol=TOLERANCE)
+    hand.engine.close()
+
+
+def test_a_move_without_room_changes_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(open_small(models / "llama.gguf"))
+    hand.feed(0, TOKENS[:40], 0)
+    expected = hand.look(0, TOKENS[40:44], 40)
+    hand.remove(0, 40)
+
+    def no_room(*_: object) -> None:
+        raise EngineError("no room")
+
+    monkeypatch.setattr(hand.engine._context, "write_state", no_room)
+    hand.engine.execute(StepPlan((Compact(SeqId(0), 10, 40),), ()))
+    assert np.array_equal(hand.look(0, TOKENS[40:44], 40), expected)
+    hand.engine.close()
+
+
+def rows_of(slab: Slab) -> list[Rows]:
+    assert isinstance(slab, KvSlab)
+    return [rows for cache in slab.caches for rows in (*cache.keys, *cache.values)]
 
 
 def test_the_donor_is_untouched(hand: Hand) -> None:

@@ -11,6 +11,7 @@ conservation law is checked, and the engine's cells are compared with the tree.
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,6 +32,7 @@ from pasture.core.values import (
     StepPlan,
 )
 from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.kv import pool
 from pasture.kv.radix import token_array
 from pasture.scheduler.scheduler import Delivery, Scheduler
 from pasture.scheduler.settings import SchedulerSettings
@@ -56,8 +58,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, n_cells: int, n_seqs: int, n_batch: int, ram_bytes: int, max_running: int, limit: int | None) -> None:
         self.now = 0.0
+        self.patch = patch.object(pool, "MIN_BREAKS", 2)
+        self.patch.start()
         self.n_cells = n_cells
-        self.engine = FakeEngine(PoolShape(n_cells, n_seqs, self.layout, n_batch), recurrent=self.recurrent)
+        self.engine = FakeEngine(PoolShape(n_cells, n_seqs, self.layout, n_batch, tile_tokens=8), recurrent=self.recurrent)
         self.store = still_store_for(self.engine, ram_bytes)
         scheduling = SchedulerSettings(
             share_prefix=self.share, check_invariants=True, idle_live_seconds=2.0, max_running=max_running
@@ -228,6 +232,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
+        self.patch.stop()
         self.unread.clear()
         for _ in range(20_000):
             if not self.scheduler.busy:

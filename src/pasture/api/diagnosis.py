@@ -145,7 +145,5 @@ def slowed_by(model: ModelInfo) -> Check:
         return Check("slowed_by", "ok", "the self-check found nothing that slows this model down", facts)
     advice = ""
     if any("turned off" in reason for reason in model.slowed_by):
-        advice = (
-            "; it could be faster: a host that carries out what its processor announces does not need this"
-        )
+        advice = "; it could be faster: a host that carries out what its processor announces does not need this"
     return Check("slowed_by", "warning", f"{'; '.join(model.slowed_by).replace(';', ',')}{advice}", facts)

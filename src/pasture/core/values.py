@@ -336,7 +336,19 @@ class Restore:
     """at least one, ascending, each beginning where the one before ends"""
 
 
-CellOperation = Copy | Remove | Share | Save | Restore
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """Move the sequence's cells in `[p0, p1)`, which nobody else holds, next to each other. Unified only.
+
+    Nothing happens where an engine cannot, or has no free room of that size in one piece.
+    """
+
+    sequence: SeqId
+    p0: int
+    p1: int
+
+
+CellOperation = Copy | Remove | Share | Save | Restore | Compact
 
 
 class Direction(StrEnum):

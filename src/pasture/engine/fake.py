@@ -19,6 +19,7 @@ from pasture.core.errors import DoesNotFit, EngineError
 from pasture.core.ports import Vocabulary
 from pasture.core.values import (
     CellOperation,
+    Compact,
     Copy,
     Direction,
     Form,
@@ -212,6 +213,8 @@ class FakeEngine:
                 self._remove(operation)
             case Share():
                 self._share(operation)
+            case Compact():
+                self._compact(operation)
             case Save(sequence, p0, p1, key):
                 cells = self._cells.get(sequence, [])
                 if not 0 <= p0 <= p1 <= len(cells) or (self._recurrent and (p0, p1) != (0, len(cells))):
@@ -252,6 +255,17 @@ class FakeEngine:
         self._hold(theirs)
         target[share.p0 : share.p1] = theirs
         self._drop(mine)
+
+    def _compact(self, compact: Compact) -> None:
+        cells = self._cells.get(compact.sequence, [])[compact.p0 : compact.p1]
+        if (
+            self._shape.layout is Layout.STREAMS
+            or self._recurrent
+            or not 0 <= compact.p0 < compact.p1 == compact.p0 + len(cells)
+        ):
+            raise EngineError(f"cannot compact {compact}")
+        if any(self._refs[id(cell)] > 1 for cell in cells):
+            raise EngineError(f"{compact}: others hold some of these cells")
 
     def _remove(self, remove: Remove) -> None:
         cells = self._cells.get(remove.sequence, [])

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
 from pasture.core.values import (
     CellOperation,
+    Compact,
     Copy,
     Direction,
     Form,
@@ -241,6 +242,9 @@ class LlamaEngine:
             case Share(source, target, p0, p1):
                 self._check_ids(source, target)
                 self._transfer.swap_cells(source, target, p0, p1)
+            case Compact(sequence, p0, p1):
+                self._check_ids(sequence)
+                self._transfer.compact(sequence, p0, p1)
             case Save(sequence, p0, p1, key):
                 self._check_ids(sequence)
                 saved[key] = slab = self._transfer.save(sequence, p0, p1)

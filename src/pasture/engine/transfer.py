@@ -89,6 +89,19 @@ class PartTransfer:
         self._context.remove(target, p0, p1)
         self._context.join(source, target, p0, p1)
 
+    def compact(self, sequence: int, p0: int, p1: int) -> None:
+        """Write `[p0, p1)` anew, which the library does in one piece; no change where there is none. Unified layout."""
+        if self._piece_tokens is not None:
+            return
+        slab = self._save_piece(sequence, p0, p1)
+        scratch = self._scratch()
+        try:
+            self._context.write_state(scratch, self._blob([slab]))
+        except EngineError:
+            return
+        self.swap_cells(scratch, sequence, p0, p1)
+        self._context.remove(scratch)
+
     def _blob(self, slabs: Sequence[KvSlab]) -> Bytes:
         return assemble(slabs, n_streams=self._context.n_streams, kinds=self._kinds, allocate=self._bench.allocate)
 
@@ -158,6 +171,9 @@ class StateTransfer:
         if self._context.length(sequence):
             raise EngineError(f"sequence {sequence} is not empty: a running state cannot continue it")
         self._context.write_state(sequence, slab.blob)
+
+    def compact(self, sequence: int, p0: int, p1: int) -> None:
+        raise EngineError(f"[{p0}, {p1}) of {sequence}'s running state is in one piece already")
 
     def swap_cells(self, source: int, target: int, p0: int, p1: int) -> None:
         raise EngineError(f"a running state has no cells that [{p0}, {p1}) of {target} and {source} could share")

