@@ -23,7 +23,7 @@ from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_lla
 
 TOLERANCE = 2e-3
 OTHER_KERNEL = 1e-2
-"""a full tile is summed in f32, single rows in f16"""
+"""a full tile is summed in f32, single rows in f16, in the order of their cells"""
 TOKENS = [3 + (i * 37) % (N_VOCAB - 3) for i in range(200)]
 LAYOUTS = [Layout.UNIFIED, Layout.STREAMS]
 
@@ -98,8 +98,8 @@ def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path) ->
     assert context.length(1) == 44
     again = hand.save(1, 20, 44)
     assert all(np.array_equal(a.data, b.data) for a, b in zip(rows_of(moved), rows_of(again), strict=True))
-    assert np.allclose(hand.look(1, TOKENS[44:48], 44), expected, atol=TOLERANCE)
-    assert np.allclose(hand.look(2, TOKENS[44:48], 44), expected, atol=TOLERANCE)
+    assert np.allclose(hand.look(1, TOKENS[44:48], 44), expected, atol=OTHER_KERNEL)
+    assert np.allclose(hand.look(2, TOKENS[44:48], 44), expected, atol=OTHER_KERNEL)
     hand.engine.close()
 
 
