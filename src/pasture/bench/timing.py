@@ -101,12 +101,17 @@ async def _probes(up: Running, random: Random, first: str, n: int, progress: Pro
     random.shuffle(coins)
     found = []
     for cached in coins:
-        prompt, other = (passage(random, PROMPT_TOKENS) for _ in range(2))
+        prompt, other = (_never_sent(random) for _ in range(2))
         await _ask(up, replace(up.system.endpoint, api_key=first), prompt if cached else other, options)
         asked = await _ask(up, up.system.endpoint, prompt, options)
         found.append(Probe(cached, asked.ttft_seconds, asked.cached_tokens or 0))
         progress.advance(task)
     return found
+
+
+def _never_sent(random: Random) -> str:
+    """A text that begins like no other: passages alone come again, and would be the stranger's own."""
+    return f"{random.getrandbits(64):016x} {passage(random, PROMPT_TOKENS)}"
 
 
 async def _ask(up: Running, endpoint: Endpoint, prompt: str, options: BenchOptions) -> Exchange:
