@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from pasture.core.values import Layout, PoolShape
 
-BASE, ATTEND, MASK, COPY = 3500.0, 13.0, 0.45, 1.7
+BASE, ATTEND, MASK, COPY = 3000.0, 3.3, 0.34, 1.7
 """microseconds a row and a row and cell: SmolLM2-135M Q4_1 on two cores"""
 GAIN = 0.12
 """a move to streams must promise this much of a row's time"""
