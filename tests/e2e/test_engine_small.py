@@ -83,7 +83,7 @@ def test_a_copied_prefix_is_the_prefix(hand: Hand) -> None:
     assert np.array_equal(hand.look(1, TOKENS[100:110], 100), again)
 
 
-def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path) -> None:
+def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hand = Hand(open_small(models / "llama.gguf"))
     hand.feed(0, TOKENS[:20], 0)
     for sequence in (1, 2, 3):
@@ -94,7 +94,11 @@ def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path) ->
     expected = hand.look(3, TOKENS[44:48], 44)
     context = hand.engine._context
     moved = hand.save(1, 20, 44)
+    joins: list[tuple[int, int, int, int]] = []
+    join = context.join
+    monkeypatch.setattr(context, "join", lambda *place: (joins.append(place), join(*place)))
     hand.engine.execute(StepPlan((Compact(SeqId(1), 20, 44),), ()))
+    assert joins[-1] == (context.scratch, 1, 20, 44), "it holds the cells that were written anew"
     assert context.length(1) == 44
     again = hand.save(1, 20, 44)
     assert all(np.array_equal(a.data, b.data) for a, b in zip(rows_of(moved), rows_of(again), strict=True))

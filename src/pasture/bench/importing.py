@@ -4,9 +4,8 @@
     there    a second server of the same kind imports the file; the owner goes on there, with the very same words
 
 Both wait the same time before the next turn, and take turns in being first, so that whatever else the machine does falls on
-both. Both must say the same, but for few: the same tokens computed in other chunks, or in cells of another order, are rounded
-differently in the last digit, and where two tokens are as likely the other one may win. Then a file with one byte changed, and
-a server with another kind of cache: both must refuse, or the benchmark fails. One event loop, in the caller's thread.
+both. Both must say the same, token for token. Then a file with one byte changed, and a server with another kind of cache: both
+must refuse, or the benchmark fails. One event loop, in the caller's thread.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Refusal:
 
 
 def main(options: BenchOptions) -> int:
-    """Exit status: 0 when measured, 1 when a server failed, mostly answered differently, or took what it must refuse."""
+    """Exit status: 0 when measured, 1 when a server failed, answered differently, or took what it must refuse."""
     console = Console(stderr=options.as_json)
     try:
         return run_loop(_main(options, console))
@@ -110,8 +109,7 @@ async def _main(options: BenchOptions, console: Console) -> int:
         print(json.dumps(answer, indent=2))
     else:
         console.print(table(rounds, refusals))
-    same = sum(made.same_reply for made in rounds)
-    held = same > len(rounds) / 2 and all(400 <= refusal.status < 500 for refusal in refusals)
+    held = all(made.same_reply for made in rounds) and all(400 <= refusal.status < 500 for refusal in refusals)
     return 0 if held else 1
 
 

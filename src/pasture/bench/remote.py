@@ -2,8 +2,7 @@
 
     recomputed   a prompt of about 2,000 tokens that nobody has seen, at the second server
     here         another such prompt, at the first server, which writes it to the store behind the answer
-    restored     the same prompt at the second server; then once more at the first, and how many say the same is counted: the
-                 bytes are equal, but threads share a row's attention by where its cells are, and so it is rounded
+    restored     the same prompt at the second server; then once more at the first, which has to say the same
 
 Once with a Redis and once with a Mooncake pool over TCP, each started for this on a port of loopback and ended afterwards; one
 that is not installed is named and left out. One machine: what a network would add is not in the
@@ -76,7 +75,7 @@ class Round:
 
 
 def main(options: BenchOptions) -> int:
-    """Exit status: 0 when measured, 1 when a server failed, nothing came out of a store, or there is none to measure."""
+    """Exit status: 0 when measured, 1 when a server failed or answered differently, or when there is no store to measure."""
     console = Console(stderr=options.as_json)
     try:
         return run_loop(_main(options, console))
@@ -114,7 +113,7 @@ async def _main(options: BenchOptions, console: Console) -> int:
         print(json.dumps(answer, indent=2))
     else:
         console.print(table(rounds))
-    return 0 if rounds and all(made.cached_tokens > 0 for made in rounds) else 1
+    return 0 if rounds and all(made.same_reply and made.cached_tokens > 0 for made in rounds) else 1
 
 
 async def one_round(store: str, here: Running, there: Running, options: BenchOptions, number: int) -> Round:

@@ -430,7 +430,7 @@ class Pool:
         """Bring what a reply wrote between the tokens of others together: attention skips whole tiles of strangers' cells.
 
         A tile is as many cells as tokens. Measured on SmolLM2, 16 conversations in their third turn: 64 prompt tokens take
-        316 ms in place of 461, and the moving 2.
+        461 ms behind replies that were written in turn, and 316 behind such that lie in one piece. Moving 32 tokens takes 1 ms.
         """
         own = list(itertools.takewhile(lambda node: len(node.holders) == 1, sequence.tail.path()))
         breaks = [position for node in reversed(own) for position in node.breaks]
