@@ -96,7 +96,12 @@ def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path, mo
     moved = hand.save(1, 20, 44)
     joins: list[tuple[int, int, int, int]] = []
     join = context.join
-    monkeypatch.setattr(context, "join", lambda *place: (joins.append(place), join(*place)))
+
+    def joined(source: int, target: int, p0: int, p1: int) -> None:
+        joins.append((source, target, p0, p1))
+        join(source, target, p0, p1)
+
+    monkeypatch.setattr(context, "join", joined)
     hand.engine.execute(StepPlan((Compact(SeqId(1), 20, 44),), ()))
     assert joins[-1] == (context.scratch, 1, 20, 44), "it holds the cells that were written anew"
     assert context.length(1) == 44
