@@ -12,10 +12,10 @@ import asyncio
 import signal
 import ssl
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -59,6 +59,22 @@ class Chat:
     messages: tuple[Message, ...]
     max_tokens: int
     model: str = "default"
+    top_logprobs: int = 0
+    """of the likeliest tokens, how many to tell with each that is drawn"""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token of a reply, with natural log probabilities."""
+
+    token: str
+    logprob: float
+    top: Mapping[str, float]
+    """the likeliest tokens at its place"""
+
+    def lead(self, token: str) -> float:
+        """By how many nats it is ahead of another; of one that is not told, ahead of the least likely that is."""
+        return self.logprob - self.top.get(token, min(self.top.values(), default=self.logprob))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,8 @@ class Exchange:
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
+    drawn: tuple[Drawn, ...] = ()
+    """its tokens, where the request asked for log probabilities"""
 
     @property
     def ttft_seconds(self) -> float:
@@ -170,6 +188,8 @@ async def chat(endpoint: Endpoint, request: Chat, *, timeout_seconds: float) -> 
         "stream_options": {"include_usage": True},
         "user": request.user,
     }
+    if request.top_logprobs:
+        body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     sent = time.perf_counter()
     try:
         answer = await _exchange(endpoint, "/v1/chat/completions", body, timeout_seconds)
@@ -212,6 +232,7 @@ def read_stream(request: Chat, sent: float, status: int, pieces: Sequence[tuple[
         return Exchange(request, sent, ended, (), "", error=f"HTTP {status}: {body[:300]}")
     reply: list[str] = []
     times: list[float] = []
+    drawn: list[Drawn] = []
     usage: Json = {}
     error: str | None = None
     for moment, event in _events(pieces):
@@ -223,6 +244,7 @@ def read_stream(request: Chat, sent: float, status: int, pieces: Sequence[tuple[
             if isinstance(text, str) and text:
                 reply.append(text)
                 times.append(moment)
+            drawn += _drawn(choice)
     if error is None and not times:
         error = "the stream ended without any text"
     details = cast(Json, usage.get("prompt_tokens_details") or {})
@@ -236,7 +258,15 @@ def read_stream(request: Chat, sent: float, status: int, pieces: Sequence[tuple[
         cached_tokens=_count(details, "cached_tokens"),
         completion_tokens=_count(usage, "completion_tokens"),
         error=error,
+        drawn=tuple(drawn),
     )
+
+
+def _drawn(choice: Json) -> Iterator[Drawn]:
+    told = cast(Json, choice.get("logprobs") or {}).get("content")
+    for entry in cast(Sequence[Mapping[str, Any]], told or ()):
+        top = {str(each["token"]): float(each["logprob"]) for each in entry["top_logprobs"]}
+        yield Drawn(str(entry["token"]), float(entry["logprob"]), top)
 
 
 def _events(pieces: Sequence[tuple[float, bytes]]) -> list[tuple[float, Json]]:

@@ -4,7 +4,7 @@
     there    a second server of the same kind imports the file; the owner goes on there, with the very same words
 
 Both wait the same time before the next turn, and take turns in being first, so that whatever else the machine does falls on
-both. Both must say the same, token for token. Then a file with one byte changed, and a server with another kind of cache: both
+both. Both must agree, see `agreement`. Then a file with one byte changed, and a server with another kind of cache: both
 must refuse, or the benchmark fails. One event loop, in the caller's thread.
 """
 
@@ -27,6 +27,7 @@ from time import perf_counter
 from rich.console import Console
 from rich.table import Table
 
+from pasture.bench.agreement import TOP_LOGPROBS, agree, gap, told
 from pasture.bench.client import Chat, Endpoint, Exchange, Message, chat, run_loop
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
@@ -59,7 +60,8 @@ class Round:
     prompt_tokens: int
     here_cached_tokens: int
     there_cached_tokens: int
-    same_reply: bool
+    gap_nats: float
+    """how far apart the tokens are at which the two replies part; 0 for equal replies"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ async def _main(options: BenchOptions, console: Console) -> int:
         print(json.dumps(answer, indent=2))
     else:
         console.print(table(rounds, refusals))
-    held = all(made.same_reply for made in rounds) and all(400 <= refusal.status < 500 for refusal in refusals)
+    held = agree([made.gap_nats for made in rounds]) and all(400 <= refusal.status < 500 for refusal in refusals)
     return 0 if held else 1
 
 
@@ -140,7 +142,7 @@ async def one_round(here: Running, there: Running, options: BenchOptions, number
         prompt_tokens=stayed.prompt_tokens or 0,
         here_cached_tokens=stayed.cached_tokens or 0,
         there_cached_tokens=went.cached_tokens or 0,
-        same_reply=stayed.reply == went.reply,
+        gap_nats=gap(stayed, went),
     ), file
 
 
@@ -165,7 +167,7 @@ def table(rounds: list[Round], refusals: list[Refusal]) -> Table:
     made.add_row("known tokens, here and there", f"{middle('here_cached_tokens'):,.0f}, {middle('there_cached_tokens'):,.0f}")
     made.add_row("export, import", f"{seconds(middle('export_seconds'))}, {seconds(middle('import_seconds'))}")
     made.add_row("file", f"{middle('file_bytes') / 2**20:.1f} MiB")
-    made.add_row("same replies", f"{sum(one.same_reply for one in rounds)} of {len(rounds)}", end_section=True)
+    made.add_row("same replies", told([one.gap_nats for one in rounds]), end_section=True)
     for refusal in refusals:
         made.add_row(f"{refusal.what}: {refusal.status}", refusal.message)
     return made
@@ -180,7 +182,7 @@ async def _server(options: BenchOptions, log: Path) -> AsyncGenerator[Running]:
 
 
 async def _ask(up: Running, messages: tuple[Message, ...], options: BenchOptions) -> Exchange:
-    request = Chat("Ada", messages, options.max_tokens, up.model)
+    request = Chat("Ada", messages, options.max_tokens, up.model, TOP_LOGPROBS)
     exchange = await chat(up.system.endpoint, request, timeout_seconds=options.request_timeout)
     if exchange.error is not None:
         raise SystemFailed(f"{up.system.label}: {exchange.error}")

@@ -2,11 +2,11 @@
 
     recomputed   a prompt of about 2,000 tokens that nobody has seen, at the second server
     here         another such prompt, at the first server, which writes it to the store behind the answer
-    restored     the same prompt at the second server; then once more at the first, which has to say the same
+    restored     the same prompt at the second server; then again at the first; both replies have to agree: see `agreement`
 
 Once with a Redis and once with a Mooncake pool over TCP, each started for this on a port of loopback and ended afterwards; one
-that is not installed is named and left out. One machine: what a network would add is not in the
-figures. One event loop, in the caller's thread.
+that is not installed is named and left out. One machine: what a network would add is not in the figures. One event loop, in
+the caller's thread.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from pasture.bench.agreement import TOP_LOGPROBS, agree, gap, told
 from pasture.bench.client import Chat, Exchange, Message, call_json, chat, run_loop
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
@@ -66,7 +67,8 @@ class Round:
     cached_tokens: int
     """of the restored prompt, what came from the store"""
     written_bytes: int
-    same_reply: bool
+    gap_nats: float
+    """how far apart the tokens are at which the two servers' replies part; 0 for equal replies"""
 
     @property
     def ratio(self) -> float:
@@ -113,7 +115,8 @@ async def _main(options: BenchOptions, console: Console) -> int:
         print(json.dumps(answer, indent=2))
     else:
         console.print(table(rounds))
-    return 0 if rounds and all(made.same_reply and made.cached_tokens > 0 for made in rounds) else 1
+    held = agree([made.gap_nats for made in rounds]) and all(made.cached_tokens > 0 for made in rounds)
+    return 0 if held else 1
 
 
 async def one_round(store: str, here: Running, there: Running, options: BenchOptions, number: int) -> Round:
@@ -134,7 +137,7 @@ async def one_round(store: str, here: Running, there: Running, options: BenchOpt
         prompt_tokens=restored.prompt_tokens or 0,
         cached_tokens=restored.cached_tokens or 0,
         written_bytes=written - before,
-        same_reply=restored.reply == stayed.reply,
+        gap_nats=gap(restored, stayed),
     )
 
 
@@ -161,7 +164,7 @@ def table(rounds: Sequence[Round]) -> Table:
             f"1/{ratio(mine, name):.0f}",
             f"{median(each.cached_tokens for each in mine):,.0f} of {median(each.prompt_tokens for each in mine):,.0f}",
             f"{median(each.written_bytes for each in mine) / 2**20:.1f} MiB",
-            f"{sum(each.same_reply for each in mine)} of {len(mine)}",
+            told([each.gap_nats for each in mine]),
         )
     return made
 
@@ -211,7 +214,7 @@ async def _server(options: BenchOptions, url: str, log: Path) -> AsyncGenerator[
 
 
 async def _ask(up: Running, messages: tuple[Message, ...], options: BenchOptions) -> Exchange:
-    request = Chat("Ada", messages, options.max_tokens, up.model)
+    request = Chat("Ada", messages, options.max_tokens, up.model, TOP_LOGPROBS)
     exchange = await chat(up.system.endpoint, request, timeout_seconds=options.request_timeout)
     if exchange.error is not None:
         raise SystemFailed(f"{up.system.label}: {exchange.error}")

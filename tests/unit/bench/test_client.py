@@ -5,7 +5,7 @@ import asyncio
 import orjson
 import pytest
 
-from pasture.bench.client import Chat, Endpoint, call_json, chat, read_stream
+from pasture.bench.client import Chat, Drawn, Endpoint, call_json, chat, read_stream
 from tests.unit.bench.stub_openai import StubServer, response, serving
 
 CHAT = Chat("Ada", ({"role": "user", "content": "one two three"},), max_tokens=3)
@@ -43,6 +43,17 @@ def test_errors_of_every_kind_are_told() -> None:
     assert "HTTP 429: full" in str(read_stream(CHAT, 0.0, 429, [(1.0, b"full")]).error)
     assert "boom" in str(read_stream(CHAT, 0.0, 200, [(1.0, b'data: {"error": {"message": "boom"}}\n\n')]).error)
     assert "without any text" in str(read_stream(CHAT, 0.0, 200, [(1.0, b"data: [DONE]\n\n")]).error)
+
+
+def test_log_probabilities_are_read_where_they_are_told() -> None:
+    told = {
+        "content": [
+            {"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -2}]}
+        ]
+    }
+    event = {"choices": [{"delta": {"content": "a"}, "logprobs": told}]}
+    exchange = read_stream(CHAT, 0.0, 200, [(1.0, b"data: " + orjson.dumps(event) + b"\n\n")])
+    assert exchange.drawn == (Drawn("a", -0.5, {"a": -0.5, "b": -2.0}),)
 
 
 async def test_a_completion_over_a_socket() -> None:

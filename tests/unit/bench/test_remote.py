@@ -19,7 +19,7 @@ ROUND = Round(
     prompt_tokens=2000,
     cached_tokens=1999,
     written_bytes=46 << 20,
-    same_reply=True,
+    gap_nats=0.0,
 )
 
 
@@ -32,9 +32,9 @@ def test_ratios_are_medians_over_prompts_of_one_store() -> None:
 
 
 def test_the_table_says_what_was_measured_and_how_many_said_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(width=120).print(table([ROUND, replace(ROUND, same_reply=False)]))
+    Console(width=160).print(table([ROUND, replace(ROUND, gap_nats=0.125)]))
     printed = capsys.readouterr().out
-    for expected in ("redis", "1/30", "1,999 of 2,000", "46.0 MiB", "1 of 2"):
+    for expected in ("redis", "1/30", "1,999 of 2,000", "46.0 MiB", "1 of 2", "0.12 nats"):
         assert expected in printed
 
 

@@ -1,0 +1,46 @@
+"""Whether two servers gave the same greedy reply, and where they did not, whether that was a near tie.
+
+Equal KV in equal cells gives an equal reply. In other cells, llama.cpp adds the same terms in another order (on a CPU it keeps
+a row's sum over the cells as 16-bit floats), so log probabilities move by some hundredths and greedy replies part where two
+tokens are about as likely. Where they part otherwise, something was restored wrongly. Pure; any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pasture.bench.client import Exchange
+from pasture.bench.systems import SystemFailed
+
+TOP_LOGPROBS = 20
+"""to ask for with each token"""
+TIE_NATS = 0.25
+"""Two tokens this near count as a tie. SmolLM2, one KV of 1,900 tokens in two places: parted at 0.02 to 0.15 in six texts."""
+
+
+def gap(one: Exchange, other: Exchange) -> float:
+    """How far apart, in nats, the two tokens are at which the replies part; 0 for equal replies.
+
+    The larger of the two sides' own views. A token that is not among a side's likeliest counts as likely as the last of
+    them. Raises SystemFailed when a side drew more tokens than the other, or told none.
+    """
+    if not one.drawn or len(one.drawn) != len(other.drawn):
+        raise SystemFailed(
+            f"replies of {len(one.drawn)} and {len(other.drawn)} tokens with log probabilities: cannot be compared"
+        )
+    for mine, theirs in zip(one.drawn, other.drawn, strict=True):
+        if mine.token != theirs.token:
+            return max(mine.lead(theirs.token), theirs.lead(mine.token))
+    return 0.0
+
+
+def agree(gaps: Sequence[float]) -> bool:
+    """Every pair of replies is equal or parts at a tie; not so of no pair at all."""
+    return bool(gaps) and all(each <= TIE_NATS for each in gaps)
+
+
+def told(gaps: Sequence[float]) -> str:
+    """For a table: how many replies were equal, and how far apart the others' tokens were."""
+    parted = [each for each in gaps if each]
+    equal = f"{len(gaps) - len(parted)} of {len(gaps)}"
+    return f"{equal}, the others part at {max(parted):.2f} nats or less" if parted else equal
