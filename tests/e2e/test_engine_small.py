@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
-from pasture.core.values import Compact, Layout, Outcome, SamplingParams, Segment, SeqId, Slab, StepPlan, Work
+from pasture.core.values import Compact, Layout, Outcome, Release, SamplingParams, Segment, SeqId, Slab, StepPlan, Work
 from pasture.engine.assembly import concatenate
 from pasture.engine.blob import KvSlab, Rows
 from pasture.engine.context import Context, Piece
@@ -93,6 +93,7 @@ def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path, mo
             hand.feed(sequence, TOKENS[i : i + 1], i)
     expected = hand.look(3, TOKENS[44:48], 44)
     context = hand.engine._context
+    assert context.left is not None
     moved = hand.save(1, 20, 44)
     joins: list[tuple[int, int, int, int]] = []
     join = context.join
@@ -103,12 +104,16 @@ def test_a_scattered_reply_is_moved_together_and_stays_the_same(models: Path, mo
 
     monkeypatch.setattr(context, "join", joined)
     hand.engine.execute(StepPlan((Compact(SeqId(1), 20, 44),), ()))
-    assert joins[-1] == (context.scratch, 1, 20, 44), "it holds the cells that were written anew"
+    assert joins[-2:] == [(1, context.left, 20, 44), (context.scratch, 1, 20, 44)], "it holds the cells that were written anew"
+    assert context.length(context.left) == 44, "nobody else gets the old ones"
     assert context.length(1) == 44
     again = hand.save(1, 20, 44)
     assert all(np.array_equal(a.data, b.data) for a, b in zip(rows_of(moved), rows_of(again), strict=True))
     assert np.allclose(hand.look(1, TOKENS[44:48], 44), expected, atol=OTHER_KERNEL)
     assert np.allclose(hand.look(2, TOKENS[44:48], 44), expected, atol=OTHER_KERNEL)
+    hand.engine.execute(StepPlan((Release(),), ()))
+    assert context.length(context.left) == 0
+    assert context.length(1) == 48
     hand.engine.close()
 
 
@@ -261,7 +266,7 @@ def test_the_shape_is_what_the_library_made(models: Path) -> None:
         open_small(models / "llama.gguf", layout=Layout.STREAMS, n_cells=500, n_seqs=3)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("llama", 255), ("gemma3", 127)])
+@pytest.mark.parametrize(("name", "expected"), [("llama", 254), ("gemma3", 127)])
 def test_sequence_ids_are_capped(models: Path, name: str, expected: int) -> None:
     engine = open_small(models / f"{name}.gguf", n_seqs=300)
     assert engine.shape.n_seqs == expected

@@ -61,7 +61,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.patch = patch.object(pool, "MIN_BREAKS", 2)
         self.patch.start()
         self.n_cells = n_cells
-        self.engine = FakeEngine(PoolShape(n_cells, n_seqs, self.layout, n_batch, tile_tokens=8), recurrent=self.recurrent)
+        shape = PoolShape(n_cells, n_seqs, self.layout, n_batch, tile_tokens=8, can_pad=not self.recurrent)
+        self.engine = FakeEngine(shape, recurrent=self.recurrent)
         self.store = still_store_for(self.engine, ram_bytes)
         scheduling = SchedulerSettings(
             share_prefix=self.share, check_invariants=True, idle_live_seconds=2.0, max_running=max_running
@@ -225,7 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler.running) <= self.max_running
         assert all(task.sequence is None for task in self.scheduler.swapped.values())
         if not pool.has_operations:
-            assert self.engine.used_cells == pool.used_cells
+            assert (self.engine.used_cells, self.engine.left_cells) == (pool.used_cells, pool.left_cells)
             for sequence in pool.sequences.values():
                 assert self.engine.tokens_of(sequence.id) == list(sequence.tokens())
 

@@ -187,13 +187,13 @@ class Settings(BaseSettings):
     )
 
     max_running: Annotated[int, Flag(("-np", "--max-running", "--parallel"), SCHEDULING, "N")] = Field(
-        default=64, ge=1, le=255, description="Requests that generate at the same time; the others wait their turn."
+        default=64, ge=1, le=254, description="Requests that generate at the same time; the others wait their turn."
     )
     max_queue: Annotated[int, Flag(("--max-queue",), SCHEDULING, "N")] = Field(
         default=512, ge=0, description="Requests that may wait; the next one is told to come back later (429)."
     )
     itl_target: Annotated[Seconds, Flag(("--itl-target",), SCHEDULING, "TIME")] = Field(
-        default=0.2, description="The gap between two tokens of a stream that other people's long prompts may cause."
+        default=0.4, description="The gap between two tokens of a stream that other people's long prompts may cause."
     )
     timeout: Annotated[Seconds | None, Flag(("--timeout",), SCHEDULING, "TIME")] = Field(
         default=None,

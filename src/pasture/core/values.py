@@ -338,9 +338,10 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Compact:
-    """Move the sequence's cells in `[p0, p1)`, which nobody else holds, next to each other. Unified only.
+    """Move the sequence's cells in `[p0, p1)`, which nobody else holds, behind everything that is written. Unified only.
 
-    Nothing happens where an engine cannot, or has no free room of that size in one piece.
+    The cells that they leave stay taken until a `Release`: a cache fills its first free cells first, and these lie scattered.
+    Nothing happens where an engine has no free room for the move.
     """
 
     sequence: SeqId
@@ -348,7 +349,12 @@ class Compact:
     p1: int
 
 
-CellOperation = Copy | Remove | Share | Save | Restore | Compact
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Free the cells that were left in a `Compact`."""
+
+
+CellOperation = Copy | Remove | Share | Save | Restore | Compact | Release
 
 
 class Direction(StrEnum):

@@ -7,6 +7,7 @@ Hidden ids in the unified layout, behind the caller's `[0, n_seqs)`:
 
     [0, n_seqs)            the caller's
     [n_seqs, 2 * n_seqs)   guards, only for sliding-window models
+    last but one           left: cells that a compaction left, kept from being filled again
     last                   scratch, through which a part of a sequence is saved or restored
 
 A sliding-window cache hands out cells that lie behind the window of their *only* holder, even when free ones are left.
@@ -83,7 +84,7 @@ def max_sequences(model: Model, layout: Layout) -> int:
     """How many sequences a context of this layout can offer."""
     if layout is Layout.STREAMS or not model.info.shareable:
         return MAX_SEQUENCES
-    return (MAX_SEQUENCES - 1) // (2 if model.window_tokens else 1)
+    return (MAX_SEQUENCES - 2) // (2 if model.window_tokens else 1)
 
 
 class Context:
@@ -96,10 +97,11 @@ class Context:
         """
         self.is_guarded = layout is Layout.UNIFIED and model.info.shareable and model.window_tokens > 0
         has_scratch = layout is Layout.UNIFIED and model.info.shareable
-        n_hidden = (n_seqs if self.is_guarded else 0) + (1 if has_scratch else 0)
+        n_hidden = (n_seqs if self.is_guarded else 0) + (2 if has_scratch else 0)
         self.shape = plan_shape(settings, layout, n_seqs, form, n_hidden=n_hidden)
         self.n_streams = 1 if layout is Layout.UNIFIED else n_seqs
         self.scratch = n_seqs + n_hidden - 1 if has_scratch else None
+        self.left = n_seqs + n_hidden - 2 if has_scratch else None
         tiles = _tiles_on_cpu(settings)
         can_pad = tiles and model.info.shareable and model.window_tokens == 0
         self.shape = replace(self.shape, tile_tokens=CPU_TILE_TOKENS if tiles else 1, can_pad=can_pad)

@@ -27,6 +27,7 @@ from pasture.core.values import (
     ModelInfo,
     Outcome,
     PoolShape,
+    Release,
     Remove,
     Restore,
     Sample,
@@ -115,6 +116,8 @@ class FakeEngine:
         self._cells: dict[SeqId, list[Cell]] = {}
         self._sums: dict[SeqId, int] = {}
         self._refs: dict[int, int] = {}
+        self._left: list[Cell] = []
+        """taken, though nobody attends to them"""
         self._decodes_to_fail: list[Outcome] = []
         self._raw_cells = shape.n_cells
         self.codec = FakeCodec()
@@ -135,7 +138,13 @@ class FakeEngine:
 
     @property
     def used_cells(self) -> int:
+        """Cells that somebody attends to."""
         return len(self._refs)
+
+    @property
+    def left_cells(self) -> int:
+        """Cells that compactions left."""
+        return len(self._left)
 
     def tokens_of(self, sequence: SeqId) -> list[int]:
         """What the sequence attends to, for comparing with the pool's books."""
@@ -195,6 +204,7 @@ class FakeEngine:
             raise DoesNotFit(f"{n_used} cells in use do not fit into {n_cells}")
         self._shape = shape
         self._cells, self._refs, self._sums = kept, {}, {}
+        self._left.clear()
         for sequence, cells in kept.items():
             self._sums[sequence] = sum(cell.mark for cell in cells) & _MASK
             self._hold(cells)
@@ -215,6 +225,8 @@ class FakeEngine:
                 self._share(operation)
             case Compact():
                 self._compact(operation)
+            case Release():
+                self._left.clear()
             case Save(sequence, p0, p1, key):
                 cells = self._cells.get(sequence, [])
                 if not 0 <= p0 <= p1 <= len(cells) or (self._recurrent and (p0, p1) != (0, len(cells))):
@@ -266,6 +278,8 @@ class FakeEngine:
             raise EngineError(f"cannot compact {compact}")
         if any(self._refs[id(cell)] > 1 for cell in cells):
             raise EngineError(f"{compact}: others hold some of these cells")
+        if len(self._refs) + len(self._left) + len(cells) <= self._shape.n_cells:
+            self._left += [Cell(cell.token, cell.pos, cell.mark) for cell in cells]
 
     def _remove(self, remove: Remove) -> None:
         cells = self._cells.get(remove.sequence, [])
@@ -287,7 +301,7 @@ class FakeEngine:
         if len(self._cells.setdefault(sequence, [])) != slab.p0 or sequence >= self._shape.n_seqs:
             raise EngineError(f"cannot restore at {slab.p0} of sequence {sequence}")
         cells = [Cell(c.token, c.pos, c.mark) for c in slab.cells]
-        if len(self._refs) + len(cells) > self._shape.n_cells:
+        if len(self._refs) + len(self._left) + len(cells) > self._shape.n_cells:
             raise EngineError("no room to restore into")
         self._put(sequence, cells)
 
@@ -311,7 +325,7 @@ class FakeEngine:
             limit = self._shape.cells_per_sequence
             return all(work.start + len(work.tokens) + work.pad_tokens <= limit for work in works)
         n_rows = max(sum(len(work.tokens) for work in works), pad_to if works else 0)
-        return len(self._refs) + n_rows <= self._shape.n_cells
+        return len(self._refs) + len(self._left) + n_rows <= self._shape.n_cells
 
     def _compute(self, work: Work) -> Sample | None:
         cells = self._cells.setdefault(work.sequence, [])

@@ -33,6 +33,7 @@ from pasture.core.values import (
     ModelInfo,
     Outcome,
     PoolShape,
+    Release,
     Remove,
     Restore,
     Sample,
@@ -245,6 +246,8 @@ class LlamaEngine:
             case Compact(sequence, p0, p1):
                 self._check_ids(sequence)
                 self._transfer.compact(sequence, p0, p1)
+            case Release():
+                self._transfer.release()
             case Save(sequence, p0, p1, key):
                 self._check_ids(sequence)
                 saved[key] = slab = self._transfer.save(sequence, p0, p1)

@@ -71,7 +71,7 @@ class PartTransfer:
 
     def share(self, holders: Sequence[int], slabs: Sequence[KvSlab]) -> None:
         """Put slabs into cells once and let every holder join them. Unified layout."""
-        scratch = self._scratch()
+        scratch = self._hidden(self._context.scratch)
         self._context.write_state(scratch, self._blob(slabs))
         for holder in holders:
             self._context.join(scratch, holder, slabs[0].p0, slabs[-1].p1)
@@ -90,25 +90,32 @@ class PartTransfer:
         self._context.join(source, target, p0, p1)
 
     def compact(self, sequence: int, p0: int, p1: int) -> None:
-        """Write `[p0, p1)` anew, which the library does in one piece; no change where there is none. Unified layout."""
-        if self._piece_tokens is not None:
-            return
+        """Write `[p0, p1)` anew, behind everything; no change where there is no room. Unified layout.
+
+        The library fills its first free cells, one by one, so the old ones are held until `release`.
+        """
         slab = self._save_piece(sequence, p0, p1)
-        scratch = self._scratch()
+        scratch, left = self._hidden(self._context.scratch), self._hidden(self._context.left)
         try:
             self._context.write_state(scratch, self._blob([slab]))
         except EngineError:
             return
+        self._context.join(sequence, left, p0, p1)
         self.swap_cells(scratch, sequence, p0, p1)
         self._context.remove(scratch)
+
+    def release(self) -> None:
+        """Free what compactions left."""
+        self._context.remove(self._hidden(self._context.left))
 
     def _blob(self, slabs: Sequence[KvSlab]) -> Bytes:
         return assemble(slabs, n_streams=self._context.n_streams, kinds=self._kinds, allocate=self._bench.allocate)
 
-    def _scratch(self) -> int:
-        if self._context.scratch is None:
-            raise EngineError("this layout has no scratch sequence")
-        return self._context.scratch
+    @staticmethod
+    def _hidden(sequence: int | None) -> int:
+        if sequence is None:
+            raise EngineError("this layout has no hidden sequences")
+        return sequence
 
     def _parsed(self, sequence: int, p0: int, p1: int) -> KvSlab:
         return slab_of(self._context.read_state(sequence), self._form, p0, p1)
@@ -121,7 +128,7 @@ class PartTransfer:
         return list(pairwise(edges))
 
     def _save_piece(self, sequence: int, p0: int, p1: int) -> KvSlab:
-        scratch = self._scratch()
+        scratch = self._hidden(self._context.scratch)
         self._context.join(sequence, scratch, p0, p1)
         try:
             return self._parsed(scratch, p0, p1)
@@ -174,6 +181,9 @@ class StateTransfer:
 
     def compact(self, sequence: int, p0: int, p1: int) -> None:
         raise EngineError(f"[{p0}, {p1}) of {sequence}'s running state is in one piece already")
+
+    def release(self) -> None:
+        raise EngineError("a running state is never moved in part")
 
     def swap_cells(self, source: int, target: int, p0: int, p1: int) -> None:
         raise EngineError(f"a running state has no cells that [{p0}, {p1}) of {target} and {source} could share")

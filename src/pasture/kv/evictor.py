@@ -36,7 +36,9 @@ class Evictor:
         pool = self._pool
         if pool.shape.layout is Layout.STREAMS:
             return True  # a stream's cells are its own; admission sees to it that they suffice
-        while (missing := n_cells - (pool.shape.n_cells - pool.used_cells)) > 0:
+        if n_cells > pool.free_cells:
+            pool.release()
+        while (missing := n_cells - pool.free_cells) > 0:
             victim = self.victim()
             if victim is None:
                 return False

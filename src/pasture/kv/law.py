@@ -4,7 +4,8 @@
 - A sequence ends where its tail ends; a node's holders are exactly the sequences whose path runs through it, and its running
   count is the number of those that run.
 - An idle sequence holds something of its own (where cells are shared): otherwise its id would be wasted.
-- Used cells are what the tree, or the lengths, add up to, and at most `n_cells`; locked cells are those that somebody runs on.
+- Used cells are what the tree, or the lengths, add up to, and with those that compactions left at most `n_cells`; locked cells
+  are those that somebody runs on.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def _check_counts(pool: Pool) -> None:
     used = pool.tree.n_tokens if pool.cells_are_shared else lengths
     if used != pool.used_cells:
         raise InvariantBroken(f"{used} cells are held, {pool.used_cells} counted as used")
-    if used > pool.shape.n_cells:
-        raise InvariantBroken(f"{used} cells used of {pool.shape.n_cells}")
+    if used + pool.left_cells > pool.shape.n_cells:
+        raise InvariantBroken(f"{used} cells used and {pool.left_cells} left of {pool.shape.n_cells}")
     counted, recount = pool.holdings, recounted(pool)
     if recount.locked_cells != counted.locked_cells:
         raise InvariantBroken(f"{recount.locked_cells} cells are locked, {counted.locked_cells} counted")

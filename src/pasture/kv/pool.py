@@ -11,7 +11,8 @@ Two ways to count cells, one tree for both:
               off, or a recurrent model)
 
 Conservation law (`check`): sequence ids are free or live, never both; a node's holders are exactly the sequences whose path
-runs through it; used cells are what the tree (or the lengths) add up to, and at most `n_cells`; running counts are explained.
+runs through it; used cells are what the tree (or the lengths) add up to, and with what compactions left at most `n_cells`;
+running counts are explained.
 
 Thread: the engine's. Sources: RadixAttention (SGLang) for the tree, vLLM's KVCacheManager for "does not fit is None".
 """
@@ -33,6 +34,7 @@ from pasture.core.values import (
     Layout,
     Namespace,
     PoolShape,
+    Release,
     Remove,
     RequestId,
     Restore,
@@ -53,6 +55,8 @@ from pasture.kv.sequence import Sequence
 
 MIN_BREAKS = 16
 """from this many tokens on that are not beside the one before, a reply is worth moving"""
+MOST_LEFT = 0.5
+"""of the cells in use, what compactions may leave taken before it is all freed: every step looks over what is in between"""
 
 
 class Pool:
@@ -91,6 +95,8 @@ class Pool:
         self._journal: list[CellOperation] = []
         self.free_ids = [SeqId(i) for i in range(shape.n_seqs)]
         self._last_writer: Sequence | None = None
+        self.left_cells = 0
+        """taken by nobody: what compactions left, until `release`"""
 
     # What is there
 
@@ -121,6 +127,10 @@ class Pool:
     @property
     def used_cells(self) -> int:
         return self.tree.n_tokens if self.cells_are_shared else self._private_cells
+
+    @property
+    def free_cells(self) -> int:
+        return self.shape.n_cells - self.used_cells - self.left_cells
 
     @property
     def locked_cells(self) -> int:
@@ -223,6 +233,12 @@ class Pool:
         """Make `n_cells` cells free by evicting idle leaves; False when running sequences hold too many."""
         return self.evictor.make_room(n_cells)
 
+    def release(self) -> None:
+        """Free what compactions left."""
+        if self.left_cells:
+            self._journal.append(Release())
+            self.left_cells = 0
+
     def evict_idle(self, reason: str) -> None:
         """Drop every idle sequence."""
         for sequence in [s for s in self.sequences.values() if s.idle]:
@@ -238,7 +254,7 @@ class Pool:
         sequence.request_id = None
         if sequence.length == 0 or (self.cells_are_shared and len(sequence.tail.holders) > 1):
             self.drop(sequence)
-        elif self.cells_are_shared and self.shape.tile_tokens > 1:
+        elif self.cells_are_shared and self.shape.can_pad:  # there are tiles, and all of a sequence shows
             self._compact(sequence)
 
     def drop(self, sequence: Sequence, reason: str | None = None, *, emptied: bool = False) -> None:
@@ -299,6 +315,7 @@ class Pool:
         for node in self.tree.nodes():
             node.breaks.clear()
         self._last_writer = None
+        self.left_cells = 0
         if self.cells_are_shared:
             for sequence in [s for s in self.sequences.values() if s.idle and len(s.tail.holders) > 1]:
                 self.drop(sequence)
@@ -430,13 +447,16 @@ class Pool:
         """Bring what a reply wrote between the tokens of others together: attention skips whole tiles of strangers' cells.
 
         A tile is as many cells as tokens. Measured on SmolLM2, 16 conversations in their third turn: 64 prompt tokens take
-        461 ms behind replies that were written in turn, and 316 behind such that lie in one piece. Moving 32 tokens takes 1 ms.
+        450 to 500 ms where gaps are filled again, and 360 to 430 where they are not. Moving 32 tokens takes 1 ms.
         """
         own = list(itertools.takewhile(lambda node: len(node.holders) == 1, sequence.tail.path()))
         breaks = [position for node in reversed(own) for position in node.breaks]
-        if len(breaks) < MIN_BREAKS or self.used_cells + sequence.length - breaks[0] > self.shape.n_cells:
+        if len(breaks) < MIN_BREAKS or sequence.length - breaks[0] > self.free_cells:
             return
         self._journal.append(Compact(sequence.id, breaks[0], sequence.length))
+        self.left_cells += sequence.length - breaks[0]
+        if self.left_cells > MOST_LEFT * self.used_cells:
+            self.release()
         for node in own:
             node.breaks = [position for position in node.breaks if position == breaks[0]]
 

@@ -85,7 +85,8 @@ class Admission:
         """Whether its tenant may hold the cells that it needs beside those of its others that run, and others keep theirs."""
         namespace, evictor = task.request.namespace, self._pool.evictor
         limit = evictor.shares.limit(namespace)
-        crowded = self._pool.used_cells + len(task.tokens) + REPLY_GUESS_TOKENS > self._pool.shape.n_cells
+        coming = sum(other.remaining for other in self.running.values())
+        crowded = self._pool.used_cells + coming + len(task.tokens) + REPLY_GUESS_TOKENS > self._pool.shape.n_cells
         if limit is None and not crowded:
             return True
         others = [
@@ -96,7 +97,7 @@ class Admission:
         if not others:
             return True
         needed = self.cells_needed(task)
-        if crowded and needed > self._pool.unlocked_cells - evictor.guaranteed_to_others(namespace):
+        if crowded and needed + coming > self._pool.unlocked_cells - evictor.guaranteed_to_others(namespace):
             return False
         promised = sum(other.remaining for other in others)
         return limit is None or needed + promised <= evictor.room_for(namespace)

@@ -33,7 +33,7 @@ LONG_REPLY_TOKENS = 512
 LATELY_SECONDS = 60.0
 """an idle sequence used since then is taken along into streams, or there is no move"""
 FRAGMENTED = 0.15
-"""share of broken neighbourhoods from which a compaction pays"""
+"""share of broken neighbourhoods, or of cells left behind, from which a compaction pays"""
 MIN_COMPACT_CELLS = 512
 
 
@@ -134,7 +134,7 @@ class LayoutKeeper:
             self._scheduler.settings.compact
             and pool.cells_are_shared
             and pool.used_cells >= MIN_COMPACT_CELLS
-            and pool.fragmentation > FRAGMENTED
+            and max(pool.fragmentation, pool.left_cells / pool.used_cells) > FRAGMENTED
         )
 
     def compact(self) -> None:

@@ -18,11 +18,11 @@ class LayoutChoice(StrEnum):
 class SchedulerSettings:
     share_prefix: bool = True
     layout: LayoutChoice = LayoutChoice.AUTO
-    itl_target_seconds: float = 0.2
+    itl_target_seconds: float = 0.4
     """steps with someone's stream in them are kept to about this long by limiting prefill"""
     max_waiting: int = 1024
     """requests in line before QueueFull"""
-    max_running: int = 255
+    max_running: int = 254
     """requests with a sequence of their own at once"""
     age_bound_seconds: float = 120.0
     """who has waited this long goes first, however long the prompt"""

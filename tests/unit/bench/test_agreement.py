@@ -45,4 +45,4 @@ def test_a_tie_agrees_and_anything_else_does_not() -> None:
     assert not agree([0.0, 1.0])
     assert not agree([])
     assert told([0.0, 0.0]) == "2 of 2"
-    assert told([0.0, 0.125, 0.5]) == "1 of 3, the others part at 0.50 nats or less"
+    assert told([0.0, 0.125, 0.5]) == "1 of 3, others at 0.50 nats"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pasture.cli import top
+from pasture.cli import top, top_picture
 from pasture.web import Live, Recent
 from tests.unit.stub_service import StubService
 
@@ -24,7 +24,7 @@ def snapshot() -> Any:
 
 def drawn(shown: Any, history: list[float]) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(top.picture(shown, history, URL))
+    console.print(top_picture.picture(shown, history, URL))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -39,7 +39,7 @@ def test_the_picture_has_the_dashboards_numbers() -> None:
 
 def test_the_strip_adds_up_and_shows_shared_first() -> None:
     pool = {"shared_cells": 25, "running_cells": 50, "used_cells": 75, "cells": 100}
-    strip = top._strip(pool).plain
+    strip = top_picture._strip(pool).plain
     assert strip == "█" * 36 + "▒" * 18 + "·" * 18
 
 
@@ -57,7 +57,9 @@ def test_names_from_the_server_are_text_and_not_markup() -> None:
         (200, b"<p>", "is it"),
     ],
 )
-def test_what_is_in_the_way_is_one_clear_line(status: int, body: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_in_the_way_is_one_clear_line(
+    status: int, body: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pasture.bench import client
 
     async def answer(*_: object, **__: object) -> tuple[int, bytes]:
@@ -65,11 +67,11 @@ def test_what_is_in_the_way_is_one_clear_line(status: int, body: bytes, reason: 
 
     monkeypatch.setattr(client, "call", answer)
     with pytest.raises(top.NoNumbers, match=reason):
-        top.look(client.Endpoint.parse(URL))
+        await top.look(client.Endpoint.parse(URL))
 
 
-def test_a_server_that_is_not_there_is_one_clear_line() -> None:
+async def test_a_server_that_is_not_there_is_one_clear_line() -> None:
     from pasture.bench.client import Endpoint
 
     with pytest.raises(top.NoNumbers, match="cannot be reached"):
-        top.look(Endpoint.parse("http://127.0.0.1:1"))
+        await top.look(Endpoint.parse("http://127.0.0.1:1"))

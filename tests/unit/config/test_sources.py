@@ -102,7 +102,7 @@ def test_a_flag_replaces_the_files_other_way_to_say_the_size() -> None:
         ({"kv_cache": "kv", "kv_ram": "0"}, "written through RAM"),
         ({"ssl_key_file": "key.pem"}, "go together"),
         ({"flash_attn": "off", "cache_type_v": "q8_0"}, "needs flash attention"),
-        ({"max_running": "256"}, "^--max-running: .*255"),
+        ({"max_running": "256"}, "^--max-running: .*254"),
         ({"cache_type_k": "q3"}, "^--cache-type-k: "),
         ({"itl_target": "0"}, "^--itl-target: "),
         ({"kv_cell": "4096"}, "no setting kv_cell; did you mean kv_cells"),

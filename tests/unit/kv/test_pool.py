@@ -7,7 +7,20 @@ from array import array
 import pytest
 
 from pasture.core.errors import InvariantBroken
-from pasture.core.values import Compact, Copy, Layout, Namespace, PoolShape, Remove, RequestId, Restore, Save, SeqId, Share
+from pasture.core.values import (
+    Compact,
+    Copy,
+    Layout,
+    Namespace,
+    PoolShape,
+    Release,
+    Remove,
+    RequestId,
+    Restore,
+    Save,
+    SeqId,
+    Share,
+)
 from pasture.engine.fake import FakeSlab
 from pasture.kv.eviction import largest_first
 from pasture.kv.pool import Pool
@@ -68,7 +81,7 @@ def interleaved(pool: Pool, n_tokens: int) -> tuple[Sequence, Sequence]:
 
 
 def tiled_pool(n_cells: int = 1000) -> Pool:
-    return Pool(PoolShape(n_cells, 8, tile_tokens=64), clock=Ticks())
+    return Pool(PoolShape(n_cells, 8, tile_tokens=64, can_pad=True), clock=Ticks())
 
 
 def test_a_reply_written_between_others_is_brought_together_when_it_ends() -> None:
@@ -82,6 +95,39 @@ def test_a_reply_written_between_others_is_brought_together_when_it_ends() -> No
     again = run(pool, one.tokens() + token_array([7]))
     pool.finish(again)
     assert pool.operations() == (), "it is in one piece"
+
+
+def test_cells_that_a_move_left_stay_taken_until_they_are_needed() -> None:
+    pool = tiled_pool(n_cells=200)
+    one, two = interleaved(pool, 20)
+    pool.finish(one)
+    assert (pool.used_cells, pool.left_cells, pool.free_cells) == (140, 20, 40)
+    pool.operations()
+    pool.check()
+    assert pool.make_room(40)
+    assert pool.operations() == ()
+    assert pool.make_room(41)
+    assert pool.operations() == (Release(),)
+    assert (pool.left_cells, pool.free_cells) == (0, 60)
+    pool.finish(two)
+    assert pool.left_cells == 20
+
+
+def test_what_moves_left_is_freed_when_it_is_much() -> None:
+    pool = tiled_pool()
+    sequences = interleaved(pool, 90)
+    for sequence in sequences:
+        pool.finish(sequence)
+    assert pool.operations() == (*(Compact(sequence.id, 100, 190) for sequence in sequences), Release())
+    assert pool.left_cells == 0
+
+
+def test_a_rebuilt_cache_has_nothing_left_over() -> None:
+    pool = tiled_pool()
+    pool.finish(interleaved(pool, 20)[0])
+    pool.operations()
+    pool.rebuilt(pool.shape)
+    assert pool.free_cells == pool.shape.n_cells - pool.used_cells
 
 
 @pytest.mark.parametrize("n_tokens", [1, 8])
