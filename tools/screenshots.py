@@ -1,8 +1,9 @@
 """Makes the pictures of the documentation by the product itself: `make screenshots`.
 
-Starts `pasture serve` on the small model, plays the `team` workload of the benchmarks against it, and photographs the dashboard
-while that runs, then the chat page with a shared document and a fork; at 1280 and 390 pixels, light and dark. Needs the `dev`
-extra and a Chromium (PASTURE_CHROMIUM, or on the path). Writes docs/img/*.png, each below MOST_BYTES, and nothing else.
+Keeps what `pasture demo` prints. Then starts `pasture serve` on the small model, plays the `team` workload of the benchmarks
+against it, and photographs the dashboard and `pasture top` while that runs, then the chat page with a shared document and a
+fork; pages at 1280 and 390 pixels, light and dark. Needs the `dev` extra and a Chromium (PASTURE_CHROMIUM, or on the path).
+Writes docs/img/*.png, each below MOST_BYTES, demo.svg and top.svg, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from playwright.async_api import Browser, Page, async_playwright, expect
+from rich.console import Console
 
 from pasture.bench.client import Endpoint
+from pasture.bench.demo import Demo
 from pasture.bench.drive import Target, play
 from pasture.bench.options import Arrivals, BenchOptions
 from pasture.bench.systems import PASTURE, Size, default_model, running, variants
 from pasture.bench.workloads import build
+from pasture.cli.top import look
+from pasture.cli.top_screen import Screen
 
 FOLDER = Path(__file__).parents[1] / "docs" / "img"
 MOST_BYTES = 200_000
@@ -43,6 +48,7 @@ Shot = Callable[[Page, str], Awaitable[None]]
 
 async def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    await demo()
     with tempfile.TemporaryDirectory(prefix="pasture-pictures-") as folder:
         flags = ("--kv-ram", "192MiB", "--kv-cache", f"{folder}/kv", "--idle-live", "2s", "--admin-key", ADMIN_KEY)
         options = replace(OPTIONS, serve_flags=flags)
@@ -52,6 +58,7 @@ async def main() -> None:
             target = Target(up.system.endpoint, up.model, 600.0)
             team = asyncio.create_task(play(build(options), target))
             await photograph(browser, up.system.endpoint, "/", "dashboard", dashboard)
+            await top(replace(up.system.endpoint, api_key=ADMIN_KEY))
             if team.done() and (failed := next((e.error for e in team.result() if e.error is not None), None)):
                 sys.exit(f"a request failed while the pictures were taken: {failed}")
             team.cancel()
@@ -59,6 +66,22 @@ async def main() -> None:
             await photograph(browser, up.system.endpoint, "/chat", "chat", chat)
             await browser.close()
     _check_sizes()
+
+
+async def demo() -> None:
+    """What `make demo` prints, but for the server that it leaves."""
+    console = Console(record=True, width=100)
+    if await Demo(BenchOptions(wait=False), console).run():
+        sys.exit("the demonstration failed")
+    console.save_svg(str(FOLDER / "demo.svg"), title="make demo")
+
+
+async def top(endpoint: Endpoint) -> None:
+    """`pasture top` after some seconds of looking."""
+    screen = Screen(await look(endpoint), lambda: look(endpoint), endpoint.url, interval_seconds=1.0)
+    async with screen.run_test(size=(110, 36)) as pilot:
+        await pilot.pause(12.0)
+        screen.save_screenshot("top.svg", str(FOLDER))
 
 
 async def photograph(browser: Browser, endpoint: Endpoint, path: str, name: str, ready: Shot) -> None:

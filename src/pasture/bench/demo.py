@@ -40,7 +40,7 @@ def main(options: BenchOptions) -> int:
     """Exit status: 0 after Ctrl-C or SIGTERM in the end, 1 when a system could not be measured, 130 when ended before."""
     console = Console()
     try:
-        return run_loop(_Demo(options, console).run())
+        return run_loop(Demo(options, console).run())
     except PastureError as error:
         console.print(f"[red]pasture demo:[/] {error}", highlight=False)
         return 1
@@ -48,7 +48,9 @@ def main(options: BenchOptions) -> int:
         return 130
 
 
-class _Demo:
+class Demo:
+    """The demonstration, told to a console."""
+
     def __init__(self, options: BenchOptions, console: Console) -> None:
         self._options = replace(options, workload=WorkloadName.TEAM, turns=options.turns or TURNS)
         self._workload = build(self._options)
@@ -56,6 +58,7 @@ class _Demo:
         self._folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-demo-"))
 
     async def run(self) -> int:
+        """Exit status: 0, or 1 when a request failed. Raises PastureError when a system cannot be measured."""
         workload, console = self._workload, self._console
         console.print(
             f"{workload.users} people ask a help desk {workload.n_requests} questions. Its instructions are about 1,000 tokens "

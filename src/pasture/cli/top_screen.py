@@ -67,6 +67,7 @@ class SheetTable(DataTable[Text]):
 class Screen(App[None]):
     """All of it. `look` raises PastureError where the server has no numbers at present."""
 
+    TITLE = "pasture top"
     CSS = """
     #title, #overview { padding: 0 1; height: auto; }
     #overview { margin: 1 0; }

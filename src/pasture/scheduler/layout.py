@@ -21,6 +21,8 @@ BASE, ATTEND, MASK, COPY = 3000.0, 3.3, 0.34, 1.7
 """microseconds a row and a row and cell: SmolLM2-135M Q4_1 on two cores"""
 GAIN = 0.12
 """a move to streams must promise this much of a row's time"""
+MIN_ROWS = 4
+"""so many must run: the last few of a wave are done before a move, of a second or two, has paid"""
 LOSS = 0.03
 """streams that cost this much more than the unified layout would are left"""
 SETTLE_STEPS = 24
@@ -99,7 +101,7 @@ class LayoutAdvisor:
         if self._steps_here < SETTLE_STEPS:
             return None
         gain = self._gain_of_streams(traffic)
-        if shape.layout is Layout.UNIFIED and streams is not None and gain > GAIN:
+        if shape.layout is Layout.UNIFIED and streams is not None and gain > GAIN and traffic.rows >= MIN_ROWS:
             return streams
         if shape.layout is Layout.STREAMS and gain < -LOSS:
             return home

@@ -10,7 +10,7 @@ import orjson
 import pytest
 from rich.console import Console
 
-from pasture.bench.demo import change, promptly_served, users_that_fit
+from pasture.bench.demo import change, first_shared, promptly_served, users_that_fit
 from pasture.bench.measure import Outside, figures
 from pasture.bench.options import BenchOptions
 from pasture.bench.overhead import StepCost, tokens_between
@@ -54,6 +54,13 @@ def printed(report: Report) -> str:
     with console.capture() as capture:
         print_report(report, console)
     return capture.get()
+
+
+def test_the_first_shared_answer_is_the_first_whose_prompt_was_partly_there() -> None:
+    shared = run("pasture", "pasture", 8.0)
+    assert first_shared(shared) == 2.0
+    cold = dataclasses.replace(shared, traces=tuple(dataclasses.replace(trace, cached_tokens=0) for trace in shared.traces))
+    assert first_shared(cold) is None
 
 
 def test_the_better_variant_of_a_peer_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -240,6 +241,12 @@ def test_cramped_streams_are_left_at_once() -> None:
     advisor.moved()
     assert advisor.advise(streams, traffic(2, 0, 100, longest=2048)) == Target(Layout.UNIFIED, 255)
     assert advisor.advise(streams, traffic(20, 0, 500)) == Target(Layout.STREAMS, 32)
+
+
+def test_the_last_of_a_wave_are_not_moved_for_the_idle_cells_of_the_others() -> None:
+    left = Traffic(3, 3 * 1200, 1000 + 3 * 200, 20_000, 1200, 16)
+    assert LayoutAdvisor(HOME).advise(HOME, left) is None
+    assert LayoutAdvisor(HOME).advise(HOME, replace(left, rows=4, attended_cells=4 * 1200)) is not None
 
 
 def test_streams_too_short_for_the_conversations_are_not_advised() -> None:
