@@ -32,7 +32,7 @@ from pasture.core.values import (
     StepPlan,
 )
 from pasture.engine.fake import FakeEngine, expected_reply
-from pasture.kv import pool
+from pasture.kv import placement
 from pasture.kv.radix import token_array
 from pasture.scheduler.scheduler import Delivery, Scheduler
 from pasture.scheduler.settings import SchedulerSettings
@@ -58,7 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, n_cells: int, n_seqs: int, n_batch: int, ram_bytes: int, max_running: int, limit: int | None) -> None:
         self.now = 0.0
-        self.patch = patch.object(pool, "MIN_BREAKS", 2)
+        self.patch = patch.object(placement, "MIN_BREAKS", 2)
         self.patch.start()
         self.n_cells = n_cells
         shape = PoolShape(n_cells, n_seqs, self.layout, n_batch, tile_tokens=8, can_pad=not self.recurrent)
@@ -226,7 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler.running) <= self.max_running
         assert all(task.sequence is None for task in self.scheduler.swapped.values())
         if not pool.has_operations:
-            assert (self.engine.used_cells, self.engine.left_cells) == (pool.used_cells, pool.left_cells)
+            assert (self.engine.used_cells, self.engine.left_cells) == (pool.used_cells, pool.placement.left_cells)
             for sequence in pool.sequences.values():
                 assert self.engine.tokens_of(sequence.id) == list(sequence.tokens())
 

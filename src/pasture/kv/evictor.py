@@ -37,7 +37,7 @@ class Evictor:
         if pool.shape.layout is Layout.STREAMS:
             return True  # a stream's cells are its own; admission sees to it that they suffice
         if n_cells > pool.free_cells:
-            pool.release()
+            pool.placement.release()
         while (missing := n_cells - pool.free_cells) > 0:
             victim = self.victim()
             if victim is None:

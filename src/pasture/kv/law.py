@@ -57,8 +57,8 @@ def _check_counts(pool: Pool) -> None:
     used = pool.tree.n_tokens if pool.cells_are_shared else lengths
     if used != pool.used_cells:
         raise InvariantBroken(f"{used} cells are held, {pool.used_cells} counted as used")
-    if used + pool.left_cells > pool.shape.n_cells:
-        raise InvariantBroken(f"{used} cells used and {pool.left_cells} left of {pool.shape.n_cells}")
+    if used + pool.placement.left_cells > pool.shape.n_cells:
+        raise InvariantBroken(f"{used} cells used and {pool.placement.left_cells} left of {pool.shape.n_cells}")
     counted, recount = pool.holdings, recounted(pool)
     if recount.locked_cells != counted.locked_cells:
         raise InvariantBroken(f"{recount.locked_cells} cells are locked, {counted.locked_cells} counted")

@@ -20,7 +20,6 @@ Thread: the engine's. Sources: RadixAttention (SGLang) for the tree, vLLM's KVCa
 from __future__ import annotations
 
 import heapq
-import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -29,12 +28,10 @@ from pasture.core.ports import Clock
 from pasture.core.statistics import PoolStatistics, SequenceState
 from pasture.core.values import (
     CellOperation,
-    Compact,
     Copy,
     Layout,
     Namespace,
     PoolShape,
-    Release,
     Remove,
     RequestId,
     Restore,
@@ -50,13 +47,9 @@ from pasture.kv.holdings import Holdings
 from pasture.kv.law import check, recounted
 from pasture.kv.lookup import holders_state, idle_sequence_at, reusable, unlocked_tokens
 from pasture.kv.picture import draw
+from pasture.kv.placement import Placement
 from pasture.kv.radix import Match, Node, RadixTree, common_prefix
 from pasture.kv.sequence import Sequence
-
-MIN_BREAKS = 16
-"""from this many tokens on that are not beside the one before, a reply is worth moving"""
-MOST_LEFT = 0.5
-"""of the cells in use, what compactions may leave taken before it is all freed: every step looks over what is in between"""
 
 
 class Pool:
@@ -94,9 +87,7 @@ class Pool:
         self._private_cells = 0
         self._journal: list[CellOperation] = []
         self.free_ids = [SeqId(i) for i in range(shape.n_seqs)]
-        self._last_writer: Sequence | None = None
-        self.left_cells = 0
-        """taken by nobody: what compactions left, until `release`"""
+        self.placement = Placement(lambda operation: self._journal.append(operation))
 
     # What is there
 
@@ -130,7 +121,7 @@ class Pool:
 
     @property
     def free_cells(self) -> int:
-        return self.shape.n_cells - self.used_cells - self.left_cells
+        return self.shape.n_cells - self.used_cells - self.placement.left_cells
 
     @property
     def locked_cells(self) -> int:
@@ -213,7 +204,7 @@ class Pool:
         if not self.evictor.keep_within(sequence.namespace, len(tokens)) or not self.make_room(len(tokens)):
             return False
         self._journal.append(Restore(sequence.id, slabs))
-        self._last_writer = None
+        self.placement.wrote(None)
         self._append(sequence, tokens)
         self._count(sequence.namespace, "stored", len(tokens), -len(tokens))
         return True
@@ -233,12 +224,6 @@ class Pool:
         """Make `n_cells` cells free by evicting idle leaves; False when running sequences hold too many."""
         return self.evictor.make_room(n_cells)
 
-    def release(self) -> None:
-        """Free what compactions left."""
-        if self.left_cells:
-            self._journal.append(Release())
-            self.left_cells = 0
-
     def evict_idle(self, reason: str) -> None:
         """Drop every idle sequence."""
         for sequence in [s for s in self.sequences.values() if s.idle]:
@@ -255,7 +240,7 @@ class Pool:
         if sequence.length == 0 or (self.cells_are_shared and len(sequence.tail.holders) > 1):
             self.drop(sequence)
         elif self.cells_are_shared and self.shape.can_pad:  # there are tiles, and all of a sequence shows
-            self._compact(sequence)
+            self.placement.gather(sequence, self.free_cells, self.used_cells)
 
     def drop(self, sequence: Sequence, reason: str | None = None, *, emptied: bool = False) -> None:
         """Forget a sequence; cells that nobody else holds become free. With a reason it counts as an eviction.
@@ -270,8 +255,7 @@ class Pool:
         if sequence.length and not emptied:
             self._journal.append(Remove(sequence.id, 0, None))
         self.tree.leave(sequence.tail, sequence)
-        if self._last_writer is sequence:
-            self._last_writer = None
+        self.placement.gone(sequence)
         self._private_cells -= sequence.length
         del self.sequences[sequence.id]
         heapq.heappush(self.free_ids, sequence.id)
@@ -314,8 +298,7 @@ class Pool:
         self.free_ids = [SeqId(i) for i in range(shape.n_seqs) if SeqId(i) not in self.sequences]
         for node in self.tree.nodes():
             node.breaks.clear()
-        self._last_writer = None
-        self.left_cells = 0
+        self.placement.laid_out_anew()
         if self.cells_are_shared:
             for sequence in [s for s in self.sequences.values() if s.idle and len(s.tail.holders) > 1]:
                 self.drop(sequence)
@@ -399,7 +382,7 @@ class Pool:
     def _append(self, sequence: Sequence, tokens: array[int], rejoin: bool = False) -> None:
         node, at, n = sequence.tail, 0, len(tokens)
         start = sequence.length
-        broken = self._last_writer is not sequence and self.shape.layout is Layout.UNIFIED
+        broken = not self.placement.continues(sequence) and self.shape.layout is Layout.UNIFIED
         while at < n:
             child = node.children.get(tokens[at])
             if child is None:
@@ -419,7 +402,7 @@ class Pool:
         self._private_cells += n
         if not self.cells_are_shared:
             self._grew(sequence, n)
-        self._last_writer = sequence
+        self.placement.wrote(sequence)
         self.peak_cells = max(self.peak_cells, self.used_cells)
 
     def _grew(self, sequence: Sequence, n_cells: int) -> None:
@@ -442,23 +425,6 @@ class Pool:
         if redundant is not None:
             self.drop(redundant)
         return node
-
-    def _compact(self, sequence: Sequence) -> None:
-        """Bring what a reply wrote between the tokens of others together: attention skips whole tiles of strangers' cells.
-
-        A tile is as many cells as tokens. Measured on SmolLM2, 16 conversations in their third turn: 64 prompt tokens take
-        450 to 500 ms where gaps are filled again, and 360 to 430 where they are not. Moving 32 tokens takes 1 ms.
-        """
-        own = list(itertools.takewhile(lambda node: len(node.holders) == 1, sequence.tail.path()))
-        breaks = [position for node in reversed(own) for position in node.breaks]
-        if len(breaks) < MIN_BREAKS or sequence.length - breaks[0] > self.free_cells:
-            return
-        self._journal.append(Compact(sequence.id, breaks[0], sequence.length))
-        self.left_cells += sequence.length - breaks[0]
-        if self.left_cells > MOST_LEFT * self.used_cells:
-            self.release()
-        for node in own:
-            node.breaks = [position for position in node.breaks if position == breaks[0]]
 
     def _gain_runner(self, node: Node[Sequence], namespace: Namespace) -> None:
         node.running += 1

@@ -134,7 +134,7 @@ class LayoutKeeper:
             self._scheduler.settings.compact
             and pool.cells_are_shared
             and pool.used_cells >= MIN_COMPACT_CELLS
-            and max(pool.fragmentation, pool.left_cells / pool.used_cells) > FRAGMENTED
+            and max(pool.fragmentation, pool.placement.left_cells / pool.used_cells) > FRAGMENTED
         )
 
     def compact(self) -> None:

@@ -101,16 +101,16 @@ def test_cells_that_a_move_left_stay_taken_until_they_are_needed() -> None:
     pool = tiled_pool(n_cells=200)
     one, two = interleaved(pool, 20)
     pool.finish(one)
-    assert (pool.used_cells, pool.left_cells, pool.free_cells) == (140, 20, 40)
+    assert (pool.used_cells, pool.placement.left_cells, pool.free_cells) == (140, 20, 40)
     pool.operations()
     pool.check()
     assert pool.make_room(40)
     assert pool.operations() == ()
     assert pool.make_room(41)
     assert pool.operations() == (Release(),)
-    assert (pool.left_cells, pool.free_cells) == (0, 60)
+    assert (pool.placement.left_cells, pool.free_cells) == (0, 60)
     pool.finish(two)
-    assert pool.left_cells == 20
+    assert pool.placement.left_cells == 20
 
 
 def test_what_moves_left_is_freed_when_it_is_much() -> None:
@@ -119,7 +119,7 @@ def test_what_moves_left_is_freed_when_it_is_much() -> None:
     for sequence in sequences:
         pool.finish(sequence)
     assert pool.operations() == (*(Compact(sequence.id, 100, 190) for sequence in sequences), Release())
-    assert pool.left_cells == 0
+    assert pool.placement.left_cells == 0
 
 
 def test_a_rebuilt_cache_has_nothing_left_over() -> None:
