@@ -102,6 +102,12 @@ class Admission:
         promised = sum(other.remaining for other in others)
         return limit is None or needed + promised <= evictor.room_for(namespace)
 
+    def n_waiting_of_one(self) -> int:
+        """How many wait for a first token where all are of one tenant; 0 of several: they do not wait for each other."""
+        running = self.running.values()
+        tenants = {task.request.tenant for task in running} | {name for name, _ in self.waiting.weights()}
+        return len(self.waiting) + sum(not task.n_generated for task in running) if len(tenants) == 1 else 0
+
     def _eligible(self) -> list[Task]:
         now = self._clock()
         return self.waiting.eligible(

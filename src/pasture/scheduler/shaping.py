@@ -20,15 +20,18 @@ class StepShaper:
         self.costs = StepCosts(itl_target_seconds)
         self._pool = pool
 
-    def prompt_share(self, streams: Sequence[Work], prompt: Task) -> int:
-        """How many prompt tokens to put beside the streams, if `prompt` goes next; it has its sequence."""
+    def prompt_share(self, streams: Sequence[Work], prompt: Task, n_waiting: int) -> int:
+        """How many prompt tokens to put beside the streams, if `prompt` goes next; it has its sequence.
+
+        `n_waiting` of the streams' tenant wait for a first token.
+        """
         assert prompt.sequence is not None
         pool = self._pool
         sequences = [pool.sequences[work.sequence] for work in streams]
         own = prompt.sequence.length
         joined = pool.distinct_cells([*sequences, prompt.sequence]) if pool.cells_are_shared else own
         load = Load(0, 1, own, joined, own)
-        return self.costs.step(pool.shape, self._load(streams, len(streams)), load)
+        return self.costs.step(pool.shape, self._load(streams, len(streams)), load, n_waiting)
 
     def plan(self, works: list[Work], n_streams: int) -> StepPlan:
         """The step of these works, the first `n_streams` of them streams. Makes the room it needs for filling up."""

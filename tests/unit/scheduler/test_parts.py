@@ -167,6 +167,14 @@ def test_prompts_bring_a_step_up_to_a_tile_and_no_further_than_the_target() -> N
     assert costs.step(small, streams, prompt(1000, 2000)) == 4
 
 
+def test_a_step_may_take_longer_where_more_wait_than_stream() -> None:
+    costs, streams = learnt(), Load(4, 0, 4_000, 2000, 0)
+    taken = [costs.step(UNIFIED, streams, prompt(1000, 2000), n_waiting) for n_waiting in (0, 4, 12, 500)]
+    assert taken == [60, 60, 124, 124]
+    quiet = [costs.step(UNIFIED, Load(0, 0, 0, 0, 0), prompt(1000, 1000), n_waiting) for n_waiting in (1, 3)]
+    assert quiet[0] < quiet[1]
+
+
 def test_streams_over_other_cells_than_the_prompt_get_a_batch_of_their_own() -> None:
     costs = learnt()
     few = Load(2, 0, 2 * 500, 1000, 0)
