@@ -23,7 +23,8 @@ class StepShaper:
     def prompt_share(self, streams: Sequence[Work], prompt: Task, n_waiting: int) -> int:
         """How many prompt tokens to put beside the streams, if `prompt` goes next; it has its sequence.
 
-        `n_waiting` of the streams' tenant wait for a first token.
+        `n_waiting` of the streams' tenant wait for a first token: a reason to compute more of one long prompt at a time, but
+        none to compute several short ones together, whose first tokens would all come later.
         """
         assert prompt.sequence is not None
         pool = self._pool
@@ -31,7 +32,11 @@ class StepShaper:
         own = prompt.sequence.length
         joined = pool.distinct_cells([*sequences, prompt.sequence]) if pool.cells_are_shared else own
         load = Load(0, 1, own, joined, own)
-        return self.costs.step(pool.shape, self._load(streams, len(streams)), load, n_waiting)
+        beside = self._load(streams, len(streams))
+        share = self.costs.step(pool.shape, beside, load)
+        if prompt.remaining <= share or not n_waiting:
+            return share
+        return max(share, min(prompt.remaining, self.costs.step(pool.shape, beside, load, n_waiting)))
 
     def plan(self, works: list[Work], n_streams: int) -> StepPlan:
         """The step of these works, the first `n_streams` of them streams. Makes the room it needs for filling up."""
