@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any, cast
 
@@ -197,10 +198,8 @@ def _growth(one: Json, before: Mapping[str, int]) -> int:
 
 
 def _tokens(number: int, n: int) -> list[int]:
-    """A prompt that has nothing in common with that of another number; valid for every vocabulary."""
-    return [100 + (number * 7919 + 31 * i * i + i) % 150 for i in range(8)] + [
-        100 + (number + i * 17) % 150 for i in range(n - 8)
-    ]
+    """A prompt of its own for each number; valid for every vocabulary."""
+    return Random(number).choices(range(100, 250), k=n)
 
 
 @contextmanager
