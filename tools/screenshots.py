@@ -37,6 +37,7 @@ ADMIN_KEY = "only-for-the-pictures"
 CELLS = 5120
 OPTIONS = BenchOptions(users=14, turns=4, max_tokens=48, think_time=3.0, arrivals=Arrivals.STAGGERED)
 WAIT_MS = 180_000
+REST_SECONDS = 5.0
 HEIGHTS = {("/", 1280): 1130, ("/", 390): 1700, ("/chat", 1280): 800, ("/chat", 390): 844}
 DOCUMENT = (
     "House rules of the common pasture. The gate is shut after everybody. Forty sheep graze here at most, and goats only on "
@@ -63,6 +64,7 @@ async def main() -> None:
                 sys.exit(f"a request failed while the pictures were taken: {failed}")
             team.cancel()
             await asyncio.gather(team, return_exceptions=True)
+            await asyncio.sleep(REST_SECONDS)  # the chat page counts what anybody writes
             await photograph(browser, up.system.endpoint, "/chat", "chat", chat)
             await browser.close()
     _check_sizes()
