@@ -33,7 +33,7 @@ import psutil
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 SESSIONS = 1000
-LIVE = 255
+LIVE = 254
 TALKERS = 4
 FRAME_MS = 16.0
 SERVER_SHARE = 0.01

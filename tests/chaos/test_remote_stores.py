@@ -263,16 +263,25 @@ class Network:
         address = ("ip", "addr", "add" if is_there else "del", f"{self.address(2)}/24", "dev", f"pt{self.number}b")
         subprocess.run(self.inside(*address), check=True, capture_output=True)
 
-    def behave(self, *otherwise: str) -> None:
-        """As it should, or as netem is told; not every kernel has it."""
+    def delays(self, time: str | None) -> None:
+        """What leaves it, by so much (`200ms`), or no longer; by netem, which not every kernel has."""
         device = ("dev", f"pt{self.number}b", "root")
         subprocess.run(self.inside("tc", "qdisc", "del", *device), check=False, capture_output=True)
-        if otherwise:
-            done = subprocess.run(
-                self.inside("tc", "qdisc", "add", *device, "netem", *otherwise), check=False, capture_output=True
-            )
-            if done.returncode:
-                pytest.skip(f"networks cannot be made to misbehave here: {done.stderr.decode()}")
+        if time is not None:
+            self._misbehave("", "tc", "qdisc", "add", *device, "netem", "delay", time)
+
+    def loses(self, percent: int) -> None:
+        """So many of the packets that arrive inside."""
+        rule = f"numgen random mod 100 < {percent} drop"
+        table = f"flush ruleset\ntable inet loss {{\n chain arriving {{\n type filter hook input priority 0\n {rule}\n }}\n}}\n"
+        self._misbehave(table, "nft", "-f", "-")
+
+    def _misbehave(self, told: str, *command: str) -> None:
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"{command[0]} is not installed")
+        done = subprocess.run(self.inside(*command), input=told.encode(), check=False, capture_output=True)
+        if done.returncode:
+            pytest.skip(f"networks cannot be made to misbehave here: {done.stderr.decode()}")
 
     def remove(self) -> None:
         if shutil.which("ip") is not None:
@@ -340,16 +349,30 @@ def test_a_network_that_is_cut_before_the_master_of_a_pool(network: Network, fle
         server.wait(10)
 
 
-def test_a_network_with_a_delay_above_the_limit_and_one_that_loses_packets(
-    network: Network, far_redis: str, fleet: Fleet
-) -> None:
+def test_a_network_with_a_delay_above_the_limit(network: Network, far_redis: str, fleet: Fleet) -> None:
     shelf = redis_shelf([(far_redis, 7379)], lookup_seconds=0.15, ttl_seconds=60.0)
     tier = connected(fleet.tier(shelf, lookup_seconds=0.15))
-    suffer(tier, lambda: network.behave("delay", "200ms"), network.behave)
-    network.behave("loss", "5%")
-    expected = list(blocks(TALK, 1000))
-    found = tier.get_batch(path(TALK), 5.0)
-    assert all(block is None or same(block, wanted) for block, wanted in zip(found, expected, strict=True))
+    suffer(tier, lambda: network.delays("200ms"), lambda: network.delays(None))
+
+
+@pytest.mark.parametrize("percent", [5, 30])
+def test_a_network_that_loses_packets(percent: int, network: Network, far_redis: str, fleet: Fleet) -> None:
+    shelf = redis_shelf([(far_redis, 7379)], lookup_seconds=0.15, ttl_seconds=60.0)
+    tier = connected(fleet.tier(shelf, lookup_seconds=0.15))
+    expected = list(blocks(TALK, BLOCK_BYTES))
+    assert all(map(tier.put, expected))
+    wait_for(lambda: leading(tier, path(TALK)) == len(expected))
+    network.loses(percent)
+    for _ in range(5):
+        started = time.monotonic()
+        found = tier.get_batch(path(TALK), 0.5)
+        assert time.monotonic() - started < 0.5 + LOOKUP_SECONDS
+        assert all(block is None or same(block, wanted) for block, wanted in zip(found, expected, strict=True))
+    network.loses(0)
+    started = time.monotonic()
+    connected(tier)
+    wait_for(lambda: leading(tier, path(TALK)) == len(expected))
+    assert time.monotonic() - started < RECOVERY_SECONDS
 
 
 def test_a_cable_with_a_delay_above_the_limit(fleet: Fleet) -> None:
