@@ -32,8 +32,9 @@ KILL_AFTER = 40
 
 
 def main(*, stay: bool) -> int:
-    """Exit status: 0 when the reply was whole, 1 otherwise, 130 when ended before."""
+    """Exit status: 0 when the reply was whole, 1 otherwise, 130 when ended by Ctrl-C or SIGTERM."""
     console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it started ends with it, as after Ctrl-C
     try:
         return _play(console, stay=stay)
     except PastureError as error:
