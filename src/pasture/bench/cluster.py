@@ -33,8 +33,8 @@ from pasture.bench.client import Endpoint, Json, call, call_json
 from pasture.bench.cluster_process import ClusterFailed, ClusterProcess
 from pasture.bench.systems import free_port
 
-PACE = "0.04,0.0004"
-"""seconds a step, and a token of a prompt: slow enough that two replicas do not share this machine's cores out between them"""
+PACE = "0.02,0.0002"
+"""seconds a step, and a token of a prompt"""
 RUNNING = 4
 """at once on a replica"""
 PEOPLE = 24

@@ -165,7 +165,7 @@ def bench(
     model: Annotated[str | None, typer.Option("-m", "--model", metavar="FILE", help="A GGUF file, for the pool.")] = None,
     kv_remote: Annotated[str | None, typer.Option("--kv-remote", metavar="URL", help="The pool to measure with it.")] = None,
     threads: Annotated[int, typer.Option("-t", "--threads", min=1, metavar="N", help="Of each replica, with a model.")] = 1,
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each throughput run.")] = 30.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each throughput run.")] = 15.0,
     repeats: Annotated[int, typer.Option("--repeats", min=1, metavar="N", help="Prompts that are restored.")] = 3,
 ) -> None:
     """Measure on this machine: two replicas against one and the way through an ingress, or what the shared pool saves.
