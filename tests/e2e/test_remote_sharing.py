@@ -136,10 +136,14 @@ async def test_no_request_fails_whatever_happens_to_the_store(fleet: Fleet, stor
             assert reply == expected_reply(prompt, N_REPLY, GREEDY)
     for tier in tiers:
         connected(tier)
-    prompt = [33, *PROMPT]
-    await computed_and_sent(servers[0], prompt)
-    _, usage = await ask(servers[1], prompt)
-    assert usage.cached_tokens > 0, "and it is of use again"
+    for number in count():  # a pool whose master has just come back has no room until its nodes have noticed
+        prompt = [33 + number, *PROMPT]
+        await computed_and_sent(servers[0], prompt)
+        reply, usage = await ask(servers[1], prompt)
+        assert reply == expected_reply(prompt, N_REPLY, GREEDY)
+        if usage.cached_tokens > 0:
+            break
+        assert number < 20, "and it is of use again"
     for server in servers:
         server.close()
 

@@ -92,12 +92,13 @@ class Calls:
                 threading.Thread(target=self._run, name=f"pasture-call-{self._name}", daemon=True).start()
         return pending
 
-    def close(self) -> None:
-        """Begin nothing more, and let the threads end when what they do lets them."""
+    def close(self, timeout_seconds: float) -> bool:
+        """Begin nothing more, and let the threads end when what they do lets them; whether all have, in this time."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
             self._changed.notify_all()
+            return self._changed.wait_for(lambda: self._n_threads == 0, timeout_seconds)
 
     def _run(self) -> None:
         while (pending := self._next()) is not None:
@@ -112,4 +113,5 @@ class Calls:
             if self._waiting:
                 return self._waiting.popleft()
             self._n_threads -= 1
+            self._changed.notify_all()
             return None

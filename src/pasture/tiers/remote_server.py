@@ -153,9 +153,11 @@ class Server:
         self._stopping.set()
         deadline = self._clock() + timeout_seconds
         self._watcher.join(timeout_seconds)
-        if self._opened and self.answers:  # a library that waits for a store that is away may hold up more than itself
-            self._calls.start(self._shelf.close).wait(deadline - self._clock())
-        self._calls.close()
+        ended = self._calls.close(max(0.0, deadline - self._clock()))  # a library may fault where it is closed in mid-call
+        if ended and self._opened and self.answers:  # and one that waits for a store that is away hold up more than itself
+            closing = Calls(self.address)
+            closing.start(self._shelf.close).wait(deadline - self._clock())
+            closing.close(0.0)
 
     # The watcher
 

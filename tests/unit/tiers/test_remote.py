@@ -18,7 +18,8 @@ from pasture.tiers.memory import MemoryTier
 from pasture.tiers.ports import SlowTier
 from pasture.tiers.remote_calls import Calls, TooLate
 from pasture.tiers.remote_mooncake import MooncakeShelf
-from pasture.tiers.remote_ports import CHILDREN
+from pasture.tiers.remote_ports import CHILDREN, Shelf
+from pasture.tiers.remote_server import Server
 from pasture.tiers.sealed import SealedWire
 from pasture.tiers.store import TieredStore
 from tests import tier_support
@@ -240,6 +241,41 @@ def test_a_store_that_hangs_does_not_keep_the_tier_from_closing(fleet: Fleet) ->
     shelf.open_door.set()
 
 
+def test_a_store_is_closed_when_the_last_call_has_come_back() -> None:
+    shelf, slow, order = DictShelf(), threading.Event(), list[str]()
+    server = Server(shelf, lookup_seconds=5.0)
+    wait_for(lambda: server.answers)
+    started = threading.Event()
+
+    def read(_: Shelf) -> bool:
+        started.set()
+        slow.wait(20)
+        order.append("closed before" if shelf.closed else "read")
+        return True
+
+    server.ask(read)
+    assert started.wait(20)
+    closing = threading.Thread(target=server.close, args=(20.0,))
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    slow.set()
+    closing.join(20)
+    assert order == ["read"]
+    assert shelf.closed
+
+
+def test_a_store_with_a_call_that_does_not_come_back_is_not_closed() -> None:
+    shelf, never = DictShelf(), threading.Event()
+    server = Server(shelf, lookup_seconds=5.0)
+    wait_for(lambda: server.answers)
+    server.ask(lambda _: never.wait(20))
+    server.close(0.3)
+    never.set()
+    assert server.answers
+    assert not shelf.closed
+
+
 def test_warnings_are_said_and_shown(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     shelf = DictShelf()
     shelf.warnings = ("it is slower than you asked for",)
@@ -396,8 +432,8 @@ def test_a_call_that_nobody_waits_for_is_not_begun_and_threads_are_few() -> None
     assert answer.wait(20)
     assert answer.result() == 7
     assert len(shelf.calls) == 2, "the three that were given up were not begun"
-    calls.close()
-    wait_for(lambda: calls.n_threads == 0)
+    assert calls.close(20.0)
+    assert calls.n_threads == 0
 
 
 def test_what_a_call_raises_arrives_where_it_is_waited_for() -> None:
@@ -410,7 +446,7 @@ def test_what_a_call_raises_arrives_where_it_is_waited_for() -> None:
     assert pending.wait(20)
     with pytest.raises(ValueError, match="so"):
         pending.result()
-    calls.close()
+    assert calls.close(20.0)
 
 
 # RDMA
