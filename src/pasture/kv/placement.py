@@ -5,7 +5,11 @@ by token between those of others leaves no such tile, so it is moved behind ever
 free cells first, and would scatter the next prompts over what the move left; so that stays taken until it is needed.
 
 Measured on SmolLM2, 16 conversations in their third turn: 64 prompt tokens take 450 to 500 ms where gaps are filled again, and
-360 to 430 where they are not. Moving 32 tokens takes 1 ms. Owns no sequence and no node; unified layout. Thread: the engine's.
+360 to 430 where they are not. Moving 32 tokens takes 1 ms.
+
+In a full pool there is no room for that, and what comes fills the holes of what has left: 64 tokens take 430 to 480 ms, and 300
+to 350 after the whole of 4,352 cells was laid out anew, in 60 to 200 ms. `freed_cells` tells when that is due. Owns no sequence
+and no node; unified layout. Thread: the engine's.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ class Placement:
         """`record` takes what the engine has to carry out, in order."""
         self.left_cells = 0
         """taken, and nobody's"""
+        self.freed_cells = 0
+        """given back since the engine laid everything out anew: holes, or filled with something else"""
         self._record = record
         self._last_writer: Sequence | None = None
 
@@ -39,15 +45,16 @@ class Placement:
         """Whose token was written last; None: nobody goes on from there."""
         self._last_writer = sequence
 
-    def gone(self, sequence: Sequence) -> None:
-        """Its cells are free."""
+    def gone(self, sequence: Sequence, n_cells: int) -> None:
+        """So many of its cells are free."""
+        self.freed_cells += n_cells
         if self._last_writer is sequence:
             self._last_writer = None
 
     def laid_out_anew(self) -> None:
         """The engine has put everything side by side."""
         self._last_writer = None
-        self.left_cells = 0
+        self.left_cells = self.freed_cells = 0
 
     def gather(self, sequence: Sequence, free_cells: int, used_cells: int) -> None:
         """Move what the sequence alone holds, from its first break on, behind everything, where that is worth it."""

@@ -255,7 +255,7 @@ class Pool:
         if sequence.length and not emptied:
             self._journal.append(Remove(sequence.id, 0, None))
         self.tree.leave(sequence.tail, sequence)
-        self.placement.gone(sequence)
+        self.placement.gone(sequence, before - self.used_cells)
         self._private_cells -= sequence.length
         del self.sequences[sequence.id]
         heapq.heappush(self.free_ids, sequence.id)
@@ -368,6 +368,7 @@ class Pool:
         self._private_cells -= sequence.length - node.end
         sequence.tail, sequence.length = node, node.end
         self._journal.append(Remove(sequence.id, node.end, None))
+        self.placement.gone(sequence, before - self.used_cells)
         self.holdings.hold(sequence.namespace, self.used_cells - before)
         self.evicted_cells[reason] += before - self.used_cells
 

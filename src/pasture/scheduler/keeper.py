@@ -7,6 +7,7 @@ restore. Engine thread, between two steps.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 
@@ -35,6 +36,10 @@ LATELY_SECONDS = 60.0
 FRAGMENTED = 0.15
 """share of broken neighbourhoods, or of cells left behind, from which a compaction pays"""
 MIN_COMPACT_CELLS = 512
+TURNOVER = 0.5
+"""of all cells, given back since the last compaction: from then on one pays although somebody waits for it"""
+SECONDS_PER_CELL = 50e-6
+"""of a compaction, before some were measured"""
 
 
 class LayoutKeeper:
@@ -52,6 +57,8 @@ class LayoutKeeper:
         self._traffic: Traffic | None = None
         self._looked_at = -1
         self._steps_since = 0
+        self._seconds_per_cell = deque([SECONDS_PER_CELL], maxlen=4)
+        """of the last compactions: the shortest counts, since any may have been held up by something else"""
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step that has just run."""
@@ -137,10 +144,23 @@ class LayoutKeeper:
             and max(pool.fragmentation, pool.placement.left_cells / pool.used_cells) > FRAGMENTED
         )
 
+    @property
+    def wants_compaction_at_once(self) -> bool:
+        """Whether it pays beside requests: prompts have filled holes, and streams stand still no longer than for a step."""
+        pool, settings = self._scheduler.pool, self._scheduler.settings
+        return (
+            settings.compact
+            and pool.cells_are_shared
+            and pool.shape.can_pad  # there are tiles
+            and pool.placement.freed_cells > TURNOVER * pool.shape.n_cells
+            and pool.used_cells * min(self._seconds_per_cell) < settings.itl_target_seconds
+        )
+
     def compact(self) -> None:
         """Put neighbours next to each other again; the journal must be empty."""
-        pool = self._scheduler.pool
+        pool, started = self._scheduler.pool, self._clock()
         pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+        self._seconds_per_cell.append((self._clock() - started) / max(1, pool.used_cells))
 
     def _look(self) -> Traffic | None:
         scheduler = self._scheduler

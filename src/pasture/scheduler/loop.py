@@ -211,6 +211,9 @@ class EngineLoop:
         if form is not None and self._keeper.make_fit(form):
             self._flush()
             self._keeper.rewrite(form)
+        if self._keeper.wants_compaction_at_once:
+            self._flush()
+            self._keeper.compact()
 
     def _flush(self) -> None:
         """Carry out the operations that are due, so that the engine's cells are what the books say."""

@@ -286,6 +286,20 @@ async def test_an_idle_server_compacts_a_fragmented_cache_and_loses_nothing() ->
             assert tokens == expected_reply(turn.prompt, 8, GREEDY)
 
 
+@pytest.mark.parametrize(("tiles", "target", "compacts"), [(True, 0.4, True), (True, 1e-9, False), (False, 0.4, False)])
+async def test_a_full_pool_is_compacted_beside_requests_where_that_is_quick_and_pays(
+    tiles: bool, target: float, compacts: bool
+) -> None:
+    shape = PoolShape(1024, 8, tile_tokens=64 if tiles else 1, can_pad=tiles)
+    with served(FakeEngine(shape), itl_target_seconds=target) as service:
+        asked = [request(f"u{i}", tuple((i * 7 + j * (i + 1)) % 250 for j in range(230)), 12) for i in range(12)]
+        results = await asyncio.gather(*(collect(service, r) for r in asked))
+        compactions = service.statistics().pool.compactions
+    assert (compactions > 0) == compacts
+    for r, (tokens, _) in zip(asked, results, strict=True):
+        assert tokens == expected_reply(r.prompt, 12, GREEDY)
+
+
 async def test_private_traffic_moves_to_streams_by_itself_and_every_text_stays() -> None:
     with served(FakeEngine(PoolShape(32768, 64)), layout=LayoutChoice.AUTO) as service:
         asked = [request(f"u{i}", tuple((i * 7 + j) % 250 for j in range(900)), 40) for i in range(12)]
