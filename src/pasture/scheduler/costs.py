@@ -10,7 +10,7 @@ A step's cost is linear in what it does, but with different coefficients in diff
 So a prompt's chunk should bring the step up to a full tile, a step that falls somewhat short of one is cheaper filled up with
 rows that nobody reads, and streams whose cells are not the prompt's are cheaper in a batch of their own than in its tile, which
 would then walk over their cells too. On a backend without the cliff (`tile_tokens` 1) everything is the tiled regime.
-Coefficients are fitted by recursive least squares with forgetting; the start values are a CPU's. Knows no clock and no engine.
+Coefficients are fitted by least squares with forgetting; the start values are a CPU's. Knows no clock and no engine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pasture.core.values import Layout, PoolShape
 
@@ -61,11 +62,18 @@ class Load:
 
 
 class _Linear:
-    """Recursive least squares with forgetting; coefficients never below zero."""
+    """Least squares with forgetting; coefficients never below zero.
+
+    What the start values say is never forgotten, only outweighed: where all steps are alike (somebody writes alone), they say
+    nothing of how the time divides among the features, and without that the shares would drift to anything that adds up.
+    """
 
     def __init__(self, start: Iterable[float], spread: Iterable[float]) -> None:
         self._weights = np.array(list(start))
-        self._covariance = np.diag(np.square(list(spread)))
+        self._prior = np.diag(1 / np.square(list(spread)))
+        self._precision = self._prior.copy()
+        self._moment = self._prior @ self._weights
+        self._prior_moment = self._moment.copy()
         self._n_seen = 0
 
     def predict(self, features: Iterable[float]) -> float:
@@ -77,12 +85,23 @@ class _Linear:
         expected = float(x @ self._weights)
         if self._n_seen > 8 and expected > 0:
             seconds = min(max(seconds, expected / 3), expected * 3)
-        noise = (0.1 * max(expected, 0.01)) ** 2
-        gain = self._covariance @ x / (FORGETTING * noise + x @ self._covariance @ x)
-        self._weights = np.maximum(self._weights + gain * (seconds - expected), 1e-7)
-        covariance = (self._covariance - np.outer(gain, x @ self._covariance)) / FORGETTING
-        self._covariance = np.clip((covariance + covariance.T) / 2, -1e-2, 1e-2)
+        weighted = x / (0.1 * max(expected, 0.01)) ** 2
+        self._precision = FORGETTING * self._precision + (1 - FORGETTING) * self._prior + np.outer(weighted, x)
+        self._moment = FORGETTING * self._moment + (1 - FORGETTING) * self._prior_moment + weighted * seconds
+        self._weights = self._solved()
         self._n_seen += 1
+
+    def _solved(self) -> npt.NDArray[np.float64]:
+        """The best coefficients; one that would be negative is nothing, and the others are fitted without it."""
+        weights = np.full(len(self._moment), 1e-7)
+        used = np.arange(len(weights))
+        while len(used):
+            solved = np.linalg.solve(self._precision[np.ix_(used, used)], self._moment[used])
+            if (solved > 0).all():
+                weights[used] = solved
+                break
+            used = used[solved > 0]
+        return weights
 
 
 class StepCosts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -147,6 +148,17 @@ def learnt(target: float = 0.2) -> StepCosts:
         if load.n_tokens:
             costs.observe(UNIFIED, load, 0, seconds(load, load.n_tokens))
     return costs
+
+
+def test_a_stream_that_was_alone_for_long_does_not_change_what_more_rows_are_thought_to_cost() -> None:
+    costs, noise = learnt(), Random(1)
+    few = Load(0, 14, 14 * 300, 314, 314)
+    before = costs.expected_seconds(UNIFIED, few)
+    for written in range(3000):
+        alone = Load(1, 0, 100 + written % 700, 100 + written % 700, 0)
+        costs.observe(UNIFIED, alone, 0, seconds(alone, 1) * noise.uniform(0.8, 1.3))
+    assert costs.expected_seconds(UNIFIED, few) == pytest.approx(before, rel=0.4)
+    assert costs.padding(UNIFIED, few) == 0
 
 
 def test_costs_are_learnt_on_both_sides_of_the_cliff() -> None:
