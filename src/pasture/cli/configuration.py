@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -10,8 +11,9 @@ from rich.text import Text
 
 from pasture.cli.flags import with_settings
 from pasture.cli.output import out, print_json
-from pasture.config import Configuration, OriginKind, SettingSpec, format_bytes, format_seconds, setting_specs
+from pasture.config import Configuration, Flag, OriginKind, SettingSpec, format_bytes, format_seconds, setting_specs
 
+_PASSWORD = re.compile(r"(://[^/:]*:)[^/]*@")
 _STYLES = {OriginKind.FLAG: "bold cyan", OriginKind.ENVIRONMENT: "bold magenta", OriginKind.FILE: "bold green"}
 
 
@@ -58,27 +60,35 @@ def _as_json(configuration: Configuration) -> dict[str, object]:
         value = getattr(configuration.settings, spec.name)
         origin = configuration.origins[spec.name]
         rows[spec.name] = {
-            "value": _hidden(value) if spec.flag.secret else value,
+            "value": _without_secrets(value, spec.flag),
             "origin": origin.kind.value,
             "where": origin.where or None,
         }
     return {"file": str(configuration.file) if configuration.file else None, "settings": rows}
 
 
-def _hidden(value: object) -> object:
-    return ["***" for _ in value] if isinstance(value, tuple) else value
+def _without_secrets(value: object, flag: Flag) -> object:
+    """As it may be printed: of a secret that it is set, of a URL all but its password."""
+    if isinstance(value, str) and "://" in value:
+        return _PASSWORD.sub(r"\1***@", value)
+    if flag.secret and isinstance(value, tuple):
+        return ["***" for _ in value]
+    return "***" if flag.secret and value is not None else value
 
 
 def _shown(configuration: Configuration, spec: SettingSpec) -> Text:
-    value = getattr(configuration.settings, spec.name)
-    if value is None or value == ():
+    setting = getattr(configuration.settings, spec.name)
+    value = _without_secrets(setting, spec.flag)
+    if value in (None, (), []):
         return Text("unset", "dim")
-    if spec.flag.secret:
+    if isinstance(value, list):
         return Text(f"{len(value)} set, not shown")
+    if value == "***":
+        return Text("set, not shown")
     if spec.flag.metavar == "SIZE":
-        return Text(format_bytes(value))
+        return Text(format_bytes(setting))
     if spec.flag.metavar == "TIME":
-        return Text(format_seconds(value))
+        return Text(format_seconds(setting))
     if isinstance(value, bool):
         return Text("on" if value else "off")
     return Text(str(value))

@@ -239,7 +239,7 @@ class Settings(BaseSettings):
 
     state: Annotated[str | None, Flag(("--state",), TENANTS, "FILE")] = Field(
         default=None,
-        description="A SQLite file (or a database URL) that keeps keys, sessions and transcripts; in memory unless given.",
+        description="A SQLite file (or a postgresql:// URL) that keeps keys, sessions and transcripts; in memory unless given.",
     )
     share: Annotated[Literal["tenant", "all"], Flag(("--share",), TENANTS, "WITH")] = Field(
         default="tenant", description="Who shares prompts: those with keys of one tenant, or all, as one trusting team."

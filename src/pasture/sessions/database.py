@@ -1,8 +1,9 @@
-"""The database of tenants and transcripts: SQLite unless a URL says otherwise, reached through SQLAlchemy's Core.
+"""The database of tenants and transcripts: SQLite, or PostgreSQL by URL, reached through SQLAlchemy's Core.
 
-Opening brings the schema up to date: `MIGRATIONS` is only ever appended to, and its statements are SQL that SQLite and
-PostgreSQL both understand. Writers of one process take turns; a writer of another (a command beside a running server) is waited
-for. No call here is made on an event loop. Any thread may call.
+Opening brings the schema up to date: `MIGRATIONS` is only ever appended to, and its statements are SQL that both understand.
+Both give the same guarantees: who reads sees one moment, and who writes is alone, in this process by a lock and among processes
+by what the database has (SQLite's write lock, an advisory lock in PostgreSQL) and is waited for. So a read in a writing
+transaction is still true when it writes. No call here is made on an event loop. Any thread may call.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from pasture.sessions.migrations import MIGRATIONS
 
 BUSY_SECONDS = 10.0
 """how long another process' writing is waited for"""
+POSTGRESQL = "postgresql"
+CONNECT_SECONDS = 10
+WRITERS = 0x70617374757265
+"""the advisory lock of whoever writes: "pasture" in ASCII"""
 
 
 class Database:
@@ -33,6 +38,9 @@ class Database:
         """`location`: a file, a database URL, or None for memory. Raises ConfigError for one that cannot be used."""
         url = _url(location)
         self._engine = _engine(url)
+        self._writing: dict[str, object] = {"writes": True}
+        if url.get_backend_name() == POSTGRESQL:  # what was committed while this one waited for its turn counts
+            self._writing["isolation_level"] = "READ COMMITTED"
         self._lock = threading.RLock()
         self._closed = False
         self._in_memory = url.database == ":memory:"
@@ -57,7 +65,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction of its own, committed unless the block raises. Raises ShuttingDown after `close`."""
-        with self._lock, self._open_engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with self._lock, self._open_engine.connect().execution_options(**self._writing) as connection, connection.begin():
             yield connection
 
     def close(self) -> None:
@@ -88,10 +96,7 @@ def _url(location: str | None) -> URL:
     if location is None:
         return make_url("sqlite://").set(database=":memory:")
     if "://" in location:
-        try:
-            return make_url(location)
-        except ArgumentError:
-            raise ConfigError("state: this is not a database URL") from None
+        return _server_url(location)
     path = Path(location).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +107,40 @@ def _url(location: str | None) -> URL:
     return make_url("sqlite://").set(database=str(path))
 
 
+def _server_url(location: str) -> URL:
+    try:
+        url = make_url(location)
+    except ArgumentError:
+        raise ConfigError("state: this is not a database URL") from None
+    if url.get_backend_name() == "sqlite":
+        return url
+    if url.get_backend_name() not in (POSTGRESQL, "postgres"):
+        raise ConfigError(f"state: {url.drivername} is neither a file, sqlite:// nor postgresql://")
+    return url if "+" in url.drivername else url.set(drivername=f"{POSTGRESQL}+psycopg")
+
+
 def _engine(url: URL) -> Engine:
-    if url.get_backend_name() != "sqlite":
-        try:
-            return create_engine(url, pool_pre_ping=True)
-        except (ImportError, SQLAlchemyError) as error:
-            raise ConfigError(f"state: no driver for {url.drivername}: {error}") from None
+    return _postgresql(url) if url.get_backend_name() == POSTGRESQL else _sqlite(url)
+
+
+def _postgresql(url: URL) -> Engine:
+    waits = {"connect_timeout": CONNECT_SECONDS, "options": f"-c lock_timeout={1000 * BUSY_SECONDS:.0f}"}
+    try:
+        engine = create_engine(url, pool_pre_ping=True, isolation_level="REPEATABLE READ", connect_args=waits)
+    except (ImportError, SQLAlchemyError) as error:
+        raise ConfigError(
+            f"state: no driver for {url.drivername} (pip install 'pasture[postgresql]' brings psycopg): {error}"
+        ) from None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if connection.get_execution_options().get("writes"):
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS})")
+
+    return engine
+
+
+def _sqlite(url: URL) -> Engine:
     pool = {"poolclass": StaticPool} if url.database == ":memory:" else {}
     engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool)
 

@@ -20,25 +20,19 @@ from collections.abc import Iterable, Sequence
 
 from pasture.core.errors import InvariantBroken
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, TierStatistics
-from pasture.core.values import Allowance, Form, Kind
+from pasture.core.values import Allowance, Kind
 from pasture.tiers.aheads import Aheads
 from pasture.tiers.block import Block
+from pasture.tiers.books import Books
 from pasture.tiers.entries import Entry, LazyHeap, SortKey, size_of
 from pasture.tiers.eviction import PolicyMaker, least_recently_used
 from pasture.tiers.index import BlockIndex
 from pasture.tiers.keys import Address
 from pasture.tiers.owners import Owner, Owners
+from pasture.tiers.room import Room
 from pasture.tiers.trail import Trail
 from pasture.tiers.unwritten import Lines, Unwritten
 
-HIGH_WATER = 0.97
-"""share of the budget above which `trim` evicts"""
-LOW_WATER = 0.93
-"""and down to which"""
-PASSING_SHARE = 1 / 4
-"""of the budget, at most, for what is not kept here and only waits for the writers"""
-BESIDE_SHARE = 1 / 16
-"""of the budget: so much of that does not count against it"""
 SHARED_FORKS = 3
 """paths that begin below a block from which on it counts as shared by many: a system prompt"""
 
@@ -74,23 +68,15 @@ class MemoryTier:
     ) -> None:
         """`n_writers`: as many as there are slow tiers. `squeeze_stages`: steps of the compression ladder a block may take."""
         self.divisible = divisible
-        self._budget_bytes = budget_bytes
         self._squeeze_stages = squeeze_stages
         self._lock = threading.Lock()
         self._index = BlockIndex(divisible=divisible)
         self._owners = Owners(policy, self._evictable)
         self._squeezable: LazyHeap[Entry] = LazyHeap(coldest_first, self._can_be_squeezed)
         self._lines = Lines(n_writers)
+        self._books = Books()
+        self._room = Room(budget_bytes, self._books, self._owners, self._lines, self._remove)
         self._tick = 0
-        self._bytes = 0
-        self._pinned_bytes = 0
-        self._bytes_by_form: Counter[Form] = Counter()
-        self._hit_tokens = 0
-        self._missed_tokens = 0
-        self._evicted_blocks = 0
-        self._damaged_blocks = 0
-        self._read_bytes = 0
-        self._written_bytes = 0
         self.aheads = Aheads()
 
     # What requests do, for the policy
@@ -112,7 +98,7 @@ class MemoryTier:
         freed: list[Block] = []
         with self._lock:
             self._owners.shares.allow(owner, allowance)
-            self._keep_within(owner, 0, freed)
+            self._room.keep_within(owner, 0, freed)
 
     def expected(self, keys: Sequence[BlockKey]) -> list[float]:
         """Uses a second that the policy expects of each block; nothing of what is here already."""
@@ -156,9 +142,9 @@ class MemoryTier:
     def count(self, *, hit_tokens: int = 0, missed_tokens: int = 0, read_bytes: int = 0) -> None:
         """What came of looking, for the statistics."""
         with self._lock:
-            self._hit_tokens += hit_tokens
-            self._missed_tokens += missed_tokens
-            self._read_bytes += read_bytes
+            self._books.hit_tokens += hit_tokens
+            self._books.missed_tokens += missed_tokens
+            self._books.read_bytes += read_bytes
 
     # Storing
 
@@ -183,7 +169,7 @@ class MemoryTier:
         with self._lock:
             if block.address.key in self._index:
                 return len(self._lines) > 0
-            if not self._make_way(size_of(block), freed):
+            if not self._room.make_way(size_of(block), freed):
                 return False
             self._lines.pass_by(block)
             return True
@@ -197,7 +183,7 @@ class MemoryTier:
         with self._lock:
             entry = self._insert(block, freed, force=True, source=source, ahead=ahead)
             assert entry is not None, "a forced block is never refused"
-            self._pin(entry)
+            self._books.pin(entry)
             return MemoryPin(self, [entry])
 
     def drop_damaged(self, block: Block) -> None:
@@ -205,7 +191,7 @@ class MemoryTier:
         with self._lock:
             entry = self._index.get(block.address.key)
             if entry is not None:
-                self._damaged_blocks += 1
+                self._books.damaged_blocks += 1
                 self._remove(entry)
 
     @property
@@ -223,7 +209,7 @@ class MemoryTier:
                 if self._evictable(entry):
                     self._remove(entry)
                     n_dropped += 1
-            self._evicted_blocks += n_dropped
+            self._books.evicted_blocks += n_dropped
         return n_dropped
 
     # Pins
@@ -233,7 +219,7 @@ class MemoryTier:
         with self._lock:
             path, _ = self._index.path(trail)
             for entry in path:
-                self._pin(entry)
+                self._books.pin(entry)
             return MemoryPin(self, path)
 
     def unpin(self, entries: Sequence[Entry]) -> None:
@@ -242,38 +228,36 @@ class MemoryTier:
         with self._lock:
             let_go = {entry.owner for entry in entries}
             for entry in entries:
-                entry.pins -= 1
-                if entry.pins or entry.gone:
+                if not self._books.unpin(entry):
                     continue
-                self._pinned_bytes -= entry.size
                 if entry.doomed:
                     freed.append(self._remove(entry))
                 else:
                     self._owners.offered(entry)
             for owner in let_go:
-                self._keep_within(owner, 0, freed)
-            self._evict_to(self._budget_bytes, freed)
+                self._room.keep_within(owner, 0, freed)
+            self._room.evict_to(self._room.budget_bytes, freed)
 
     # Room
 
     @property
     def budget_bytes(self) -> int:
-        return self._budget_bytes
+        return self._room.budget_bytes
 
     @property
     def used_bytes(self) -> int:
-        return self._bytes
+        return self._books.bytes
 
     @property
     def pinned_bytes(self) -> int:
-        return self._pinned_bytes
+        return self._books.pinned_bytes
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget; evicts at once what does not fit any more."""
         freed: list[Block] = []
         with self._lock:
-            self._budget_bytes = budget_bytes
-            self._evict_to(budget_bytes, freed)
+            self._room.budget_bytes = budget_bytes
+            self._room.evict_to(budget_bytes, freed)
 
     def trim(self) -> int:
         """Above the high watermark, evict down to the low one; returns the bytes freed. For a background thread.
@@ -282,16 +266,7 @@ class MemoryTier:
         """
         freed: list[Block] = []
         with self._lock:
-            full = self._taken() > HIGH_WATER * self._budget_bytes
-            while full and self._taken() > LOW_WATER * self._budget_bytes:
-                victim = self._owners.victim(self._budget_bytes, None)
-                if victim is None:
-                    break
-                if not self._pass_on(victim):
-                    self._owners.offered(victim)
-                    break
-                freed.append(self._remove(victim))
-                self._evicted_blocks += 1
+            self._room.trim(freed)
         return sum(map(size_of, freed))
 
     # For the background: writing and squeezing
@@ -322,9 +297,9 @@ class MemoryTier:
             if entry is None or entry.block is not old:
                 return False
             before = entry.size
-            self._account(entry, -1)
+            self._books.leave(entry)
             entry.put(new)
-            self._account(entry, 1)
+            self._books.enter(entry)
             self._owners.account(entry.owner, entry.size - before)
             entry.stage = stage
             if self._can_be_squeezed(entry):
@@ -338,20 +313,10 @@ class MemoryTier:
     ) -> TierStatistics:
         """Counters and sizes; what only the store knows comes as arguments."""
         with self._lock:
-            return TierStatistics(
-                name="ram",
+            return self._books.statistics(
                 blocks=len(self._index),
-                bytes=self._bytes,
-                budget_bytes=self._budget_bytes,
-                pinned_bytes=self._pinned_bytes,
+                budget_bytes=self._room.budget_bytes,
                 in_flight_bytes=in_flight_bytes + self._lines.passing_bytes,
-                bytes_by_form={form: n_bytes for form, n_bytes in self._bytes_by_form.items() if n_bytes},
-                hit_tokens=self._hit_tokens,
-                missed_tokens=self._missed_tokens,
-                written_bytes=self._written_bytes,
-                read_bytes=self._read_bytes,
-                evicted_blocks=self._evicted_blocks,
-                damaged_blocks=self._damaged_blocks,
                 errors=errors,
                 latency_seconds=latency_seconds,
                 bytes_per_second=bytes_per_second,
@@ -361,15 +326,14 @@ class MemoryTier:
         """Raises InvariantBroken where the books do not add up. O(blocks): for tests and idle time."""
         with self._lock:
             entries = self._index.values()
-            for claim, holds in (
-                ("bytes", self._bytes == sum(entry.size for entry in entries)),
-                ("bytes by form", self._bytes == sum(self._bytes_by_form.values())),
-                ("pinned bytes", self._pinned_bytes == sum(entry.size for entry in entries if entry.pins)),
-                ("owners' bytes", self._owners.bytes == _by_owner(entries)),
-                ("links", self._index.check()),
-                ("budget", self._taken() <= self._budget_bytes or not any(map(self._evictable, entries))),
-                ("unwritten", self._lines.check({entry.block.address.key: entry for entry in entries})),
-            ):
+            claims = {
+                **self._books.agree(entries),
+                "owners' bytes": self._owners.bytes == _by_owner(entries),
+                "links": self._index.check(),
+                "budget": self._room.taken() <= self._room.budget_bytes or not any(map(self._evictable, entries)),
+                "unwritten": self._lines.check({entry.block.address.key: entry for entry in entries}),
+            }
+            for claim, holds in claims.items():
                 if not holds:
                     raise InvariantBroken(f"RAM tier: {claim} do not add up")
 
@@ -397,9 +361,9 @@ class MemoryTier:
             return known
         entry = Entry(block)
         self._index.gain_child(parent)  # from here on the parent is no leaf, so it stays while room is made
-        room = int(HIGH_WATER * self._budget_bytes) if ahead else self._budget_bytes  # so that no trim follows
-        fits = self._keep_within(block.owner, entry.size, freed) and entry.size <= room
-        fits = fits and self._evict_to(room - entry.size, freed, None if force else entry)
+        room = self._room.high_water_bytes if ahead else self._room.budget_bytes  # so that no trim follows
+        fits = self._room.keep_within(block.owner, entry.size, freed) and entry.size <= room
+        fits = fits and self._room.evict_to(room - entry.size, freed, None if force else entry)
         if not fits and not force:
             self._leaf_again(self._index.lose_child(parent))
             return None
@@ -412,9 +376,9 @@ class MemoryTier:
             self._tick += 1
             entry.last_used = self._tick
         self._index.add(entry)
-        self._account(entry, 1)
+        self._books.enter(entry)
         self._owners.entered(entry)
-        self._written_bytes += block.n_bytes
+        self._books.written_bytes += block.n_bytes
         self._lines.entered(entry, source)
         self._owners.offered(entry)
         if self._can_be_squeezed(entry):
@@ -444,7 +408,7 @@ class MemoryTier:
     def _remove(self, entry: Entry) -> Block:
         self._lines.left(entry)
         self.aheads.leave(entry.block.address.key)
-        self._account(entry, -1)
+        self._books.leave(entry)
         self._owners.removed(entry)
         self._leaf_again(self._index.remove(entry))
         return entry.empty()
@@ -458,78 +422,6 @@ class MemoryTier:
 
     def _can_be_squeezed(self, entry: Entry) -> bool:
         return not entry.gone and entry.stage < self._squeeze_stages
-
-    def _taken(self, more_bytes: int = 0) -> int:
-        """Of the budget; with `more_bytes` passing by."""
-        passing = self._lines.passing_bytes + more_bytes
-        if not passing:
-            return self._bytes
-        return self._bytes + max(0, passing - int(BESIDE_SHARE * self._budget_bytes))
-
-    def _may_pass(self, n_bytes: int) -> bool:
-        return len(self._lines) > 0 and n_bytes <= PASSING_SHARE * self._budget_bytes - self._lines.passing_bytes
-
-    def _pass_on(self, entry: Entry) -> bool:
-        """The writers that lack it may take it although it goes; False when one lacks it, and there is no room for that."""
-        if not self._lines.lack(entry):
-            return True
-        fits = self._lines.passing_bytes + entry.size <= BESIDE_SHARE * self._budget_bytes
-        if fits:
-            self._lines.pass_on(entry)
-        return fits
-
-    def _make_way(self, n_bytes: int, freed: list[Block]) -> bool:
-        """Evict what is written until so many bytes are free for what passes by; False when that cannot be."""
-        if not self._may_pass(n_bytes):
-            return False
-        while self._taken(n_bytes) > self._budget_bytes:
-            victim = self._owners.victim(self._budget_bytes, None)
-            if victim is None:
-                return False
-            if self._lines.lack(victim):
-                self._owners.offered(victim)
-                return False
-            freed.append(self._remove(victim))
-            self._evicted_blocks += 1
-        return True
-
-    def _evict_to(self, target_bytes: int, freed: list[Block], newcomer: Entry | None = None) -> bool:
-        """Evict until at most `target_bytes` are used; False when all that is left is pinned, needed or worth more.
-
-        What goes before every slow tier has it passes by their writers, where there is room beside the budget.
-        """
-        while self._taken() > target_bytes:
-            victim = self._owners.victim(self._budget_bytes, newcomer)
-            if victim is None:
-                return False
-            if newcomer is not None and not self._owners.admits(newcomer, victim, self._budget_bytes):
-                self._owners.offered(victim)
-                return False
-            self._pass_on(victim)
-            freed.append(self._remove(victim))
-            self._evicted_blocks += 1
-        return True
-
-    def _keep_within(self, owner: Owner, n_bytes: int, freed: list[Block]) -> bool:
-        """Evict what is on the owner's account until `n_bytes` more are within its limit; False when the rest is pinned."""
-        while self._owners.over(owner, n_bytes) > 0:
-            victim = self._owners.victim_of(owner)
-            if victim is None:
-                return False
-            freed.append(self._remove(victim))
-            self._evicted_blocks += 1
-        return True
-
-    def _pin(self, entry: Entry) -> None:
-        if not entry.pins:
-            self._pinned_bytes += entry.size
-        entry.pins += 1
-
-    def _account(self, entry: Entry, sign: int) -> None:
-        self._bytes += sign * entry.size
-        self._bytes_by_form[entry.block.form] += sign * entry.size
-        if entry.pins:
-            self._pinned_bytes += sign * entry.size
 
 
 def _by_owner(entries: Iterable[Entry]) -> dict[Owner, int]:

@@ -1,4 +1,4 @@
-"""States in memory with clocks that tests set."""
+"""States in memory and in PostgreSQL, with clocks that tests set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from pasture.sessions.state import State
+from tests.postgresql import PostgreSQL, running
 
 
 @dataclass
@@ -26,9 +27,24 @@ def clock() -> Time:
     return Time()
 
 
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request: pytest.FixtureRequest) -> str | None:
+    """Of a new state."""
+    if request.param == "sqlite":
+        return None
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    return server.database()
+
+
 @pytest.fixture
-def state(clock: Time) -> Iterator[State]:
-    made = State(wall_clock=clock, clock=clock)
+def state(location: str | None, clock: Time) -> Iterator[State]:
+    made = State(location, wall_clock=clock, clock=clock)
     yield made
     made.close()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from sqlalchemy import text
 from pasture.core.errors import ConfigError, ShuttingDown
 from pasture.sessions.database import Database
 from pasture.sessions.state import State
+from pasture.sessions.values import Counters
 
 
 def test_a_file_that_is_no_database_is_a_matter_of_settings(tmp_path: Path) -> None:
@@ -18,8 +20,15 @@ def test_a_file_that_is_no_database_is_a_matter_of_settings(tmp_path: Path) -> N
         Database(str(file))
     with pytest.raises(ConfigError, match="cannot be written"):
         Database("/proc/nowhere/state.db")
-    with pytest.raises(ConfigError):
-        Database("nonsense://")
+    with pytest.raises(ConfigError, match="neither a file"):
+        Database("mysql://somewhere/state")
+    with pytest.raises(ConfigError, match="not a database URL"):
+        Database("://")
+
+
+def test_a_server_that_is_not_there_is_a_matter_of_settings() -> None:
+    with pytest.raises(ConfigError, match=r"state in postgresql\+psycopg://pasture:\*\*\*@127.0.0.1:1/state cannot be used"):
+        Database("postgresql://pasture:secret@127.0.0.1:1/state")
 
 
 def test_what_a_newer_version_wrote_is_left_alone(tmp_path: Path) -> None:
@@ -58,8 +67,15 @@ def test_closing_waits_for_who_reads_and_ends_what_comes_later() -> None:
         pass
 
 
-def test_two_processes_and_many_threads_write_to_one_file(tmp_path: Path) -> None:
-    states = [State(str(tmp_path / "state.db")) for _ in range(2)]
+@pytest.fixture
+def shared(location: str | None, tmp_path: Path) -> str:
+    """Of a new state that several processes can open."""
+    return location or str(tmp_path / "state.db")
+
+
+def test_two_processes_open_a_new_state_at_once_and_many_threads_write_to_it(shared: str) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        states = list(pool.map(State, [shared, shared]))
     failed: list[BaseException] = []
 
     def work(state: State, name: str) -> None:
@@ -78,3 +94,32 @@ def test_two_processes_and_many_threads_write_to_one_file(tmp_path: Path) -> Non
     assert len(states[0].tenants.all_keys()) == len(states[1].tenants.all_keys()) == 80
     for state in states:
         state.close()
+
+
+def test_two_processes_count_one_session_s_tokens_and_lose_none(shared: str) -> None:
+    states = [State(shared) for _ in range(2)]
+    tenant = states[0].tenants.create("acme")
+    made = states[0].sessions.create(tenant, [{"role": "user", "content": "a"}])
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    def advance(number: int) -> None:
+        states[number % 2].sessions.advance(tenant, made.session_id, said, n_tokens=2, used=Counters(1, 10, 4, 3))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(advance, range(40)))
+    assert states[1].sessions.get(tenant, made.session_id).counters == Counters(40, 400, 160, 120)
+    for state in states:
+        state.close()
+
+
+def test_who_reads_sees_one_moment(shared: str) -> None:
+    reading, writing = State(shared), State(shared)
+    n_tenants = text("SELECT count(*) FROM tenants")
+    with reading.database.read() as connection:
+        before = connection.execute(n_tenants).scalar_one()
+        writing.tenants.create("acme")
+        assert connection.execute(n_tenants).scalar_one() == before
+    with reading.database.read() as connection:
+        assert connection.execute(n_tenants).scalar_one() == before + 1
+    reading.close()
+    writing.close()

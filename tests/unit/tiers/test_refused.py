@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pasture.tiers.entries import Entry
 from pasture.tiers.eviction import Ordered, Wanted
-from pasture.tiers.memory import PASSING_SHARE, MemoryTier
+from pasture.tiers.memory import MemoryTier
+from pasture.tiers.room import PASSING_SHARE
 from tests.tier_support import NAME, ShelfTier, make_store, put, toks
 
 

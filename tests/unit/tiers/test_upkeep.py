@@ -94,7 +94,7 @@ def test_much_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
     memory, given_back = MemoryTier(10 * GIVE_BACK_BYTES), list[int]()
     care = upkeep(memory, None, given_back)
     for blocks, times in ((9.0, 0), (8.0, 0), (7.0, 1), (6.0, 1)):  # an eighth of the budget is 1.25
-        monkeypatch.setattr(memory, "_bytes", int(blocks * GIVE_BACK_BYTES))
+        monkeypatch.setattr(memory._books, "bytes", int(blocks * GIVE_BACK_BYTES))
         care.round()
         assert len(given_back) == times
 
