@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pasture.core.values import Request, RequestId, SamplingParams, Usage
+from pasture.core.values import Request, RequestId, SamplingParams, TokenLogprobs, Usage
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.tiers.disk import DiskTier
@@ -20,6 +20,8 @@ from tests.store_support import store_for
 Writer = Callable[[Path], Path]
 SYSTEM = [5 + i * 7 % 200 for i in range(150)]
 N_REPLY = 6
+GREEDY = SamplingParams(temperature=0.0)
+TIE_NATS = 0.01
 _serial = count()
 
 
@@ -38,7 +40,7 @@ def serve(
 
 
 async def ask(service: LocalService, prompt: Sequence[int], max_tokens: int = N_REPLY) -> tuple[list[int], Usage]:
-    request = Request(RequestId(f"r{next(_serial)}"), tuple(prompt), max_tokens, SamplingParams(temperature=0.0))
+    request = Request(RequestId(f"r{next(_serial)}"), tuple(prompt), max_tokens, GREEDY)
     reply: list[int] = []
     async for event in service.generate(request):
         if event.token is not None:
@@ -47,6 +49,21 @@ async def ask(service: LocalService, prompt: Sequence[int], max_tokens: int = N_
             assert event.finish.error is None
             return reply, event.finish.usage
     raise AssertionError("a stream without an end")
+
+
+async def draw(service: LocalService, prompt: Sequence[int], max_tokens: int) -> list[tuple[int, TokenLogprobs]]:
+    """A greedy reply with its log probabilities."""
+    request = Request(RequestId(f"r{next(_serial)}"), tuple(prompt), max_tokens, GREEDY, n_logprobs=5)
+    events = [event async for event in service.generate(request)]
+    return [(event.token, event.logprobs) for event in events if event.token is not None and event.logprobs is not None]
+
+
+def assert_same_but_for_ties(one: list[tuple[int, TokenLogprobs]], other: list[tuple[int, TokenLogprobs]]) -> None:
+    """Which rows a step computes together depends on time and moves the last digits: at a tie either token may come."""
+    for (mine, seen), (theirs, _) in zip(one, other, strict=True):
+        if mine != theirs:
+            assert seen.logprob - dict(seen.top)[theirs] < TIE_NATS
+            return
 
 
 async def cold(path: Path, prompt: Sequence[int]) -> list[int]:
@@ -117,12 +134,12 @@ async def test_a_pool_that_is_too_small_swaps_and_computes_nothing_twice(tmp_pat
     path = write_llama(tmp_path / "tiny.gguf")
     service = serve(path, n_cells=512, ram_bytes=ram_bytes)
     prompts = [[30 + i, *SYSTEM[:120]] for i in range(4)]
-    replies = await asyncio.gather(*(ask(service, prompt, max_tokens=60) for prompt in prompts))
+    replies = await asyncio.gather(*(draw(service, prompt, 60) for prompt in prompts))
     statistics = service.statistics()
     service.close()
     assert statistics.scheduler.swaps_total > 0
     assert statistics.scheduler.computed_tokens_total == sum(map(len, prompts))
-    for prompt, (reply, _) in zip(prompts, replies, strict=True):
+    for prompt, reply in zip(prompts, replies, strict=True):
         alone = serve(path)
-        assert (await ask(alone, prompt, max_tokens=60))[0] == reply
+        assert_same_but_for_ties(await draw(alone, prompt, 60), reply)
         alone.close()
