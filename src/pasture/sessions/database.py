@@ -116,7 +116,8 @@ def _server_url(location: str) -> URL:
         return url
     if url.get_backend_name() not in (POSTGRESQL, "postgres"):
         raise ConfigError(f"state: {url.drivername} is neither a file, sqlite:// nor postgresql://")
-    return url if "+" in url.drivername else url.set(drivername=f"{POSTGRESQL}+psycopg")
+    driver = url.drivername.partition("+")[2] or "psycopg"
+    return url.set(drivername=f"{POSTGRESQL}+{driver}")
 
 
 def _engine(url: URL) -> Engine:

@@ -26,9 +26,10 @@ def test_a_file_that_is_no_database_is_a_matter_of_settings(tmp_path: Path) -> N
         Database("://")
 
 
-def test_a_server_that_is_not_there_is_a_matter_of_settings() -> None:
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgres+psycopg"])
+def test_a_server_that_is_not_there_is_a_matter_of_settings(scheme: str) -> None:
     with pytest.raises(ConfigError, match=r"state in postgresql\+psycopg://pasture:\*\*\*@127.0.0.1:1/state cannot be used"):
-        Database("postgresql://pasture:secret@127.0.0.1:1/state")
+        Database(f"{scheme}://pasture:secret@127.0.0.1:1/state")
 
 
 def test_what_a_newer_version_wrote_is_left_alone(tmp_path: Path) -> None:
