@@ -135,7 +135,7 @@ async def _pool_watched(endpoint: Endpoint, progress: Progress, task: TaskID) ->
 def _summary(isolated: Run, shared: Run, workload: Workload, each_cells: int) -> Table:
     alone, ours = isolated.figures, shared.figures
     table = Table(title=f"{workload.users} people, one model")
-    for heading in ("", "a context each", "pasture", "gain", "the article's"):
+    for heading in ("", "a context each", "pasture", "gain", "aim"):
         table.add_column(heading, justify="left" if not heading else "right")
     fitting = users_that_fit(ARTICLE_USERS * each_cells, shared)
     table.add_row(
