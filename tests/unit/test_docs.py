@@ -29,6 +29,9 @@ FOREIGN_FLAGS = RAYS_FLAGS | {
     "--repack",
     "--no-webui",
     "--cache-ram",
+    "--jinja",
+    "--metrics",
+    "--slots",
 }
 """of llama-server, which the documentation compares with"""
 

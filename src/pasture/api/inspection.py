@@ -16,7 +16,7 @@ from pasture.api.answers import Content, Health, ModelBody, ModelList, Props, Re
 from pasture.api.bodies import read_body
 from pasture.api.formats import FINGERPRINT, Json
 from pasture.api.gateway import Gateway
-from pasture.api.offload import off_loop
+from pasture.api.offload import off_loop, size_of
 from pasture.api.openapi import described
 from pasture.api.schemas import DetokenizeBody, TemplateBody, TokenizeBody
 from pasture.core.statistics import SequenceState, SequenceStatistics
@@ -68,11 +68,16 @@ def text_routes(gateway: Gateway) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeBody, limit)
         vocabulary = gateway.service.vocabulary
-        tokenised = partial(vocabulary.tokenize, body.content, add_special=body.add_special, parse_special=body.parse_special)
-        tokens = await off_loop(len(body.content), tokenised)
-        if not body.with_pieces:
-            return _json({"tokens": tokens})
-        return _json({"tokens": [{"id": token, "piece": _piece(vocabulary.piece(token, special=True))} for token in tokens]})
+
+        def tokenised() -> Response:
+            tokens = vocabulary.tokenize(body.content, add_special=body.add_special, parse_special=body.parse_special)
+            if not body.with_pieces:
+                return _json({"tokens": tokens})
+            return _json(
+                {"tokens": [{"id": token, "piece": _piece(vocabulary.piece(token, special=True))} for token in tokens]}
+            )
+
+        return await off_loop(len(body.content), tokenised)
 
     @router.post("/detokenize", **described("Text", "Tokens to text", Content, body=DetokenizeBody))
     async def detokenize(request: Request) -> Response:
@@ -84,7 +89,7 @@ def text_routes(gateway: Gateway) -> APIRouter:
     )
     async def apply_template(request: Request) -> Response:
         body = await read_body(request, TemplateBody, limit)
-        return _json({"prompt": gateway.jobs.render(body)})
+        return _json({"prompt": await off_loop(size_of(body.messages, body.tools), partial(gateway.jobs.render, body))})
 
     return router
 
@@ -93,10 +98,13 @@ def health_routes(gateway: Gateway) -> APIRouter:
     """Liveness (the process answers) and readiness (it takes requests)."""
     router = APIRouter()
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live", **described("Inspection", "Whether the process answers", Health))
     async def live() -> Response:
         return _json({"status": "ok"})
 
+    @router.head("/health", include_in_schema=False)
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health", **described("Inspection", "Whether requests are taken", Health, errors=(503,)))
     @router.get("/health/ready", **described("Inspection", "Whether requests are taken", Health, errors=(503,)))
     async def ready() -> Response:

@@ -1,8 +1,8 @@
 """A checked body -> a job: the engine requests that answer it, and what its answer must look like.
 
 `n` choices are `n` requests with one prompt; the scheduler shares it between them. With a seed, choice i draws with seed + i,
-so that the choices differ and the whole answer repeats. Long prompts are tokenised on a worker thread, because nothing may
-hold up the loop that carries everybody's streams.
+so that the choices differ and the whole answer repeats. Long prompts are rendered and tokenised on a worker thread, because
+nothing may hold up the loop that carries everybody's streams.
 """
 
 from __future__ import annotations
@@ -13,23 +13,19 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from pydantic import JsonValue
 
 from pasture.api.callers import TIERS, Caller
-from pasture.api.offload import off_loop
+from pasture.api.offload import off_loop, size_of
 from pasture.api.publics import Publics
-from pasture.api.schemas import ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
+from pasture.api.schemas import MAX_REQUESTS, ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
 from pasture.api.settings import ApiSettings
 from pasture.core.errors import PromptTooLong, RequestError
 from pasture.core.ports import Service, Vocabulary
 from pasture.core.values import Kind, Request, RequestId, SamplingParams
 from pasture.text.prompts import Prompts
 from pasture.text.stops import StopStrings
-
-MAX_REQUESTS = 256
-"""prompts times choices in one call"""
 
 _HERE = "\ue000"
 """stands where a prompt is cut: a private character, which no template trims"""
@@ -79,8 +75,7 @@ class Jobs:
     async def chat(self, body: ChatBody, caller: Caller, prefix: str = "chatcmpl-") -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
         _check_chat(body)
-        text = self.render(body)
-        prompt = await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
+        prompt = await self._rendered(body)
         limit = body.max_completion_tokens or body.max_tokens
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs)
@@ -88,10 +83,11 @@ class Jobs:
     async def completion(self, body: CompletionBody, caller: Caller) -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
         _check_completion(body)
-        prompts = []
-        for prompt in body.prompt:
-            tokens = await off_loop(len(prompt), partial(self._tokens, prompt))
-            prompts.append((tokens, self._echo(prompt) if body.echo else ""))
+
+        def read() -> list[tuple[tuple[int, ...], str]]:
+            return [(self._tokens(prompt), self._echo(prompt) if body.echo else "") for prompt in body.prompt]
+
+        prompts = await off_loop(sum(map(len, body.prompt)), read)
         return self._job("cmpl-", body, caller, prompts, body.max_tokens, body.logprobs)
 
     async def tokens(self, messages: Sequence[Mapping[str, JsonValue]], context: Mapping[str, object]) -> tuple[int, ...]:
@@ -99,8 +95,7 @@ class Jobs:
         if not messages:
             return ()
         fields = {**context, "messages": messages, "add_generation_prompt": False}
-        text = self.render(TemplateBody.model_validate(fields))
-        return await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
+        return await self._rendered(TemplateBody.model_validate(fields))
 
     async def upcoming(
         self, messages: Sequence[Mapping[str, JsonValue]], context: Mapping[str, object], draft: str = ""
@@ -112,10 +107,7 @@ class Jobs:
         typed = _WHOLE_WORDS.match(draft.lstrip())
         question = {"role": "user", "content": (typed[0] if typed else "") + _HERE}
         fields = {**context, "messages": [*messages, question], "add_generation_prompt": False}
-        text, found, _ = self.render(TemplateBody.model_validate(fields)).rpartition(_HERE)
-        if not found:
-            raise RequestError("the chat template does not show what a user says", param="messages")
-        return await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
+        return await self._rendered(TemplateBody.model_validate(fields), up_to=_HERE)
 
     def prefill(self, tokens: tuple[int, ...], caller: Caller) -> Request:
         """A request that only brings tokens into the cache."""
@@ -142,6 +134,17 @@ class Jobs:
             variables=body.chat_template_kwargs,
         )
 
+    async def _rendered(self, body: TemplateBody, up_to: str = "") -> tuple[int, ...]:
+        """The conversation as tokens, before the last `up_to` in its text."""
+
+        def read() -> tuple[int, ...]:
+            text, found, _ = self.render(body).rpartition(up_to) if up_to else (self.render(body), "", "")
+            if up_to and not found:
+                raise RequestError("the chat template does not show what a user says", param="messages")
+            return self._prompts.text(text, param="messages")
+
+        return await off_loop(size_of(body.messages, body.tools), read)
+
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         return self._prompts.text(prompt) if isinstance(prompt, str) else self._prompts.tokens(prompt)
 
@@ -158,8 +161,6 @@ class Jobs:
         n_logprobs: int | None,
     ) -> Job:
         n = body.n or 1
-        if n * len(prompts) > MAX_REQUESTS:
-            raise RequestError(f"{n * len(prompts)} replies in one call are too many (at most {MAX_REQUESTS})", param="n")
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
         vocabulary = self._service.vocabulary
@@ -265,6 +266,9 @@ def _check_chat(body: ChatBody) -> None:
 
 
 def _check_completion(body: CompletionBody) -> None:
+    n_replies = (body.n or 1) * len(body.prompt)
+    if n_replies > MAX_REQUESTS:
+        raise RequestError(f"{n_replies} replies in one call are too many (at most {MAX_REQUESTS})", param="n")
     _check_response_format(body.response_format)
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise RequestError("best_of greater than n is not supported", param="best_of")

@@ -4,9 +4,10 @@
     X-Session-Id (a name), prompt_cache_key   a session that is made when first named: clients of this kind send everything
 
 Which of both a list of messages is can be said (`session_mode`); `auto` takes it for the whole conversation where it begins as
-the session does, or holds replies of the assistant as only a whole one does. A conversation goes on only when a reply is
-complete: what was cut off leaves the session as it was. One request at a time may go on from a session's end; the other one is
-told so (409).
+the session does, or holds replies of the assistant as only a whole one does. Where it begins with another system message and
+holds no reply, nobody can tell, and the client is asked: taking it for the whole would forget what was said. A conversation
+goes on only when a reply is complete: what was cut off leaves the session as it was. One request at a time may go on from a
+session's end; the other one is told so (409).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pasture.sessions.values import Counters, Message, Session, Tenant
 _log = logging.getLogger("pasture.api")
 
 SESSION_PREFIX = "sess_"
+_OPENS = ("system", "developer")
 CONTEXT_FIELDS = ("tools", "chat_template_kwargs")
 """fields of a request that its session remembers"""
 
@@ -132,12 +134,17 @@ def whole(said: Sequence[Message], sent: Sequence[Message], mode: str) -> list[M
 
 
 def _is_whole(said: Sequence[Message], sent: Sequence[Message]) -> bool:
-    if not said or not sent or list(sent[: len(said)]) == list(said):
+    if not said or not sent or list(sent[: len(said)]) == list(said) or (_has_reply(said) and _has_reply(sent)):
         return True
-    opens = {"system", "developer"}
-    if sent[0].get("role") in opens and said[0].get("role") in opens:
-        return True
-    return _has_reply(said) and _has_reply(sent)
+    if sent[0].get("role") not in _OPENS or said[0].get("role") not in _OPENS:
+        return False
+    if _has_reply(said) and sent[0] != said[0]:
+        raise RequestError(
+            "are these messages the whole conversation or the new ones? Their system message is not the session's: "
+            "say session_mode 'replace' or 'append'",
+            param="session_mode",
+        )
+    return True
 
 
 def _edited_at(said: Sequence[Message], messages: Sequence[Message]) -> int | None:

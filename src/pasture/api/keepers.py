@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from hashlib import sha256
 
@@ -14,12 +16,15 @@ from pasture.api.callers import Caller
 from pasture.api.errors import explain
 from pasture.api.gateway import Gateway
 from pasture.api.session_schemas import Json, NewSession, describe, describe_cache
-from pasture.core.errors import Conflict, NotFound, RequestError
+from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
 from pasture.core.ports import Movable, Service
 from pasture.core.values import ModelInfo
 from pasture.sessions import portable
 from pasture.sessions.values import Message, Session, Tenant
 
+MAX_TRAVELLING, MAX_TRAVELLING_OF_TENANT = 4, 2
+"""files of sessions in memory at once"""
+TRAVEL_RETRY_SECONDS = 2.0
 PREFETCH_SECONDS = 5.0
 """for which an answer waits for what is lifted into RAM"""
 
@@ -30,6 +35,22 @@ class Keepers:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._sessions = gateway.state.sessions
+        self._travelling: Counter[str] = Counter()
+        """files being read or made, by tenant"""
+
+    @contextlib.contextmanager
+    def _one_more(self, caller: Caller) -> Iterator[None]:
+        """Hold a session's file in memory within the block, a GiB and more. Raises RateLimited where too many are."""
+        tenant = caller.tenant.name
+        if self._travelling[tenant] >= MAX_TRAVELLING_OF_TENANT or self._travelling.total() >= MAX_TRAVELLING:
+            message = "other sessions are being imported or exported; one after the other"
+            raise RateLimited(message, retry_after_seconds=TRAVEL_RETRY_SECONDS)
+        self._travelling[tenant] += 1
+        try:
+            yield
+        finally:
+            self._travelling[tenant] -= 1
+            self._travelling += Counter()  # forgets those who have none
 
     async def tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
         """The conversation as the model reads it."""
@@ -104,14 +125,14 @@ class Keepers:
         return tenant
 
     async def export(self, caller: Caller, session_id: str, *, blocks: bool) -> bytes:
-        """The session as one file. Raises NotFound."""
+        """The session as one file. Raises NotFound, RateLimited."""
         session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
         tokens = await self.tokens(session, messages)
-        exported = b""
-        if blocks and tokens:
-            exported = await self._service.export(caller.namespace, tokens)
-        file = portable.Portable(model_id(self._service.model), messages, tokens, exported, session.context, session.metadata)
-        return await asyncio.to_thread(portable.dump, file)
+        with self._one_more(caller):
+            exported = await self._service.export(caller.namespace, tokens) if blocks and tokens else b""
+            model = model_id(self._service.model)
+            file = portable.Portable(model, messages, tokens, exported, session.context, session.metadata)
+            return await asyncio.to_thread(portable.dump, file)
 
     async def carry(self, caller: Caller, session_id: str, replica: str) -> Json:
         """Have a session's KV on another replica of the cluster. Raises NotFound, Conflict, RequestError, NoReplica."""
@@ -131,11 +152,15 @@ class Keepers:
         made, n_tokens = await asyncio.to_thread(peers.send, peer, key, file)
         return {"id": made, "object": "session.sent", "peer": peer.name, "restored_tokens": n_tokens}
 
-    async def take_in(self, caller: Caller, data: bytes, *, adopt: bool) -> tuple[Session, int]:
-        """A session out of a file, and how many tokens of KV came with it.
+    async def take_in(self, caller: Caller, read: Callable[[], Awaitable[bytes]], *, adopt: bool) -> tuple[Session, int]:
+        """A session out of a file that is read first, and how many tokens of KV came with it.
 
         `adopt`: its transcript alone is welcome when it is another model's. Raises RequestError, Conflict, RateLimited.
         """
+        with self._one_more(caller):
+            return await self._take_in(caller, await read(), adopt=adopt)
+
+    async def _take_in(self, caller: Caller, data: bytes, *, adopt: bool) -> tuple[Session, int]:
         file = await asyncio.to_thread(portable.load, data)
         ours = file.model == model_id(self._service.model)
         if not ours and not adopt:

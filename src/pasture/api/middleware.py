@@ -140,7 +140,8 @@ class ApiKeys:
 
     async def _unknown(self, scope: Scope, presented: bytes) -> Exception | None:
         """Why the request is not let in; None where it is, and then the scope says whose it is."""
-        if not self._keyring.closed():
+        closed = self._keyring.known_closed()
+        if not (await asyncio.to_thread(self._keyring.closed) if closed is None else closed):
             return None
         tenant = None
         if presented:

@@ -16,7 +16,7 @@ from functools import partial
 from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.api.offload import off_loop
-from pasture.core.errors import PastureError
+from pasture.core.errors import PastureError, PromptTooLong
 from pasture.core.ports import Clock, Service
 from pasture.core.storage import Pin
 from pasture.core.values import PUBLIC_NAMESPACE, Request, RequestId
@@ -76,11 +76,17 @@ class Publics:
         request = Request(
             RequestId("public-" + secrets.token_hex(12)), tokens, 0, namespace=PUBLIC_NAMESPACE, tenant="public", priority=-1
         )
-        async with aclosing(self._service.generate(request)) as events:
-            async for event in events:
-                if event.finish is not None and event.finish.error is not None:
-                    raise event.finish.error
-        self._pins[prefix] = await self._service.pin(PUBLIC_NAMESPACE, tokens)
+        try:
+            async with aclosing(self._service.generate(request)) as events:
+                async for event in events:
+                    if event.finish is not None and event.finish.error is not None:
+                        raise event.finish.error
+            self._pins[prefix] = await self._service.pin(PUBLIC_NAMESPACE, tokens)
+        except PromptTooLong:
+            raise  # it would be refused the next time as well
+        except BaseException:
+            self._tokens.pop(prefix, None)  # to be tried again
+            raise
 
 
 def _common(one: Sequence[int], two: Sequence[int]) -> int:

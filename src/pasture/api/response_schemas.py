@@ -108,7 +108,7 @@ def _message(item: Item, where: str) -> Message | None:
         case {"type": "reasoning"}:
             return None  # a client that sends back all it got; this server gives none
         case {"role": str(role), "content": content} if item.get("type", "message") == "message":
-            return {"role": "system" if role == "developer" else role, "content": content}
+            return {"role": role, "content": content}
     raise RequestError("an input item is a message, a function_call or a function_call_output", param=where)
 
 

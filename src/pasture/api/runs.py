@@ -17,6 +17,7 @@ from pasture.api.jobs import Choice, Job
 from pasture.api.joining import Joined
 from pasture.api.schemas import ChatBody
 from pasture.api.streams import OnComplete, chunks, collect
+from pasture.core.errors import DeadlineExceeded, RequestError
 from pasture.core.values import TokenEvent, Usage, Whereabouts
 from pasture.sessions.gate import Passage
 from pasture.text.replies import Fragment, read_reply
@@ -82,7 +83,8 @@ class Run:
         gateway = self._gateway
         events = gateway.service.generate(choice.request)
         if self._caller.tenant.limits.tokens_per_minute is not None:
-            events = _counted(events, self._passage, len(choice.request.prompt))
+            first = choice.index % self.job.n_per_prompt == 0  # `usage` counts a prompt once, however many replies it has
+            events = _counted(events, self._passage, len(choice.request.prompt) if first else 0)
         events = gateway.settings.tracing.observed(events, choice.request)
         timed = gateway.metrics.observed(events, gateway.clock)
         return read_reply(timed, gateway.service.vocabulary, self.job.stops, len(choice.request.prompt), clock=gateway.clock)
@@ -101,12 +103,18 @@ class Run:
 async def _counted(
     events: AsyncGenerator[TokenEvent, None], passage: Passage, prompt_tokens: int
 ) -> AsyncGenerator[TokenEvent, None]:
-    """The same events; the passage pays for the prompt with the first and for every token."""
+    """The same events; the passage pays for every token, and for the prompt unless the scheduler refused it.
+
+    Who leaves before the first token pays as well: the prompt may have been computed by then.
+    """
+    refused = False
     async with aclosing(events):
-        paid = False
-        async for event in events:
-            if not paid:
-                paid = True
-                passage.tokens += prompt_tokens
-            passage.tokens += event.token is not None
-            yield event
+        try:
+            async for event in events:
+                passage.tokens += event.token is not None
+                yield event
+        except RequestError as error:
+            refused = not isinstance(error, DeadlineExceeded)
+            raise
+        finally:
+            passage.tokens += 0 if refused else prompt_tokens

@@ -19,6 +19,8 @@ MAX_STOP_CHARACTERS = 1024
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 10_000
+MAX_REQUESTS = 256
+"""prompts times choices in one call"""
 
 UNSUPPORTED: Mapping[str, str] = {
     "functions": "functions are not supported; send them as tools",
@@ -88,6 +90,8 @@ def _prompts(value: object) -> list[Prompt]:
     """One prompt or several, each text or token ids."""
     if isinstance(value, str) or _is_tokens(value):
         return [value]  # type: ignore[list-item]  # _is_tokens has looked
+    if isinstance(value, list) and len(value) > MAX_REQUESTS:
+        raise ValueError(f"at most {MAX_REQUESTS} prompts in one call")
     if isinstance(value, list) and value and all(isinstance(item, str) or _is_tokens(item) for item in value):
         return value
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
@@ -115,7 +119,7 @@ _BiasInput = (
     | None
 )
 _TokenIds = Annotated[list[int], Field(min_length=1)]
-_PromptInput = str | _TokenIds | Annotated[list[str | _TokenIds], Field(min_length=1)]
+_PromptInput = str | _TokenIds | Annotated[list[str | _TokenIds], Field(min_length=1, max_length=MAX_REQUESTS)]
 
 
 class _Body(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated
 
 import orjson
@@ -125,13 +126,12 @@ def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
     )
     async def take_in(request: Request, adopt: bool = False) -> Response:
         caller = caller_of(request, state)
-        data = await read_bytes(request, MAX_IMPORT_BYTES)
-        session, n_tokens = await keepers.take_in(caller, data, adopt=adopt)
+        session, n_tokens = await keepers.take_in(caller, partial(read_bytes, request, MAX_IMPORT_BYTES), adopt=adopt)
         return _json(keepers.describe(caller.tenant, session) | {"restored_tokens": n_tokens}, 201)
 
     @router.post(
         "/{session_id}/export",
-        **described(_TAG, "A session as one file: what was said, its tokens, its KV", media=_FILE, errors=(404, 503)),
+        **described(_TAG, "A session as one file: what was said, its tokens, its KV", media=_FILE, errors=(404, 429, 503)),
     )
     async def export(session_id: str, request: Request, blocks: bool = True) -> Response:
         data = await keepers.export(caller_of(request, state), session_id, blocks=blocks)

@@ -7,7 +7,7 @@
     ├── RequestError            the client's request cannot be served as it stands
     │   ├── PromptTooLong       more tokens than one conversation can hold
     │   ├── QueueFull           the waiting line is full; try again later
-    │   ├── RateLimited         the tenant's own limit is reached; try again later
+    │   │   └── RateLimited     the tenant's own limit is reached; try again later
     │   ├── NotFound            there is no such thing, or it is somebody else's: nobody can tell which
     │   ├── Conflict            the thing is in use, or is not what the request takes it for
     │   ├── Forbidden           the key does not open this

@@ -195,7 +195,8 @@ def _window_tokens(params: SamplingParams, n_context: int) -> int:
 
 
 def _resolve(last_n: int, n_context: int) -> int:
-    return n_context if last_n < 0 else last_n
+    """More than a context there is nothing to look back at; the library makes room for all that it is told."""
+    return n_context if last_n < 0 else min(last_n, n_context)
 
 
 def _penalties(params: SamplingParams, vocabulary: LlamaVocabulary, n_context: int) -> list[Any]:

@@ -8,19 +8,21 @@ is a valid session of theirs, and can hurt nobody else. Pure functions; any thre
 
 from __future__ import annotations
 
-import json
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import orjson
+
 from pasture.core.errors import RequestError
 from pasture.sessions.values import Message
 
 MAGIC = b"PASTURE-SESSION 1\n"
 DIGEST_BYTES = 32
-MAX_HEADER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20
+"""of transcript and metadata: JSON takes many times its bytes once it is read"""
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
@@ -40,42 +42,44 @@ class Portable:
 
 def dump(session: Portable) -> bytes:
     """The file."""
-    header = json.dumps(
+    header = orjson.dumps(
         {
             "model": session.model,
             "messages": list(session.messages),
             "context": dict(session.context),
             "metadata": dict(session.metadata),
-        },
-        ensure_ascii=False,
-    ).encode()
-    tokens = array("i", session.tokens)
-    body = b"".join(
-        (
-            MAGIC,
-            _U32.pack(len(header)),
-            header,
-            _U32.pack(len(tokens)),
-            tokens.tobytes(),
-            _U64.pack(len(session.blocks)),
-            session.blocks,
-        )
+        }
     )
-    return body + blake2b(body, digest_size=DIGEST_BYTES).digest()
+    tokens = array("i", session.tokens)
+    parts = (
+        MAGIC,
+        _U32.pack(len(header)),
+        header,
+        _U32.pack(len(tokens)),
+        tokens.tobytes(),
+        _U64.pack(len(session.blocks)),
+        session.blocks,
+    )
+    checksum = blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        checksum.update(part)
+    return b"".join((*parts, checksum.digest()))
 
 
 def load(data: bytes) -> Portable:
     """The session in a file. Raises RequestError for one that is damaged, or is none."""
     if not data.startswith(MAGIC):
         raise RequestError("this is not an exported session")
-    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    body, digest = memoryview(data)[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     if blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
         raise RequestError("the exported session is damaged: its checksum is wrong")
     try:
         header_bytes, at = _part(body, len(MAGIC), _U32, 1)
         token_bytes, at = _part(body, at, _U32, 4)
         blocks, at = _part(body, at, _U64, 1)
-        header = json.loads(header_bytes)
+        if len(header_bytes) > MAX_HEADER_BYTES:
+            raise RequestError(f"the exported session's transcript is longer than {MAX_HEADER_BYTES} bytes")
+        header = orjson.loads(header_bytes)  # refuses what could not be answered with: lone surrogates, deep nesting
         messages, context, metadata = header["messages"], header["context"], header["metadata"]
         model = header["model"]
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
@@ -89,10 +93,10 @@ def load(data: bytes) -> Portable:
         and isinstance(metadata, dict)
     ):
         raise RequestError("the exported session cannot be read")
-    return Portable(model, messages, array("i", token_bytes), blocks, context, metadata)
+    return Portable(model, messages, array("i", bytes(token_bytes)), bytes(blocks), context, metadata)
 
 
-def _part(body: bytes, at: int, prefix: struct.Struct, unit_bytes: int) -> tuple[bytes, int]:
+def _part(body: memoryview, at: int, prefix: struct.Struct, unit_bytes: int) -> tuple[memoryview, int]:
     (count,) = prefix.unpack_from(body, at)
     start = at + prefix.size
     end = start + count * unit_bytes

@@ -10,6 +10,8 @@ Looking up a key asks the database at most every `FRESH_SECONDS` a key: so long 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 import secrets
 import threading
@@ -20,12 +22,14 @@ from hashlib import blake2b, sha256
 from hmac import compare_digest
 
 from sqlalchemy import Connection, Row, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from pasture.core.errors import Conflict, NotFound, RequestError
 from pasture.core.ports import Clock
 from pasture.sessions.database import Database
 from pasture.sessions.values import Key, Limits, Tenant
+
+_log = logging.getLogger("pasture.sessions")
 
 KEY_PREFIX = "pasture-"
 FRESH_SECONDS = 2.0
@@ -143,18 +147,30 @@ class Keyring:
         self._written = [(sha256(key.encode()).digest(), _written_tenant(key, tenants.usual)) for key in keys]
         self._clock = clock
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._known: dict[str, tuple[float, Tenant]] = {}
-        self._closed: tuple[float, bool] = (-FRESH_SECONDS, False)
+        self._closed: bool | None = True if self._written else None
+        """whether a key is needed; a server that has had keys stays closed. None: the database was never asked"""
+        self._asked = -math.inf
+
+    def known_closed(self) -> bool | None:
+        """Whether a key is needed at all, where that is known without the database."""
+        return self._closed if self._closed or self._clock() - self._asked < FRESH_SECONDS else None
 
     def closed(self) -> bool:
-        """Whether a key is needed at all. May ask the database."""
-        if self._written:
-            return True
-        now = self._clock()
-        asked, closed = self._closed
-        if not closed and now - asked >= FRESH_SECONDS:
-            self._closed = now, self._tenants.has_keys()
-        return self._closed[1]
+        """Whether a key is needed at all. May ask the database; while that does not answer, what it said before holds."""
+        with self._asking:
+            known = self.known_closed()
+            if known is not None:
+                return known
+            try:
+                self._closed = self._tenants.has_keys()
+            except SQLAlchemyError as error:
+                if self._closed is None:
+                    raise
+                _log.warning("whether there are keys cannot be asked now: %s", error)
+            self._asked = self._clock()
+            return self._closed
 
     def written(self, name: str) -> Tenant | None:
         """The tenant of a key from the settings, by its name."""

@@ -15,14 +15,22 @@ from pasture.core.errors import RequestError
 Message = Mapping[str, object]
 
 
-def normalise(messages: Sequence[Message], *, keep_null_content: bool = False) -> list[dict[str, object]]:
+def normalise(
+    messages: Sequence[Message], *, keep_null_content: bool = False, keep_developer: bool = False
+) -> list[dict[str, object]]:
     """Copies with text content and parsed tool-call arguments. Raises RequestError naming the message at fault.
 
     `keep_null_content`: the template tells null from empty content, so null stays; otherwise it becomes "".
+    `keep_developer`: the template knows the role `developer`; otherwise it becomes `system`, OpenAI's older word for it.
     """
     if not messages:
         raise RequestError("messages must hold at least one message", param="messages")
-    return [_normalise_one(message, f"messages.{i}", keep_null_content) for i, message in enumerate(messages)]
+    normal = [_normalise_one(message, f"messages.{i}", keep_null_content) for i, message in enumerate(messages)]
+    if not keep_developer:
+        for message in normal:
+            if message["role"] == "developer":
+                message["role"] = "system"
+    return normal
 
 
 def _normalise_one(message: Message, where: str, keep_null_content: bool) -> dict[str, object]:
@@ -74,6 +82,7 @@ def _parse_arguments(call: object, where: str) -> object:
         return call
     try:
         arguments = json.loads(function["arguments"])
+        json.dumps(arguments, ensure_ascii=False).encode()  # half a surrogate pair would be no text
     except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

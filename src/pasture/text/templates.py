@@ -59,7 +59,7 @@ class ChatTemplate:
 
         Raises RequestError: messages the template refuses, or a template that does not work.
         """
-        normal = normalise(messages, keep_null_content=self._keeps_null_content)
+        normal = normalise(messages, keep_null_content=self._keeps_null_content, keep_developer="developer" in self.source)
         context = {
             **(variables or {}),
             "messages": normal,

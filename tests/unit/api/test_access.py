@@ -42,8 +42,9 @@ async def test_any_of_the_keys_opens(connect: Connect) -> None:
 
 async def test_health_needs_no_key(connect: Connect) -> None:
     client = connect(StubService(), KEYS)
-    for path in ("/health", "/health/live", "/health/ready"):
+    for path in ("/health", "/health/live", "/health/ready"):  # some load balancers send HEAD
         assert (await client.get(path)).status_code == 200
+        assert (await client.head(path)).status_code == 200
 
 
 async def test_who_asks_is_the_named_user_or_the_key_or_the_address(connect: Connect) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import threading
+
 import httpx
 import pytest
 
+from pasture.api.schemas import MAX_REQUESTS
 from tests.unit.api.conftest import Connect
-from tests.unit.api.wire import COMPLETIONS, error_of, events
+from tests.unit.api.wire import CHAT, COMPLETIONS, error_of, events
 from tests.unit.stub_service import BOS, StubService
 
 
@@ -101,3 +104,29 @@ async def test_what_cannot_be_done_is_refused_by_name(client: httpx.AsyncClient,
     response = await client.post(COMPLETIONS, json={"prompt": "a", **fields})
     assert response.status_code == 400
     assert error_of(response)["param"] == param
+
+
+async def test_more_prompts_than_one_call_may_have_are_refused_before_any_is_read(client: httpx.AsyncClient) -> None:
+    for prompts, n in ((["a"] * (MAX_REQUESTS + 1), 1), (["a"] * (MAX_REQUESTS // 2), 3)):
+        answer = await client.post(COMPLETIONS, json={"prompt": prompts, "n": n})
+        assert answer.status_code == 400
+        assert str(MAX_REQUESTS) in error_of(answer)["message"]
+
+
+async def test_long_texts_are_read_beside_the_loop(service: StubService, client: httpx.AsyncClient) -> None:
+    here, where = threading.get_ident(), set[int]()
+    tokenize = service.vocabulary.tokenize
+
+    def noting(text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        where.add(threading.get_ident())
+        return tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    service.vocabulary.tokenize = noting  # type: ignore[method-assign]
+    long = "word " * 4000
+    await client.post(COMPLETIONS, json={"prompt": [long[: len(long) // 100]] * 100})
+    await client.post("/tokenize", json={"content": long, "with_pieces": True})
+    await client.post(CHAT, json={"messages": [{"role": "user", "content": long}]})
+    assert where
+    assert here not in where
+    await client.post("/tokenize", json={"content": "word"})
+    assert here in where

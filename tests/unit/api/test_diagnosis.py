@@ -96,7 +96,7 @@ async def test_in_a_session_the_reason_is_known() -> None:
         hi = {"role": "user", "content": "Hi"}
         assert (await ask(messages=[hi]))["reason"] == "new"
         assert (await ask(messages=[hi]))["reason"] == "new"
-        edited = await ask(messages=[{"role": "system", "content": "Be brief."}, hi])
+        edited = await ask(messages=[{"role": "system", "content": "Be brief."}, hi], session_mode="replace")
         assert (edited["reason"], edited["first_edited_message"]) == ("edited_history", 0)
 
 

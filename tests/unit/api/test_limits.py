@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import httpx
 import openai
@@ -10,7 +12,8 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from pasture.api import ApiSettings, create_app
-from pasture.core.values import DEFAULT_NAMESPACE
+from pasture.core.errors import QueueFull
+from pasture.core.values import DEFAULT_NAMESPACE, Request, TokenEvent
 from pasture.sessions.state import State
 from pasture.sessions.values import Share
 from tests.session_support import world
@@ -155,3 +158,38 @@ async def test_without_an_admin_key_there_are_no_admin_routes(client: httpx.Asyn
     for path in ("/v1/admin/tenants", "/v1/admin/nothing"):
         assert (await client.get(path)).status_code == 404
     assert (await client.get("/metrics")).status_code == 200
+
+
+async def test_who_leaves_before_the_first_token_pays_for_the_prompt_and_who_is_refused_does_not() -> None:
+    service, state = StubService(), State()
+    secret, _ = state.tenants.add_key("one")
+    state.tenants.limit("one", tokens_per_minute=1000)
+    never = asyncio.Event()
+
+    async def silent(_: Request) -> AsyncGenerator[TokenEvent, None]:
+        await never.wait()
+        yield TokenEvent(1)
+
+    async def tokens_spent() -> float:
+        app: Any = transport.app
+        turnstile = app.state.gateway.state.gate._turnstiles.get("one")
+        return 0.0 if turnstile is None else turnstile.spent
+
+    transport = httpx.ASGITransport(create_app(service, state=state), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://pasture") as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        service.error = QueueFull("the line is full", retry_after_seconds=1)
+        assert (await client.post(CHAT, json=chat_body())).status_code == 429
+        assert await tokens_spent() == 0
+        service.error, service.script = None, silent
+        service.begun.clear()
+        leaving = asyncio.create_task(client.post(CHAT, json=chat_body()))
+        await service.begun.wait()
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        n_prompt = len(service.requests[-1].prompt)
+        assert await tokens_spent() == pytest.approx(n_prompt, abs=1)
+        service.script = None
+        await client.post(CHAT, json=chat_body(n=3, max_tokens=2))
+        assert await tokens_spent() == pytest.approx(2 * n_prompt + 3 * 2, abs=2), "a prompt is paid for once"
+    state.close()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import httpx
 
+from pasture.api.publics import Publics
+from pasture.core.errors import QueueFull
+from pasture.sessions.state import State
+from pasture.text.prompts import Prompts
 from tests.session_support import World, answer_to, world
+from tests.unit.stub_service import StubService
 
 SYSTEM = {"role": "system", "content": "You know the house rules. " * 12}
 QUESTION = {"role": "user", "content": "And what is my secret? " * 6}
@@ -56,3 +62,17 @@ async def test_what_is_not_declared_is_not_public_because_it_begins_like_it() ->
         await ask(one, longer, QUESTION)
         n_public = len(f"<|system|>{SYSTEM['content']}")
         assert await ask(two, longer, QUESTION) == n_public
+
+
+async def test_what_could_not_be_computed_is_tried_again() -> None:
+    service, state = StubService(error=QueueFull("the line is full", retry_after_seconds=1)), State()
+    state.public.add("house", "You know the house rules.")
+    publics = Publics(service, state.public, Prompts(service.vocabulary), clock=time.monotonic)
+    await publics.refresh()
+    assert not service.pins
+    service.error = None
+    await publics.refresh()
+    assert len(service.pins) == 1
+    await publics.refresh()
+    assert len(service.pins) == 1
+    state.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from pasture.api.joining import whole
+from pasture.api.keepers import MAX_TRAVELLING_OF_TENANT
+from pasture.core.errors import RequestError
 from tests.session_support import GREEDY, answer_to, world
 from tests.unit.api.conftest import Connect
 from tests.unit.api.wire import CHAT, chat_texts, error_of
@@ -64,6 +66,14 @@ async def test_inside_a_session_only_new_messages_are_sent(client: httpx.AsyncCl
 def test_what_a_client_means(mode: str, sent: list[dict[str, str]], meant: list[dict[str, str]] | None) -> None:
     assert whole([SYSTEM, HI, HELLO], sent, mode) == (sent if meant is None else meant)
     assert whole([], sent, mode) == sent
+
+
+def test_another_system_message_alone_does_not_end_a_conversation() -> None:
+    sent = [{"role": "system", "content": "It is Tuesday."}, MORE]
+    with pytest.raises(RequestError, match="session_mode"):
+        whole([SYSTEM, HI, HELLO], sent, "auto")
+    assert whole([SYSTEM, HI], sent, "auto") == sent, "nobody has answered yet: nothing is lost"
+    assert whole([SYSTEM, HI, HELLO], [sent[0], HI, HELLO, MORE], "auto")[0] == sent[0]
 
 
 async def test_a_session_remembers_its_tools(connect: Connect) -> None:
@@ -240,3 +250,25 @@ async def test_another_models_export_is_refused_unless_adopted(client: httpx.Asy
         adopted = (await other.post("/sessions/import?adopt=true", content=exported)).json()
         assert (adopted["n_messages"], adopted["restored_tokens"]) == (2, 0)
     assert (await client.post(f"{SESSIONS}/import", content=b"nonsense")).status_code == 400
+
+
+async def test_a_tenant_sends_a_few_files_at_once_and_is_told_to_wait_beyond(client: httpx.AsyncClient) -> None:
+    session_id = await new_session(client, SYSTEM, HI)
+    exported = (await client.post(f"{SESSIONS}/{session_id}/export?blocks=false")).content
+    arrived, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        arrived.release()
+        yield exported[:10]
+        await go_on.wait()
+        yield exported[10:]
+
+    slow = [asyncio.create_task(client.post(f"{SESSIONS}/import", content=slowly())) for _ in range(MAX_TRAVELLING_OF_TENANT)]
+    for _ in slow:
+        await arrived.acquire()
+    refused = await client.post(f"{SESSIONS}/import", content=exported)
+    assert refused.status_code == 429
+    assert error_of(refused)["code"] == "rate_limit_exceeded"
+    go_on.set()
+    assert {(await task).status_code for task in slow} == {201}
+    assert (await client.post(f"{SESSIONS}/import", content=exported)).status_code == 201

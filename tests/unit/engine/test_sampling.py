@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pasture.engine.sampling import log_probabilities, top_ids
+from pasture.core.values import SamplingParams
+from pasture.engine.sampling import _window_tokens, log_probabilities, top_ids
 
 
 def make_row(n_vocab: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -43,3 +44,9 @@ def test_log_probabilities_are_a_log_softmax() -> None:
     assert [token for token, _ in found.top] == best.tolist()
     assert [value for _, value in found.top] == pytest.approx(expected[best].tolist(), abs=1e-5)
     assert log_probabilities(row, 17, 0).top == ()
+
+
+@pytest.mark.parametrize(("asked", "window"), [(-1, 512), (0, 0), (64, 64), (2**31 - 1, 512)])
+def test_no_window_is_longer_than_a_context(asked: int, window: int) -> None:
+    params = SamplingParams(repeat_penalty=1.1, repeat_last_n=asked, dry_multiplier=0.8, dry_penalty_last_n=asked)
+    assert _window_tokens(params, 512) == window

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from pasture.core.errors import Conflict, NotFound, RequestError
 from pasture.core.values import DEFAULT_NAMESPACE
@@ -91,3 +92,34 @@ def test_names_are_taken_once_and_are_names(state: State) -> None:
             state.tenants.create(name)
     with pytest.raises(NotFound):
         state.tenants.get("nobody")
+
+
+def test_while_the_database_does_not_answer_what_it_said_before_holds(clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, asked = State(None, clock=clock), 0
+
+    def fails() -> bool:
+        nonlocal asked
+        asked += 1
+        raise OperationalError("SELECT 1", {}, Exception("gone"))
+
+    assert not state.keyring.closed()
+    monkeypatch.setattr(state.tenants, "has_keys", fails)
+    assert state.keyring.known_closed() is False
+    clock.now += FRESH_SECONDS
+    assert state.keyring.known_closed() is None
+    assert not state.keyring.closed()
+    assert not state.keyring.closed()
+    assert asked == 1, "a database that is gone is not asked for every request"
+    state.close()
+
+
+def test_a_server_that_never_learnt_whether_there_are_keys_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State(None)
+
+    def fails() -> bool:
+        raise OperationalError("SELECT 1", {}, Exception("gone"))
+
+    monkeypatch.setattr(state.tenants, "has_keys", fails)
+    with pytest.raises(OperationalError):
+        state.keyring.closed()
+    state.close()

@@ -4,6 +4,7 @@ import pytest
 
 from pasture.core.errors import RequestError
 from pasture.text.messages import normalise
+from pasture.text.templates import ChatTemplate
 
 
 def test_text_parts_are_joined() -> None:
@@ -60,3 +61,18 @@ def test_what_is_no_message_is_refused_with_its_place(message: dict[str, object]
 def test_no_messages_are_refused() -> None:
     with pytest.raises(RequestError, match="at least one"):
         normalise([])
+
+
+def test_developer_is_system_to_a_template_that_does_not_know_it() -> None:
+    sent = [{"role": "developer", "content": "Be brief."}]
+    assert normalise(sent)[0]["role"] == "system"
+    assert normalise(sent, keep_developer=True)[0]["role"] == "developer"
+    assert ChatTemplate(None, bos="", eos="").render(sent).startswith("<|im_start|>system")
+    known = ChatTemplate("{{ messages[0]['role'] }}{# developer #}", bos="", eos="")
+    assert known.render(sent) == "developer"
+
+
+def test_arguments_that_would_be_no_text_stay_as_they_came() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "\\ud800"}'}}
+    (message,) = normalise([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message["tool_calls"] == [call]

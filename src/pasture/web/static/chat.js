@@ -53,7 +53,6 @@ async function say(chat, text) {
     max_tokens: view.maxTokens,
     stream: true,
     stream_options: { include_usage: true },
-    user: `chat-page-${chat.id}`,
     pasture: true,
   };
   const reply = { role: "assistant", content: "", usage: null, found: null, first: null, trouble: null };
