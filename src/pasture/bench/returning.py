@@ -4,7 +4,7 @@
     every run         a server that finds them there, with RAM for `ram_for` of them and live cells for fewer still
     every user        thinks (log-normal, median `think`, logarithms `spread` apart), types, asks, reads, thinks ...
 
-While they type, users send what a chat front end sends: a hint at the first letter and one every two seconds, with the draft so
+While they type, users send what a chat front end sends: a hint at the first letter and one every second, with the draft so
 far (`--no-hints`: nobody does). Hints go to both sides; the one with prefetch off answers and ignores them. Everybody is in the
 middle of a pause when a run begins, and the first part of it is not counted. The disk's blocks are put out of the operating
 system's cache first: that would be RAM for all. One event loop, in the caller's thread.
@@ -43,7 +43,7 @@ SHORTEST_THINK_SECONDS = 2.0
 TYPING_SHARE = 0.5
 """of a pause, its end, in which the next message is typed"""
 LONGEST_TYPING_SECONDS = 20.0
-HINT_SECONDS = 2.0
+HINT_SECONDS = 1.0
 """between two hints of one user"""
 UNCOUNTED_SHARE = 0.2
 """of a run, its beginning: RAM fills with what the run itself brings"""

@@ -65,8 +65,8 @@ def test_typing_ends_a_pause_and_does_not_take_for_ever() -> None:
 def test_drafts_grow_evenly_from_the_first_letter_on() -> None:
     question = "x" * 100
     found = list(drafts(question, 10.0))
-    assert [at for at, _ in found] == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert [len(draft) for _, draft in found] == [1, 20, 40, 60, 80]
+    assert [at for at, _ in found] == [float(i) for i in range(10)]
+    assert [len(draft) for _, draft in found] == [1, *range(10, 100, 10)]
 
 
 def test_sessions_have_nothing_in_common_but_their_first_words() -> None:
