@@ -149,6 +149,18 @@ def test_a_block_whose_file_was_deleted_is_a_miss_and_can_be_put_again(open_tier
     assert tier.statistics().errors == tier.statistics().damaged_blocks == 0
 
 
+def test_a_block_that_is_entered_again_is_counted_once(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    before, accounts = tier.statistics(), tier.bytes_by_owner()
+    for file in files(tmp_path):
+        file.unlink()  # and the rows stay, as they do when a neighbour enters the same block in the same moment
+    fill(tier, 1)
+    after = tier.statistics()
+    assert (after.blocks, after.bytes, tier.bytes_by_owner()) == (before.blocks, before.bytes, accounts)
+    assert kept(tier, 1) == len(files(tmp_path)) == 4
+
+
 def test_remove(open_tier: Open, tmp_path: Path) -> None:
     tier = open_tier()
     fill(tier, 1)
