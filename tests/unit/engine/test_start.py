@@ -7,15 +7,17 @@ import logging
 import signal
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from pasture.core.errors import ConfigError, DoesNotFit, ModelError
 from pasture.engine import bindings, heads, selfcheck
+from pasture.engine import settings as engine_settings
 from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.engine.probe import probe_model
 from pasture.engine.selfcheck import Trial, examine, find_safe_settings
-from pasture.engine.settings import EngineSettings
+from pasture.engine.settings import EngineSettings, default_threads
 from tests.gguf_factory import write_llama
 
 
@@ -44,6 +46,21 @@ def test_settings_are_checked() -> None:
     for wrong in ({"n_cells": 0}, {"n_seqs": 0}, {"n_threads": 0}, {"type_k": "q9"}, {"type_v": "q8_0", "flash_attn": False}):
         with pytest.raises(ConfigError):
             EngineSettings(model_path="m", **wrong)
+
+
+def test_a_mac_is_asked_for_its_cores_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def run(command: list[str], **_: object) -> CompletedProcess[bytes]:
+        asked.append(command)
+        return CompletedProcess(command, 0, b"6\n")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(engine_settings, "run", run)
+    engine_settings._performance_cores.cache_clear()
+    assert [default_threads() for _ in range(3)] == [6, 6, 6]
+    assert len(asked) == 1, "every conversion of KV asks how many threads it may have"
+    engine_settings._performance_cores.cache_clear()
 
 
 def test_healthy_settings_stay(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
