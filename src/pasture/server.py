@@ -8,6 +8,7 @@ scheduler and HTTP in that order. What goes wrong on the way is a PastureError w
 from __future__ import annotations
 
 import gc
+import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,15 +25,18 @@ from pasture.core.ports import Engine, Service
 from pasture.core.storage import Store
 from pasture.core.values import Form, Layout, ModelInfo, PoolShape, SamplingParams
 from pasture.engine import EngineSettings, open_engine, probe_model
+from pasture.engine.device import plan_pool
 from pasture.engine.fake import FakeEngine
 from pasture.engine.gguf_header import read_header
-from pasture.engine.memory import MemoryPlan, available_bytes, check_fits, plan_memory
+from pasture.engine.memory import MemoryPlan, available_bytes, check_fits
 from pasture.engine.paced import Pace, PacedEngine
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
 from pasture.sessions.state import SWEEP_SECONDS, State
 from pasture.sessions.values import Limits, Share
 from pasture.stores import Watch, allowed_forms, store_for, unwatched
+
+log = logging.getLogger(__name__)
 
 MAX_SEQUENCES = 256
 """of llama.cpp; pasture asks for two a running request, so that idle conversations stay, and not for all: each costs logits"""
@@ -146,7 +150,7 @@ def probe(settings: Settings) -> ModelInfo:
 
 
 def engine_settings(settings: Settings) -> EngineSettings:
-    """The engine's part, with the pool sized. Reads the model file's header and the machine's free memory."""
+    """The engine's part, with the pool sized. Reads the model file's header and the free memory where the pool will lie."""
     model = probe(settings)
     wanted = EngineSettings(
         model_path=model.path,
@@ -167,7 +171,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         tensor_split=settings.tensor_split,
         self_check=settings.self_check,
     )
-    n_cells = pool_cells(settings, model, _memory_plan(model, wanted).largest_cells)
+    n_cells = pool_cells(settings, model, lambda: _largest_cells(model, wanted))
     if wanted.layout is Layout.UNIFIED:
         return replace(wanted, n_cells=n_cells)
     return replace(wanted, n_cells=n_cells, n_seqs=stream_sequences(wanted.n_seqs, n_cells))
@@ -176,16 +180,27 @@ def engine_settings(settings: Settings) -> EngineSettings:
 def planned_cells(settings: Settings) -> int:
     """Cells that `serve` would start with here. Raises DoesNotFit when it would not start."""
     wanted = engine_settings(settings)
-    check_fits(_memory_plan(probe(settings), wanted), wanted.n_cells)
+    plan = _memory_plan(probe(settings), wanted)
+    if plan is not None:
+        check_fits(plan, wanted.n_cells)
     return wanted.n_cells
 
 
-def pool_cells(settings: Settings, model: ModelInfo, largest: int) -> int:
-    """Cells of the pool: as many as were asked for, as `kv_memory` buys, or as reason and the `largest` that fits allow."""
+def pool_cells(settings: Settings, model: ModelInfo, largest: Callable[[], int | None]) -> int:
+    """Cells of the pool: as many as were asked for, as `kv_memory` buys, or as reason and the `largest` that fits allow.
+
+    `largest` is asked when nobody else has said; None when it is not known.
+    """
     if settings.kv_cells is not None:
         return settings.kv_cells
     if settings.kv_memory is None:
-        return max(CELLS_ALIGNMENT, min(DEFAULT_CELLS, _aligned(int(largest * FREE_SHARE))))
+        fitting = largest()
+        if fitting is None:
+            log.warning(
+                "the GPU does not say how much of its memory is free: -c or --kv-memory size the cache better than we can"
+            )
+            return DEFAULT_CELLS
+        return max(CELLS_ALIGNMENT, min(DEFAULT_CELLS, _aligned(int(fitting * FREE_SHARE))))
     if model.cell_bytes == 0:
         raise ConfigError(f"kv_memory: {model.architecture} keeps no KV a token, so bytes cannot size its cache: use kv_cells")
     n_cells = _aligned(settings.kv_memory // model.cell_bytes)
@@ -271,8 +286,13 @@ def stream_sequences(wanted: int, n_cells: int) -> int:
     return max(2, min(wanted, n_cells // MIN_STREAM_CELLS))
 
 
-def _memory_plan(model: ModelInfo, wanted: EngineSettings) -> MemoryPlan:
-    return plan_memory(model, wanted, n_embd=read_header(model.path).number("embedding_length"))
+def _memory_plan(model: ModelInfo, wanted: EngineSettings) -> MemoryPlan | None:
+    return plan_pool(model, wanted, n_embd=read_header(model.path).number("embedding_length"))
+
+
+def _largest_cells(model: ModelInfo, wanted: EngineSettings) -> int | None:
+    plan = _memory_plan(model, wanted)
+    return None if plan is None else plan.largest_cells
 
 
 def _aligned(n_cells: int) -> int:

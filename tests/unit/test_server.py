@@ -15,14 +15,24 @@ from pasture.scheduler.settings import LayoutChoice
 MODEL = ModelInfo("small", "small.gguf", "llama", "llama 1M", 1, 1 << 20, 512, 2, 8192, cell_bytes=1000, shareable=True)
 
 
-def cells(largest: int = 1 << 30, **values: object) -> int:
-    return server.pool_cells(validate_settings(values), MODEL, largest)
+def cells(largest: int | None = 1 << 30, **values: object) -> int:
+    return server.pool_cells(validate_settings(values), MODEL, lambda: largest)
 
 
 def test_the_default_pool_is_bounded_by_reason_and_by_what_fits() -> None:
     assert cells() == server.DEFAULT_CELLS
     assert cells(largest=10_000) == 7936, "four fifths of what fits, in steps of 256"
     assert cells(largest=0) == 256, "the engine is asked anyway: it says what does not fit"
+
+
+def test_a_gpu_that_does_not_say_what_is_free_bounds_nothing_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert cells(largest=None) == server.DEFAULT_CELLS
+    assert "-c or --kv-memory" in caplog.text
+
+
+def test_nobody_is_asked_what_fits_when_the_size_was_given() -> None:
+    given = validate_settings({"kv_cells": 5000})
+    assert server.pool_cells(given, MODEL, lambda: pytest.fail("a GPU takes a process to ask")) == 5000
 
 
 def test_cells_and_bytes_size_the_pool() -> None:
@@ -39,8 +49,8 @@ def test_a_pool_smaller_than_the_smallest_is_refused() -> None:
 def test_bytes_cannot_size_a_cache_that_has_no_cells() -> None:
     recurrent = ModelInfo("r", "r.gguf", "mamba", "mamba", 1, 1, 512, 2, 8192, cell_bytes=0, shareable=False)
     with pytest.raises(ConfigError, match="use kv_cells"):
-        server.pool_cells(validate_settings({"kv_memory": "1GiB"}), recurrent, 1 << 30)
-    assert server.pool_cells(Settings(), recurrent, 1 << 30) == server.DEFAULT_CELLS
+        server.pool_cells(validate_settings({"kv_memory": "1GiB"}), recurrent, lambda: 1 << 30)
+    assert server.pool_cells(Settings(), recurrent, lambda: 1 << 30) == server.DEFAULT_CELLS
 
 
 def test_no_model_is_a_matter_of_settings_and_a_missing_file_is_not() -> None:

@@ -280,7 +280,8 @@ class Props(_Open):
     model_alias: str
     total_slots: NonNegative
     kv: Text
-    store: Text
+    store: Text | None = None
+    """where there is an admin key, shown to that key alone"""
     chat_template: str
 
 

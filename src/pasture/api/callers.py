@@ -18,6 +18,8 @@ from pasture.sessions.values import Tenant
 
 TENANT, KEY = "pasture.tenant", "pasture.key"
 """where in a scope the middleware notes the tenant, and a digest of the key"""
+ADMIN = "pasture.admin"
+"""and that it was the admin key"""
 
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 """of the header X-Priority"""

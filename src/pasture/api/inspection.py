@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from pasture.api.answers import Content, Health, ModelBody, ModelList, Props, RenderedPrompt, SlotList, Tokens
 from pasture.api.bodies import read_body
+from pasture.api.callers import ADMIN
 from pasture.api.formats import FINGERPRINT, Json
 from pasture.api.gateway import Gateway
 from pasture.api.offload import off_loop, size_of
@@ -43,8 +44,11 @@ def inspection_routes(gateway: Gateway) -> APIRouter:
         "/props",
         **described("Inspection", "The model, the pool, the tiers, the default sampling parameters, the chat template", Props),
     )
-    async def props() -> Response:
-        return _json(_props(gateway))
+    async def props(request: Request) -> Response:
+        shown = _props(gateway)
+        if gateway.settings.admin_key is None or ADMIN in request.scope:
+            shown["store"] = _store(gateway.service.statistics().store)
+        return _json(shown)
 
     @router.get("/slots", **described("Operator", "Every sequence in the live cache", SlotList))
     async def slots() -> Response:
@@ -161,7 +165,6 @@ def _props(gateway: Gateway) -> Json:
             "form": shape.form.value,
             "bytes": statistics.live_bytes,
         },
-        "store": _store(statistics.store),
         "modalities": {"vision": False, "audio": False},
         "chat_template": template.source,
         "bos_token": template.bos,

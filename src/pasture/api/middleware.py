@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pasture.api.callers import KEY, TENANT
+from pasture.api.callers import ADMIN, KEY, TENANT
 from pasture.api.errors import problem
 from pasture.core.context import REQUEST_ID, TRACE_PARENT
 from pasture.sessions.tenants import Keyring
@@ -28,6 +28,8 @@ ADMIN_PATHS = frozenset({"/metrics", "/slots", "/v1/diagnosis", "/v1/live", "/v1
 """what tells of everybody's doing: the admin key's, where there is one"""
 ADMIN_PREFIX = "/v1/admin/"
 """the admin key's alone; without one, these routes do not exist"""
+PROPS = "/props"
+"""an ordinary key's and the admin key's; where there is an admin key, it alone sees what tells of everybody's doing"""
 
 UNLOGGED_PATHS = OPEN_PATHS | {"/metrics", "/v1/live/now"}
 """asked every few seconds by machines"""
@@ -113,7 +115,8 @@ class AdminPort:
 class ApiKeys:
     """Lets through who presents a valid key, and notes in the scope whose it is. A server without keys lets everybody through.
 
-    With an admin key, the routes that look at everybody's doing open to that key alone.
+    With an admin key, the routes that look at everybody's doing open to that key alone. `/props` opens to both kinds, and the
+    scope says when it was the admin key.
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, admin_key: str | None = None) -> None:
@@ -136,10 +139,16 @@ class ApiKeys:
     def _refused(self, presented: bytes) -> Exception | None:
         if self._admin_key is None:
             return HTTPException(404, "Not Found")
-        return None if secrets.compare_digest(presented, self._admin_key) else _needs_key(presented, "the admin key")
+        return None if self._is_admins(presented) else _needs_key(presented, "the admin key")
+
+    def _is_admins(self, presented: bytes) -> bool:
+        return self._admin_key is not None and secrets.compare_digest(presented, self._admin_key)
 
     async def _unknown(self, scope: Scope, presented: bytes) -> Exception | None:
         """Why the request is not let in; None where it is, and then the scope says whose it is."""
+        if scope["path"] == PROPS and self._is_admins(presented):
+            scope[ADMIN] = True
+            return None
         closed = self._keyring.known_closed()
         if not (await asyncio.to_thread(self._keyring.closed) if closed is None else closed):
             return None

@@ -93,7 +93,7 @@ async def _examine(endpoint: Endpoint) -> tuple[list[Finding], str]:
     from pasture.bench.client import call_json
 
     live, diagnosis = await _ask(endpoint, "/v1/live/now"), await _ask(endpoint, "/v1/diagnosis")
-    # these two open to an API key and not to the admin key: what they tell is left out where this key does not open them
+    # templates open to an API key and not to the admin key: what does not open to this key is left out
     props = await call_json(endpoint, "/props", timeout_seconds=_ASK_SECONDS)
     applied = await call_json(endpoint, "/apply-template", TEMPLATE_PROBE, timeout_seconds=_ASK_SECONDS)
     findings = examine_server(live, diagnosis, props)

@@ -2,8 +2,8 @@
 
 An estimate made before anything is allocated: llama.cpp would otherwise be killed by the kernel while it clears its buffers,
 without a word. Counted: the KV cells, the logits buffer, the attention mask and the activations of one micro-batch, and the
-weights where they are read rather than mapped. With layers on a GPU the device's own allocator answers instead. The free
-memory is the smaller of what the machine and what the control group still have. Stateless.
+weights where they are read rather than mapped, which on a GPU they always are. The free memory of the machine is the smaller
+of what it and what the control group still have; `device` knows a GPU's, whose own allocator has the last word. Stateless.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ MIB = 1 << 20
 _SPARE_BYTES = 64 * MIB
 _MASK_BYTES = 6
 """a cell and a micro-batch row: the mask in f32 and in f16"""
+_DEVICE_SPARE_BYTES = 512 * MIB
+"""of a GPU's: its libraries' workspaces, and what else is on it"""
 _ACTIVATION_ROWS = 24
 """micro-batch rows of one embedding's width alive at once, generously"""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes a start will need on the host."""
+    """Bytes a start will need, on the host or on a GPU."""
 
     cell_bytes: int
     """a cell: KV and mask"""
@@ -85,6 +87,17 @@ def plan_memory(info: ModelInfo, settings: EngineSettings, *, n_embd: int, avail
         cell_bytes=info.cell_bytes + rows * _MASK_BYTES,
         fixed_bytes=weights + logits + activations + _SPARE_BYTES,
         available_bytes=available_bytes() if available is None else available,
+    )
+
+
+def plan_on_device(info: ModelInfo, settings: EngineSettings, *, n_embd: int, available: int) -> MemoryPlan:
+    """What `settings` will need on GPUs that hold all of the model, and have so many bytes free together."""
+    rows = min(settings.n_ubatch, settings.n_batch)
+    computing = rows * (n_embd * _ACTIVATION_ROWS + info.n_vocab) * 4
+    return MemoryPlan(
+        cell_bytes=info.cell_bytes + rows * _MASK_BYTES,
+        fixed_bytes=info.n_bytes + computing + _DEVICE_SPARE_BYTES,
+        available_bytes=available,
     )
 
 

@@ -16,6 +16,7 @@ from pasture.core.storage import Bytes
 from pasture.core.values import ModelInfo
 from pasture.engine.blob import KvFormat, StateSlab, detect_format, parse
 from pasture.engine.context import Context, Piece, max_sequences
+from pasture.engine.device import has_gpu
 from pasture.engine.gguf_header import read_header
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.memory import check_fits, plan_memory
@@ -37,7 +38,7 @@ def open_engine(settings: EngineSettings) -> LlamaEngine:
     """
     header = read_header(settings.model_path)
     info = probe_model(settings.model_path, type_k=settings.type_k, type_v=settings.type_v)
-    if settings.n_gpu_layers == 0 or not _has_gpu():
+    if settings.n_gpu_layers == 0 or not has_gpu():
         plan = plan_memory(info, settings, n_embd=header.number("embedding_length"))
         check_fits(plan, settings.n_cells)
     if settings.self_check:
@@ -73,13 +74,6 @@ def open_unchecked(settings: EngineSettings, slowed_by: tuple[str, ...] = ()) ->
         model.close()
         raise
     return LlamaEngine(model, context, settings, learnt, state_format)
-
-
-def _has_gpu() -> bool:
-    from pasture.engine.bindings import initialise, lib
-
-    initialise()
-    return bool(lib.llama_supports_gpu_offload())
 
 
 def _learn_format(model: Model, context: Context) -> KvFormat | None:

@@ -4,7 +4,8 @@ Some machines announce instructions they fault on (AMX in some virtual machines 
 Q4 model in repacked buffers). So a child loads the model with the chosen settings, prefills 64 tokens and decodes a few. If
 a signal ends it, the next safer settings are tried: without repacked buffers, then without the GPU. The child that lives also
 looks whether its build of llama.cpp is slow at this model (`engine.heads`). What was turned off, what is slow, and why, goes
-to the log. The verdict is kept for this machine, build, file and settings, so later starts skip the child.
+to the log. The verdict is kept for this machine, build, file and settings, so later starts skip the child; but only where all
+deaths were of a kind that this processor dies again, and the GPU is on as asked: a GPU may have been busy, or its driver ill.
 
 `python -m pasture.engine.selfcheck` is the child: settings as JSON on stdin, one JSON line on stdout. The parent holds no C
 state of its own. A child that takes too long proves nothing: repacked buffers stay off, the log says so, and the next start
@@ -37,6 +38,8 @@ _DECODE_TOKENS = 3
 _BASE_TIMEOUT_SECONDS = 60.0
 _SLOWEST_BYTES_PER_SECOND = 50e6
 _HEAD_BYTES = 1 << 20
+_LASTING = {getattr(signal, name, None) for name in ("SIGILL", "SIGSEGV", "SIGBUS")} - {None}
+"""what ends a child whose processor does not carry out what it announces; an abort or a kill may have had a passing reason"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,15 @@ def examine(settings: EngineSettings) -> Verdict:
     """What of the settings this machine survives. Raises ModelError when nothing does."""
     cache = _cache_file(settings)
     verdict = _recall(cache)
-    if verdict is None:
+    if verdict is None or verdict.n_gpu_layers != settings.n_gpu_layers:
         try:
-            verdict = _try_candidates(settings)
+            verdict, lasting = _try_candidates(settings)
         except subprocess.TimeoutExpired as error:
             too_slow = f"self-check: no answer in {error.timeout:.0f} s; repacked weight buffers turned off to be safe"
             verdict = Verdict(False, settings.n_gpu_layers, (too_slow,))
         else:
-            _remember(cache, verdict)
+            if lasting and verdict.n_gpu_layers == settings.n_gpu_layers:
+                _remember(cache, verdict)
     for reason in verdict.reasons:
         logger.warning("%s", reason)
     return verdict
@@ -84,17 +88,18 @@ def _candidates(settings: EngineSettings) -> Iterator[tuple[str, EngineSettings]
         yield "the GPU (n_gpu_layers)", replace(asked, n_gpu_layers=0)
 
 
-def _try_candidates(settings: EngineSettings) -> Verdict:
+def _try_candidates(settings: EngineSettings) -> tuple[Verdict, bool]:
+    """What survived, and whether the next start would find the same."""
     reasons: list[str] = []
-    death = ""
+    death, lasting = "", True
     for turned_off, candidate in _candidates(settings):
         if turned_off:
             reasons.append(f"self-check: {death}; {turned_off} turned off")
         trial = _run_child(candidate)
         if not trial.death:
             reasons += filter(None, [trial.slow])
-            return Verdict(bool(candidate.use_extra_bufts), candidate.n_gpu_layers, tuple(reasons))
-        death = trial.death
+            return Verdict(bool(candidate.use_extra_bufts), candidate.n_gpu_layers, tuple(reasons)), lasting
+        death, lasting = trial.death, lasting and trial.lasting
     raise ModelError(f"{settings.model_path} cannot run on this machine: even with the safest settings, {death}")
 
 
@@ -104,6 +109,8 @@ class Trial:
 
     death: str = ""
     slow: str = ""
+    lasting: bool = False
+    """whether it would die so again"""
 
 
 def _run_child(settings: EngineSettings) -> Trial:
@@ -123,7 +130,8 @@ def _run_child(settings: EngineSettings) -> Trial:
         check=False,
     )
     if child.returncode < 0:
-        return Trial(f"a trial run was killed by {_signal_name(-child.returncode)}")
+        number = -child.returncode
+        return Trial(f"a trial run was killed by {_signal_name(number)}", lasting=number in _LASTING)
     try:
         answer = json.loads(child.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):

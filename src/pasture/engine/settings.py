@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from subprocess import SubprocessError, run
 
 from pasture.core.errors import ConfigError
@@ -18,14 +19,20 @@ CELL_PADDING = 256
 def default_threads() -> int:
     """Cores this process may run on; on a Mac, the performance cores."""
     if sys.platform == "darwin":
-        try:
-            answer = run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, timeout=5, check=True)
-            return max(1, int(answer.stdout))
-        except (OSError, ValueError, SubprocessError):
-            return max(1, (os.cpu_count() or 2) // 2)
+        return _performance_cores()
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@cache
+def _performance_cores() -> int:
+    """Of a Mac; asked once, since asking takes a process."""
+    try:
+        answer = run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, timeout=5, check=True)
+        return max(1, int(answer.stdout))
+    except (OSError, ValueError, SubprocessError):
+        return max(1, (os.cpu_count() or 2) // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ class ExpectedSaving:
         """who was the victim last, and with what value"""
         self._turn = count()
         self._next_order = clock()
+        self._sweep_at = FRESH_LEAVES
 
     def arrived(self, path: Sequence[BlockKey]) -> None:
         self.model.arrived(path, self._clock())
@@ -112,11 +113,18 @@ class ExpectedSaving:
         for entry in filter(self._wanted, fresh):
             self._leaves[id(entry)] = entry
             heapq.heappush(self._heap, (self.value(entry, now), next(self._turn), entry))
+        if len(self._heap) > self._sweep_at:  # where nobody asks for a victim, what has left would pile up
+            self._value_anew(now)
 
     def _make_order(self, now: float) -> None:
         if now >= self.model.refreshed_at + ORDER_SECONDS:
             self.model.refresh(now)
+        self._value_anew(now)
+        self._next_order = now + max(ORDER_SECONDS, len(self._leaves) / LEAVES_A_SECOND)
+
+    def _value_anew(self, now: float) -> None:
+        """Every leaf that is still one, once."""
         self._leaves = {name: entry for name, entry in self._leaves.items() if self._wanted(entry)}
         self._heap = [(self.value(entry, now), next(self._turn), entry) for entry in self._leaves.values()]
         heapq.heapify(self._heap)
-        self._next_order = now + max(ORDER_SECONDS, len(self._leaves) / LEAVES_A_SECOND)
+        self._sweep_at = 2 * len(self._heap) + FRESH_LEAVES

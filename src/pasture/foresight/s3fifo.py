@@ -19,6 +19,8 @@ from pasture.tiers.eviction import Wanted
 
 SMALL_SHARE = 0.1
 MAX_USES = 3
+FIRST_SWEEP = 1024
+"""entries in the queues, at least, before those that have left are looked for"""
 
 
 class _Standing:
@@ -41,6 +43,7 @@ class S3Fifo:
         self._small_bytes = 0
         self._bytes = 0
         self._left_early: OrderedDict[BlockKey, None] = OrderedDict()
+        self._sweep_at = FIRST_SWEEP
 
     def arrived(self, path: Sequence[BlockKey]) -> None: ...
     def finished(self, path: Sequence[BlockKey], kind: Kind) -> None: ...
@@ -68,6 +71,8 @@ class S3Fifo:
         if not standing.queued:
             standing.queued = True
             (self._small if standing.in_small else self._large).append(entry)
+            if len(self._small) + len(self._large) > self._sweep_at:
+                self._sweep()
 
     def removed(self, entry: Entry) -> None:
         key = entry.block.address.key
@@ -107,3 +112,11 @@ class S3Fifo:
 
     def expects(self, key: BlockKey) -> float:
         return 0.0
+
+    def _sweep(self) -> None:
+        """Forget who has left, so that they do not pile up where nobody asks for a victim."""
+        self._small, self._large = (deque(filter(self._stays, queue)) for queue in (self._small, self._large))
+        self._sweep_at = 2 * (len(self._small) + len(self._large)) + FIRST_SWEEP
+
+    def _stays(self, entry: Entry) -> bool:
+        return not entry.gone and entry.block.address.key in self._standing

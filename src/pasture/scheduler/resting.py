@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pasture.core.ports import Clock
 from pasture.core.storage import BLOCK_TOKENS, Store
-from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, SeqId, Slab
+from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, Slab
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
 from pasture.scheduler.task import Task
@@ -49,9 +49,9 @@ class Resting:
         self._idle_live_seconds = idle_live_seconds
         self._wake = wake
         self._saving: dict[int, _Saving] = {}
-        self._copied: dict[SeqId, int] = {}
-        """length at which an idle sequence was copied out last"""
-        pool.before_eviction = self.save
+        self._copied: dict[Sequence, int] = {}
+        """length at which an idle sequence was copied out last; its id says nothing, because the next to come gets it again"""
+        pool.before_eviction = self._before_eviction
 
     # Out of the live cache
 
@@ -65,6 +65,11 @@ class Resting:
             return False
         self._saving[self._pool.save(sequence, p0)] = _Saving(sequence.namespace, tokens, None)
         return True
+
+    def _before_eviction(self, sequence: Sequence) -> None:
+        """Save what is about to leave; if only the end of it does, other tokens may follow, to the same length."""
+        self._copied.pop(sequence, None)
+        self.save(sequence)
 
     def park(self, task: Task) -> None:
         """Save and pin a running request's KV, and take its sequence from it."""
@@ -111,9 +116,11 @@ class Resting:
 
     def copy_idle(self) -> bool:
         """Save one idle sequence that the store does not have, without letting it go; False when all are stored."""
-        for sequence in self._pool.sequences.values():
-            if sequence.idle and self._copied.get(sequence.id) != sequence.length:
-                self._copied[sequence.id] = sequence.length  # once, even where the store cannot keep it
+        live = self._pool.sequences
+        self._copied = {sequence: length for sequence, length in self._copied.items() if live.get(sequence.id) is sequence}
+        for sequence in live.values():
+            if sequence.idle and self._copied.get(sequence) != sequence.length:
+                self._copied[sequence] = sequence.length  # once, even where the store cannot keep it
                 if self.save(sequence):
                     return True
         return False

@@ -44,8 +44,9 @@ class DiskCache:
     def settle(self, now: float) -> None:
         """Put right what killed processes left: temporary files, files without rows or not worth one, rows without files."""
         self.files.sweep(now)
+        known = self.index.sizes()  # first: what a neighbour writes and enters during the scan would count as gone
         facts = {fact.name: fact for fact in self.files.scan()}
-        self.index.reconcile({name: fact.n_bytes for name, fact in facts.items()}, lambda name: self._row(facts[name]))
+        self.index.reconcile(known, {name: fact.n_bytes for name, fact in facts.items()}, lambda name: self._row(facts[name]))
 
     def add(self, head: bytes, payload: Bytes, now: float) -> None:
         """Store what a `Wire` has encoded; replaces what lies in its place."""

@@ -148,12 +148,18 @@ class DiskIndex:
         """The same until at most `target_bytes` are left on this owner's account."""
         return self._change(lambda db: list(evict_rows_of(db, owner, target_bytes)))
 
-    def reconcile(self, files: Mapping[bytes, int], read: Callable[[bytes], Row | None]) -> tuple[int, int]:
+    def sizes(self) -> Mapping[bytes, int]:
+        """Bytes of every block's file, by name: what `reconcile` compares with."""
+        return self._do(_names_and_sizes)
+
+    def reconcile(
+        self, known: Mapping[bytes, int], files: Mapping[bytes, int], read: Callable[[bytes], Row | None]
+    ) -> tuple[int, int]:
         """Make the index agree with the files there are (name -> bytes); (blocks added, blocks struck out).
 
-        `read` makes a row of a file the index does not know; None where it is no block.
+        `known`: `sizes` from before the files were listed; what other processes have entered since then stays. `read` makes a
+        row of a file the index does not know; None where it is no block.
         """
-        known = self._do(_names_and_sizes)
         gone = [name for name, n_bytes in known.items() if files.get(name) != n_bytes]
         new = [row for name, n_bytes in files.items() if known.get(name) != n_bytes and (row := read(name)) is not None]
 

@@ -89,8 +89,10 @@ class Row:
 
 
 def insert_row(db: sqlite3.Connection, row: Row) -> None:
+    """Enter a row in place of what there is under its name."""
+    db.execute("DELETE FROM blocks WHERE name = ?", (row.name,))  # an INSERT OR REPLACE fires no trigger for what it replaces
     db.execute(
-        f"INSERT OR REPLACE INTO blocks ({COLUMNS}) VALUES ({','.join('?' * 13)})",
+        f"INSERT INTO blocks ({COLUMNS}) VALUES ({','.join('?' * 13)})",
         (
             row.name,
             row.parent,

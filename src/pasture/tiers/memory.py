@@ -277,9 +277,14 @@ class MemoryTier:
             return self._lines.next(writer)
 
     def put_back(self, writer: int, item: Unwritten) -> None:
-        """The tier did not take it: it is next again, if RAM still has it."""
+        """The tier did not take it: it stands aside until `offer_again`, if RAM still has it."""
         with self._lock:
             self._lines.put_back(writer, item, self._index.get(item.block.address.key))
+
+    def offer_again(self, writer: int = 0) -> bool:
+        """What this writer's tier did not take is next; False while there is something left of the last time."""
+        with self._lock:
+            return self._lines.offer_again(writer)
 
     def unwritten_blocks(self, writer: int = 0) -> int:
         return self._lines.length(writer)

@@ -3,7 +3,8 @@
 What waits is a line of blocks in RAM (`unwritten`), so it costs no memory, needs no limit, and a block that is evicted before
 its turn is dropped rather than waited for. Parents come before children. A longer block that took a shorter one's place takes
 it in the slow tier too, once it is there itself. Where the gate says that reading back would lose, nothing is written. While a
-tier takes nothing, its line waits; what it did not take is offered again, but not for ever.
+tier takes nothing, its line waits; what it did not take is offered again after a while, but not for ever. Others may overtake
+it meanwhile, since a tier can be full for some blocks and not for others: one of several servers is.
 
 A slow tier that hangs stops its own thread and nothing else. Nothing raised in a tier leaves this thread.
 """
@@ -29,8 +30,10 @@ PICTURE_SECONDS = 0.5
 """between two looks at the tier's own statistics"""
 MAX_REMOVALS = 1 << 16
 """remembered while a tier takes nothing; what is forgotten only takes room there until the tier evicts it"""
+AGAIN_SECONDS = 0.5
+"""before a tier is asked again to take what it did not take"""
 MAX_OFFERS = 10
-"""of one block, with the tier's own pauses in between: then it is the block that is at fault"""
+"""of one block: then it is the block that is at fault"""
 
 
 class Writer:
@@ -48,8 +51,8 @@ class Writer:
         self._rounds = 0
         """times that nothing was left to write"""
         self._stopping = False
-        self._offers = 0
-        """of the block that is next, without success"""
+        self._again_at: float | None = None
+        """when refused blocks are offered again; None while there are none"""
         self.errors = 0
         self.in_flight_bytes = 0
         """of the block that is being written now"""
@@ -89,6 +92,8 @@ class Writer:
         while not self._stopping:
             self._wake.wait(PICTURE_SECONDS)
             self._wake.clear()
+            if self._again_at is not None and time.monotonic() >= self._again_at and self._memory.offer_again(self._number):
+                self._again_at = None
             self._drain()
             self._picture()
             with self._settled:  # looked at under the lock: whoever put something and then asks is not answered too early
@@ -111,11 +116,11 @@ class Writer:
             self.in_flight_bytes = block.n_bytes
             taken = self._put(block)
             self.in_flight_bytes = 0
-            self._offers = 0 if taken else self._offers + 1
-            if not taken and self._offers < MAX_OFFERS:
+            if not taken and item.refusals + 1 < MAX_OFFERS:
                 self._memory.put_back(self._number, item)
+                if self._again_at is None:
+                    self._again_at = time.monotonic() + AGAIN_SECONDS
                 return
-        self._offers = 0
         for key in item.supersedes:
             self._remove(key)
 

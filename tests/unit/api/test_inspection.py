@@ -108,6 +108,20 @@ async def test_props_show_every_tier_and_what_the_gate_goes_by(client: httpx.Asy
     }
 
 
+async def test_what_rests_for_everybody_is_the_admin_key_s_where_there_is_one(connect: Connect, service: StubService) -> None:
+    one, admin = {"authorization": "Bearer sk-one"}, {"x-api-key": "sk-admin"}
+    keyed = connect(service, ApiSettings(api_keys=("sk-one",), admin_key="sk-admin"))
+    theirs, all_of_it = (await keyed.get("/props", headers=one)).json(), (await keyed.get("/props", headers=admin)).json()
+    assert "store" not in theirs
+    assert theirs["model"]["shareable"]
+    assert len(all_of_it["store"]["tiers"]) == 2
+    assert (await keyed.get("/props", headers={"x-api-key": "sk-admi"})).status_code == 401
+    assert (await keyed.get("/v1/models", headers=admin)).status_code == 401, "and it opens nothing else of theirs"
+    without_keys = connect(service, ApiSettings(admin_key="sk-admin"))
+    assert "store" not in (await without_keys.get("/props")).json()
+    assert "store" in (await without_keys.get("/props", headers=admin)).json()
+
+
 async def test_metrics_show_every_tier_and_what_the_gate_goes_by(client: httpx.AsyncClient) -> None:
     samples = {
         (sample.name, *sorted(sample.labels.values())): sample.value

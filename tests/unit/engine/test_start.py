@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from pasture.core.errors import ConfigError, DoesNotFit, ModelError
 from pasture.engine import bindings, heads, selfcheck
+from pasture.engine import settings as engine_settings
 from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.engine.probe import probe_model
 from pasture.engine.selfcheck import Trial, examine, find_safe_settings
-from pasture.engine.settings import EngineSettings
+from pasture.engine.settings import EngineSettings, default_threads
 from tests.gguf_factory import write_llama
 
 
@@ -32,7 +35,8 @@ def children(monkeypatch: pytest.MonkeyPatch, *outcomes: str) -> list[EngineSett
 
     def run(candidate: EngineSettings) -> Trial:
         tried.append(candidate)
-        return Trial(next(left))
+        death = next(left)
+        return Trial(death, lasting="SIGSEGV" in death)
 
     monkeypatch.setattr(selfcheck, "_run_child", run)
     return tried
@@ -42,6 +46,21 @@ def test_settings_are_checked() -> None:
     for wrong in ({"n_cells": 0}, {"n_seqs": 0}, {"n_threads": 0}, {"type_k": "q9"}, {"type_v": "q8_0", "flash_attn": False}):
         with pytest.raises(ConfigError):
             EngineSettings(model_path="m", **wrong)
+
+
+def test_a_mac_is_asked_for_its_cores_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def run(command: list[str], **_: object) -> CompletedProcess[bytes]:
+        asked.append(command)
+        return CompletedProcess(command, 0, b"6\n")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(engine_settings, "run", run)
+    engine_settings._performance_cores.cache_clear()
+    assert [default_threads() for _ in range(3)] == [6, 6, 6]
+    assert len(asked) == 1, "every conversion of KV asks how many threads it may have"
+    engine_settings._performance_cores.cache_clear()
 
 
 def test_healthy_settings_stay(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,10 +124,32 @@ def test_nothing_works(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_verdict_is_kept(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    children(monkeypatch, "x", "")
+    children(monkeypatch, "SIGSEGV", "")
     first = find_safe_settings(settings)
+    assert first.use_extra_bufts is False
     children(monkeypatch)
     assert find_safe_settings(settings) == first
+
+
+@pytest.mark.parametrize("deaths", [("SIGABRT", ""), ("SIGSEGV", "SIGABRT", ""), ("SIGSEGV", "SIGSEGV", "")])
+def test_what_may_pass_is_not_kept(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, deaths: tuple[str, ...]) -> None:
+    children(monkeypatch, *deaths)
+    assert find_safe_settings(settings) != replace(settings, use_extra_bufts=True)
+    children(monkeypatch, "")
+    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True), (
+        "a GPU that was busy, or a driver that failed"
+    )
+
+
+def test_a_verdict_that_an_earlier_version_kept_does_not_turn_the_gpu_off(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    children(monkeypatch, "")
+    find_safe_settings(settings)
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    kept.write_text(json.dumps({"use_extra_bufts": False, "n_gpu_layers": 0, "reasons": []}))
+    children(monkeypatch, "")
+    assert find_safe_settings(settings).n_gpu_layers == settings.n_gpu_layers
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"use_extra_bufts": 3}', "null"])
@@ -140,16 +181,18 @@ def test_a_child_killed_by_a_signal_is_told_from_one_that_answers(
         def __init__(self, returncode: int, stdout: str) -> None:
             self.returncode, self.stdout = returncode, stdout
 
-    for child, expected in (
-        (Child(-11, ""), "killed by SIGSEGV"),
-        (Child(-99, ""), "killed by signal 99"),
-        (Child(1, "Traceback"), "status 1"),
-        (Child(0, json.dumps({"ok": True})), ""),
+    for child, expected, lasting in (
+        (Child(-signal.SIGSEGV, ""), "killed by SIGSEGV", True),
+        (Child(-signal.SIGILL, ""), "killed by SIGILL", True),
+        (Child(-signal.SIGABRT, ""), "killed by SIGABRT", False),
+        (Child(-99, ""), "killed by signal 99", False),
+        (Child(1, "Traceback"), "status 1", False),
+        (Child(0, json.dumps({"ok": True})), "", False),
     ):
         monkeypatch.setattr("subprocess.run", lambda *_, child=child, **__: child)
-        outcome = selfcheck._run_child(settings).death
-        assert expected in outcome
-        assert bool(outcome) == bool(expected)
+        trial = selfcheck._run_child(settings)
+        assert expected in trial.death
+        assert (bool(trial.death), trial.lasting) == (bool(expected), lasting)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: Child(0, json.dumps({"error": "cut short"})))
     with pytest.raises(ModelError, match="cut short"):
         selfcheck._run_child(settings)

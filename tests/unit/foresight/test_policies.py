@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
 
 from pasture.foresight.belady import belady, unbounded_hit_ratio
 from pasture.foresight.policies import POLICIES
-from pasture.foresight.replay import Replay, key_of
+from pasture.foresight.replay import Replay, TrailMaker, VirtualClock, key_of
 from pasture.foresight.traces import TRACE_BLOCK_TOKENS, TraceRequest
+from pasture.tiers.entries import Entry
+from pasture.tiers.memory import MemoryTier
 from tests.unit.foresight.traffic import request, traffic
 
 ONE = TRACE_BLOCK_TOKENS
@@ -101,6 +104,26 @@ def test_the_books_add_up_after_random_traffic(policy: str) -> None:
         replay.play([one])
         replay.tier.check()
     assert replay.tier.used_bytes <= replay.tier.budget_bytes
+
+
+def entries_alive() -> int:
+    gc.collect()
+    return sum(isinstance(one, Entry) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_what_left_before_room_was_needed_is_forgotten(policy: str) -> None:
+    before, clock = entries_alive(), VirtualClock()
+    tier = MemoryTier(1 << 40, policy=POLICIES[policy](clock))
+    for number in range(12_000):
+        clock.now += 1.0
+        trail = TrailMaker().trail([number])
+        tier.insert(trail.blocks[0])
+        if number % 100 == 99:
+            tier.drop_unused(tier.tick - 10)  # as blocks expire where memory is plenty
+    assert tier.statistics().blocks == 10
+    assert entries_alive() - before < 10_000
+    tier.check()
 
 
 def test_a_prompt_larger_than_the_tier_stays_with_its_head() -> None:

@@ -19,7 +19,7 @@ from pasture.core.storage import BlockKey
 from pasture.core.values import Form
 from pasture.tiers import disk_index
 from pasture.tiers.disk import DiskTier
-from pasture.tiers.disk_files import TEMPORARY, BlockFiles
+from pasture.tiers.disk_files import TEMPORARY, BlockFiles, FileFacts
 from pasture.tiers.keys import child_key
 from pasture.tiers.wire import CHECKED_BYTES, HEADER_BYTES
 from tests.blocks import block_at, blocks, conversation, leading, path, root, same
@@ -149,6 +149,18 @@ def test_a_block_whose_file_was_deleted_is_a_miss_and_can_be_put_again(open_tier
     assert tier.statistics().errors == tier.statistics().damaged_blocks == 0
 
 
+def test_a_block_that_is_entered_again_is_counted_once(open_tier: Open, tmp_path: Path) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    before, accounts = tier.statistics(), tier.bytes_by_owner()
+    for file in files(tmp_path):
+        file.unlink()  # and the rows stay, as they do when a neighbour enters the same block in the same moment
+    fill(tier, 1)
+    after = tier.statistics()
+    assert (after.blocks, after.bytes, tier.bytes_by_owner()) == (before.blocks, before.bytes, accounts)
+    assert kept(tier, 1) == len(files(tmp_path)) == 4
+
+
 def test_remove(open_tier: Open, tmp_path: Path) -> None:
     tier = open_tier()
     fill(tier, 1)
@@ -202,6 +214,25 @@ def test_two_tiers_share_blocks_and_budget(open_tier: Open, tmp_path: Path, cloc
         assert kept(one, seed + 1, 128) == kept(two, seed, 128) == 2
     assert one.statistics().bytes == two.statistics().bytes <= 20 * BLOCK_BYTES
     assert sum(file.stat().st_size for file in files(tmp_path)) == one.statistics().bytes
+
+
+def test_what_a_neighbour_writes_while_a_server_starts_stays(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neighbour = open_tier()
+    fill(neighbour, 1)
+    scan = BlockFiles.scan
+
+    def scan_and_be_overtaken(self: BlockFiles) -> Iterator[FileFacts]:
+        found = list(scan(self))
+        fill(neighbour, 2)
+        yield from found
+
+    monkeypatch.setattr(BlockFiles, "scan", scan_and_be_overtaken)
+    tier = open_tier()
+    monkeypatch.undo()
+    assert (kept(tier, 1), kept(tier, 2)) == (4, 4)
+    assert tier.statistics().blocks == len(files(tmp_path)) == 8
 
 
 def test_everything_is_private(open_tier: Open, tmp_path: Path) -> None:

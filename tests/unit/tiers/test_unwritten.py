@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from array import array
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from pasture.core.storage import BlockKey
 from pasture.core.values import Form
+from pasture.tiers import writing
 from pasture.tiers.block import Block
 from pasture.tiers.gate import OpenGate
 from pasture.tiers.keys import Address, chain, root_key
@@ -20,6 +24,7 @@ from tests.remote_support import wait_for
 from tests.tier_support import NAME, PlainCodec, ShelfTier, put, slab_of
 
 TALK = conversation(1, 192)
+FIRST, *_ = chain(root_key(PlainCodec().fingerprint, NAME), TALK)
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def test_what_came_from_a_tier_is_not_sent_back_to_it(memory: MemoryTier) -> Non
     assert drained(memory, 0) == [0, 64, 128]
 
 
-def test_what_was_not_taken_is_next_again_and_brings_its_claims(memory: MemoryTier) -> None:
+def test_what_was_not_taken_stands_aside_and_brings_its_claims_again(memory: MemoryTier) -> None:
     short, longer = conversation(2, 10), conversation(2, 10) + conversation(3, 10)
     memory.insert(block_at(path(short)[0], short))
     memory.insert(block_at(path(longer)[0], longer))
@@ -61,8 +66,20 @@ def test_what_was_not_taken_is_next_again_and_brings_its_claims(memory: MemoryTi
     assert item is not None
     assert item.supersedes == (path(short)[0].key,)
     memory.put_back(0, item)
-    again = memory.next_unwritten(0)
-    assert again == item
+    memory.check()
+    second = memory.next_unwritten(0)
+    assert second is not None
+    assert second.block.address.p0 == 0, "the next comes meanwhile"
+    memory.put_back(0, second)
+    assert memory.offer_again(0)
+    assert memory.next_unwritten(0) == replace(item, refusals=1)
+    memory.put_back(0, replace(item, refusals=1))
+    assert not memory.offer_again(0), "what is asked for again comes first"
+    assert memory.next_unwritten(0) == replace(second, refusals=1)
+    assert drained(memory, 0) == [64, 128]
+    assert memory.unwritten_blocks(0) == 1
+    assert memory.offer_again(0)
+    assert memory.next_unwritten(0) == replace(item, refusals=2)
     memory.put_back(0, item)
     memory.resize(0)
     memory.put_back(0, item)
@@ -95,17 +112,22 @@ def test_what_passes_by_is_kept_until_the_last_writer_has_it(memory: MemoryTier)
 
 
 class Refusing(ShelfTier):
-    """Takes nothing but what is offered again."""
+    """Does not take one block, however often it is offered, but for the last time."""
 
-    def __init__(self, name: str, refusals: int) -> None:
+    def __init__(self, name: str, key: BlockKey, refusals: int) -> None:
         super().__init__(name)
+        self.key = key
         self.refusals = refusals
 
     def put(self, block: Block) -> bool:
-        if self.refusals:
+        if block.address.key == self.key and self.refusals:
             self.refusals -= 1
+            self.log.append(("refused", self.key))
             return False
         return super().put(block)
+
+    def holds(self, n_blocks: int) -> bool:
+        return len(self.blocks) == n_blocks
 
 
 def store_over(*tiers: ShelfTier) -> TieredStore:
@@ -114,13 +136,29 @@ def store_over(*tiers: ShelfTier) -> TieredStore:
     return store
 
 
-def test_a_block_is_offered_again_and_not_for_ever() -> None:
+def test_a_block_is_offered_again_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(writing, "PICTURE_SECONDS", 0.001)
     for refusals, n_there in ((MAX_OFFERS - 1, 3), (MAX_OFFERS, 2)):
-        tier = Refusing("moody", refusals)
+        tier = Refusing("moody", FIRST.key, refusals)
         store = store_over(tier)
         put(store, TALK)
         assert store.flush(20)
         assert len(tier.blocks) == n_there
+
+
+def test_a_refused_block_waits_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "AGAIN_SECONDS", 3600.0)
+    tier = Refusing("full for one", FIRST.key, refusals=10**6)
+    store = store_over(tier)
+    put(store, TALK)
+    for n_there, seed in ((5, 7), (8, 8), (11, 9)):
+        put(store, conversation(seed, 192))
+        wait_for(partial(tier.holds, n_there))
+    assert tier.calls("refused") == 1, "however often the writer is woken"
+    assert not store.flush(0.01)
+    store.close()
+    assert not any(thread.name == "pasture-write-full for one" for thread in threading.enumerate()), "and it ends at once"
 
 
 def test_a_tier_that_takes_nothing_keeps_its_line_and_no_other_s() -> None:

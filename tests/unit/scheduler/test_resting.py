@@ -1,0 +1,69 @@
+"""What is copied out of the live cache in quiet moments, so that a process that is killed loses none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from pasture.core.values import Namespace, PoolShape, RequestId, Save
+from pasture.engine.fake import FakeEngine
+from pasture.kv.pool import Pool
+from pasture.kv.radix import token_array
+from pasture.kv.sequence import Sequence
+from pasture.scheduler.resting import Resting
+from tests.store_support import store_for
+
+NAME = Namespace("tests")
+
+
+@pytest.fixture
+def resting() -> Iterator[Resting]:
+    engine = FakeEngine(PoolShape(1024, 1))
+    with closing(store_for(engine)) as store:
+        yield Resting(Pool(engine.shape, clock=lambda: 0.0), store, lambda: 0.0, None, lambda: None)
+
+
+def rest(pool: Pool, first: int, n_tokens: int = 100, *, after: int = 0) -> Sequence:
+    """A request that leaves an idle sequence of so many tokens, of which `after` are everybody's."""
+    tokens = token_array([*range(after), *range(first, first + n_tokens - after)])
+    sequence = pool.join(NAME, tokens, RequestId("r"))
+    assert sequence is not None
+    pool.extend(sequence, tokens[sequence.length :])
+    pool.finish(sequence)
+    return sequence
+
+
+def copies(resting: Resting, pool: Pool) -> int:
+    """How often something is copied out now."""
+    pool.operations()
+    while resting.copy_idle():
+        pass
+    return sum(isinstance(operation, Save) for operation in pool.operations())
+
+
+def test_what_is_idle_is_copied_once(resting: Resting) -> None:
+    pool = resting._pool
+    rest(pool, 1000)
+    assert copies(resting, pool) == 1
+    assert copies(resting, pool) == 0, "even where the store has not kept it"
+
+
+def test_who_gets_the_id_of_one_that_was_copied_is_copied_too(resting: Resting) -> None:
+    pool = resting._pool
+    before = rest(pool, 1000)
+    copies(resting, pool)
+    after = rest(pool, 2000)
+    assert (after.id, after.length) == (before.id, before.length)
+    assert copies(resting, pool) == 1
+    assert len(resting._copied) == 1
+
+
+def test_one_that_was_cut_back_and_grew_to_the_same_length_is_copied_again(resting: Resting) -> None:
+    pool = resting._pool
+    before = rest(pool, 1000, after=50)
+    copies(resting, pool)
+    after = rest(pool, 2000, after=50)
+    assert (after, after.length) == (before, 100)
+    assert copies(resting, pool) == 1
