@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from pasture.api.callers import Caller
 from pasture.api.schemas import ChatBody
-from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
+from pasture.core.errors import Conflict, RateLimited, RequestError
 from pasture.core.values import Finish, FinishReason
 from pasture.sessions.store import ANY_HEAD, MAX_NAME_CHARACTERS, AnyHead, Sessions
 from pasture.sessions.values import Counters, Message, Session, Tenant
@@ -60,22 +60,18 @@ class Joined:
         usage = finish.usage
         used = Counters(1, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
         n_tokens = usage.prompt_tokens + usage.completion_tokens
-        try:
-            session_id = self.session_id or self._named()
-            self.sessions.advance(
-                self.tenant, session_id, messages, n_tokens=n_tokens, used=used, head=self.head, context=self.context
+        sessions, context = self.sessions, self.context
+        if self.session_id is not None:
+            sessions.advance(
+                self.tenant, self.session_id, messages, n_tokens=n_tokens, used=used, head=self.head, context=context
             )
-        except (Conflict, NotFound, RateLimited) as error:
-            if self.session_id is not None:
-                raise
+            return self.session_id
+        assert self.name is not None
+        try:
+            return sessions.go_on_named(self.tenant, self.name, messages, n_tokens=n_tokens, used=used, context=context)
+        except RateLimited as error:
             _log.info("a session that was only named is not kept: %s", error)
             return None
-        return session_id
-
-    def _named(self) -> str:
-        assert self.name is not None
-        found = self.sessions.named(self.tenant, self.name)
-        return (found or self.sessions.create(self.tenant, name=self.name)).session_id
 
 
 @dataclass(slots=True)
