@@ -50,8 +50,7 @@ class Database:
             self._migrate()
         except SQLAlchemyError as error:
             self._engine.dispose()
-            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise ConfigError(f"the state in {self.location} cannot be used: {reason}") from None
+            raise ConfigError(f"the state in {self.location} cannot be used: {reason(error)}") from None
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -91,6 +90,11 @@ class Database:
                 for statement in statements:
                     connection.execute(text(statement))
                 connection.execute(text("INSERT INTO migrations VALUES (:version)"), {"version": version})
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line; of a database's error without the statement and its values, which hold what was said."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]
 
 
 def _url(location: str | None) -> URL:

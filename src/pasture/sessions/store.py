@@ -121,6 +121,13 @@ class Sessions:
             session = _as_session(_row(connection, tenant, session_id))
             return session, turns.messages_of(connection, tenant, session.head)
 
+    def check_room(self, tenant: Tenant, left: Sequence[Message], added: Sequence[Message]) -> None:
+        """Raises RateLimited where `added` has no room even if all of `left` goes for it: known before there is a reply."""
+        n_bytes = len(turns.encoded(added).encode()) - len(turns.encoded(left).encode())
+        with self._database.read() as connection:
+            if turns.excess_bytes(connection, tenant) + n_bytes > 0:
+                raise turns.full(tenant)
+
     def advance(
         self,
         tenant: Tenant,
