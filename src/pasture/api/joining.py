@@ -118,14 +118,13 @@ class Membership:
         return body, joined
 
     @contextmanager
-    def alone(self, joined: Joined | None) -> Iterator[None]:
-        """Nobody else goes on from the same session within the block. Raises Conflict when somebody does already."""
-        session_id = None if joined is None else joined.session_id
+    def alone(self, session_id: str | None) -> Iterator[None]:
+        """Nobody else goes on from the session, or moves it, within the block. Raises Conflict when somebody does already."""
         if session_id is None:
             yield
             return
         if session_id in self._busy:
-            raise Conflict("another request is going on from this session; wait for it, or fork", param="session_id")
+            raise Conflict("another request goes on from this session, or moves it; wait for it, or fork", param="session_id")
         self._busy.add(session_id)
         try:
             yield

@@ -146,8 +146,7 @@ class Sessions:
         """
         with self._database.write() as connection:
             row = _row(connection, tenant, session_id)
-            if not isinstance(head, AnyHead) and row.head != head:
-                raise Conflict("the session has gone on while this request ran", param="session_id")
+            _check_head(row, head)
             self._say(connection, tenant, row, messages, n_tokens)
             _count_use(connection, row, used, context)
 
@@ -207,12 +206,6 @@ class Sessions:
         session, messages = self.open(tenant, session_id)
         return self.create(target, messages, context=session.context, metadata=session.metadata)
 
-    def move(self, tenant: Tenant, session_id: str, target: Tenant) -> Session:
-        """The same, and the session is gone from here."""
-        copied = self.copy(tenant, session_id, target)
-        self.delete(tenant, session_id)
-        return copied
-
     def truncate(self, tenant: Tenant, session_id: str, n_messages: int) -> Session:
         """Only the first `n_messages` were said. Raises NotFound, RequestError for more messages than there are."""
         with self._database.write() as connection:
@@ -242,10 +235,12 @@ class Sessions:
             )
             return _as_session(_row(connection, tenant, session_id))
 
-    def delete(self, tenant: Tenant, session_id: str) -> None:
-        """Raises NotFound."""
+    def delete(self, tenant: Tenant, session_id: str, head: str | AnyHead | None = ANY_HEAD) -> None:
+        """Raises NotFound, and Conflict when `head`, the last turn that the caller knows of, is not the last."""
         with self._database.write() as connection:
-            forget(connection, _row(connection, tenant, session_id))
+            row = _row(connection, tenant, session_id)
+            _check_head(row, head)
+            forget(connection, row)
 
     def _say(
         self, connection: Connection, tenant: Tenant, row: Row[tuple[object]], messages: Sequence[Message], n_tokens: int
@@ -363,6 +358,11 @@ def _row(connection: Connection, tenant: Tenant, session_id: str) -> Row[tuple[o
     if row is None:
         raise NotFound(f"there is no session {session_id[:100]!r}", param="session_id")
     return row
+
+
+def _check_head(row: Row[tuple[object]], head: str | AnyHead | None) -> None:
+    if not isinstance(head, AnyHead) and row.head != head:
+        raise Conflict("the session has gone on while this request ran", param="session_id")
 
 
 def _as_session(row: Row[tuple[object]]) -> Session:

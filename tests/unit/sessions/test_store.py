@@ -87,7 +87,6 @@ def test_what_is_somebody_elses_is_the_same_as_nothing(state: State, tenant: Ten
         lambda t, i: state.sessions.open(t, i),
         lambda t, i: state.sessions.fork(t, i),
         lambda t, i: state.sessions.copy(t, i, t),
-        lambda t, i: state.sessions.move(t, i, t),
         lambda t, i: state.sessions.truncate(t, i, 0),
         lambda t, i: state.sessions.pin(t, i, True),
         lambda t, i: state.sessions.delete(t, i),
@@ -104,25 +103,25 @@ def test_what_is_somebody_elses_is_the_same_as_nothing(state: State, tenant: Ten
     assert state.sessions.messages(tenant, theirs) == say("secret")
 
 
-def test_copies_and_moves_belong_to_the_other_tenant(state: State, tenant: Tenant, other: Tenant) -> None:
+def test_copies_belong_to_the_other_tenant(state: State, tenant: Tenant, other: Tenant) -> None:
     made = state.sessions.create(tenant, say("a"), metadata={"k": 1})
     copied = state.sessions.copy(tenant, made.session_id, other)
-    moved = state.sessions.move(tenant, made.session_id, other)
-    for session in (copied, moved):
-        assert state.sessions.messages(other, session.session_id) == say("a")
-        assert session.metadata == {"k": 1}
+    assert state.sessions.messages(other, copied.session_id) == say("a")
+    assert copied.metadata == {"k": 1}
     with pytest.raises(NotFound):
-        state.sessions.get(tenant, made.session_id)
-    with pytest.raises(NotFound):
-        state.sessions.get(tenant, moved.session_id)
+        state.sessions.get(tenant, copied.session_id)
 
 
-def test_a_session_that_went_on_meanwhile_is_not_overwritten(state: State, tenant: Tenant) -> None:
+def test_a_session_that_went_on_meanwhile_is_neither_overwritten_nor_deleted(state: State, tenant: Tenant) -> None:
     made = state.sessions.create(tenant, say("a"))
     state.sessions.advance(tenant, made.session_id, say("a", "b"), n_tokens=1, used=USED, head=made.head)
     with pytest.raises(Conflict):
         state.sessions.advance(tenant, made.session_id, say("a", "c"), n_tokens=1, used=USED, head=made.head)
+    with pytest.raises(Conflict):
+        state.sessions.delete(tenant, made.session_id, made.head)
     assert state.sessions.messages(tenant, made.session_id) == say("a", "b")
+    state.sessions.delete(tenant, made.session_id, state.sessions.get(tenant, made.session_id).head)
+    assert rows(state, "sessions") == rows(state, "turns") == 0
 
 
 def test_names_are_unique_in_a_tenant_only(state: State, tenant: Tenant, other: Tenant) -> None:
