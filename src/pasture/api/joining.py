@@ -7,7 +7,8 @@ Which of both a list of messages is can be said (`session_mode`); `auto` takes i
 the session does, or holds replies of the assistant as only a whole one does. Where it begins with another system message and
 holds no reply, nobody can tell, and the client is asked: taking it for the whole would forget what was said. A conversation
 goes on only when a reply is complete: what was cut off leaves the session as it was. One request at a time may go on from a
-session's end; the other one is told so (409).
+session's end; the other one is told so (409). Whoever asked for a session hears that a reply cannot be kept, where possible
+before there is one (429); whoever only named one gets the reply all the same.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from pasture.api.callers import Caller
 from pasture.api.schemas import ChatBody
-from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
+from pasture.core.errors import Conflict, RateLimited, RequestError
 from pasture.core.values import Finish, FinishReason
+from pasture.sessions.database import reason
 from pasture.sessions.store import ANY_HEAD, MAX_NAME_CHARACTERS, AnyHead, Sessions
 from pasture.sessions.values import Counters, Message, Session, Tenant
 
@@ -55,29 +59,27 @@ class Joined:
         """The reply is complete and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
         if finish.reason is FinishReason.CANCELLED:
             return None
-        messages = [*self.messages, {"role": "assistant", "content": reply}]
+        messages = [*self.messages, _reply(reply)]
         return await asyncio.to_thread(self._keep, messages, finish)
 
     def _keep(self, messages: Sequence[Message], finish: Finish) -> str | None:
         usage = finish.usage
         used = Counters(1, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
         n_tokens = usage.prompt_tokens + usage.completion_tokens
-        try:
-            session_id = self.session_id or self._named()
-            self.sessions.advance(
-                self.tenant, session_id, messages, n_tokens=n_tokens, used=used, head=self.head, context=self.context
+        sessions, context = self.sessions, self.context
+        if self.session_id is not None:
+            sessions.advance(
+                self.tenant, self.session_id, messages, n_tokens=n_tokens, used=used, head=self.head, context=context
             )
-        except (Conflict, NotFound, RateLimited) as error:
-            if self.session_id is not None:
-                raise
-            _log.info("a session that was only named is not kept: %s", error)
-            return None
-        return session_id
-
-    def _named(self) -> str:
+            return self.session_id
         assert self.name is not None
-        found = self.sessions.named(self.tenant, self.name)
-        return (found or self.sessions.create(self.tenant, name=self.name)).session_id
+        try:
+            return sessions.go_on_named(self.tenant, self.name, messages, n_tokens=n_tokens, used=used, context=context)
+        except RateLimited as error:
+            _log.info("a session that was only named is not kept: %s", error)
+        except SQLAlchemyError as error:
+            _log.warning("a session that was only named is not kept: %s", reason(error))
+        return None
 
 
 @dataclass(slots=True)
@@ -88,7 +90,10 @@ class Membership:
     _busy: set[str] = field(default_factory=set)
 
     async def join(self, body: ChatBody, caller: Caller, header: str | None) -> tuple[ChatBody, Joined | None]:
-        """The request with its whole conversation, and its place. Raises NotFound, or RequestError for what cannot be meant."""
+        """The request with its whole conversation, and its place.
+
+        Raises NotFound, RateLimited where no reply could be kept, and RequestError for what cannot be meant.
+        """
         session_id, name = _wanted(body, header)
         if session_id is None and name is None:
             if body.session_mode is not None:
@@ -107,18 +112,21 @@ class Membership:
         head = ANY_HEAD if session is None else session.head
         joined = Joined(self.sessions, caller.tenant, session_id, name, messages, context, head)
         if session is not None:
-            joined = replace(joined, n_tokens_before=session.n_tokens, edited_at=_edited_at(said, messages))
+            edited_at = _edited_at(said, messages)
+            since = len(said) if edited_at is None else edited_at
+            added = [*messages[since:], _reply("")]
+            await asyncio.to_thread(self.sessions.check_room, caller.tenant, said[since:], added)
+            joined = replace(joined, n_tokens_before=session.n_tokens, edited_at=edited_at)
         return body, joined
 
     @contextmanager
-    def alone(self, joined: Joined | None) -> Iterator[None]:
-        """Nobody else goes on from the same session within the block. Raises Conflict when somebody does already."""
-        session_id = None if joined is None else joined.session_id
+    def alone(self, session_id: str | None) -> Iterator[None]:
+        """Nobody else goes on from the session, or moves it, within the block. Raises Conflict when somebody does already."""
         if session_id is None:
             yield
             return
         if session_id in self._busy:
-            raise Conflict("another request is going on from this session; wait for it, or fork", param="session_id")
+            raise Conflict("another request goes on from this session, or moves it; wait for it, or fork", param="session_id")
         self._busy.add(session_id)
         try:
             yield
@@ -152,6 +160,10 @@ def _edited_at(said: Sequence[Message], messages: Sequence[Message]) -> int | No
     same = (one == two for one, two in zip(said, messages, strict=False))
     at = next((i for i, equal in enumerate(same) if not equal), len(messages))
     return at if at < len(said) else None
+
+
+def _reply(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _has_reply(messages: Sequence[Message]) -> bool:

@@ -15,7 +15,7 @@ from pasture.api import peers
 from pasture.api.callers import Caller
 from pasture.api.errors import explain
 from pasture.api.gateway import Gateway
-from pasture.api.session_schemas import Json, NewSession, describe, describe_cache
+from pasture.api.session_schemas import Json, NewSession, TargetBody, describe, describe_cache
 from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
 from pasture.core.ports import Movable, Service
 from pasture.core.values import ModelInfo
@@ -117,13 +117,6 @@ class Keepers:
             messages = await self._messages_within(caller, session_id, tokens)
         return await asyncio.to_thread(self._sessions.truncate, caller.tenant, session_id, messages)
 
-    async def target(self, key: str) -> Tenant:
-        """The tenant that a key belongs to. Raises NotFound."""
-        tenant = await asyncio.to_thread(self._gateway.state.keyring.find, key.encode())
-        if tenant is None:
-            raise NotFound("the target key is not valid", param="target_key")
-        return tenant
-
     async def export(self, caller: Caller, session_id: str, *, blocks: bool) -> bytes:
         """The session as one file. Raises NotFound, RateLimited."""
         session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
@@ -145,8 +138,44 @@ class Keepers:
         found: Json = {"id": session_id, "object": "session.carried", "replica": replica}
         return found | {"tokens": len(tokens), "carried_tokens": n_carried}
 
-    async def send(self, caller: Caller, session_id: str, wanted: str, key: str | None) -> Json:
-        """The session on another server, as a new one there. Raises NotFound, RequestError, Conflict, PeerFailed."""
+    async def copy(self, caller: Caller, session_id: str, to: TargetBody) -> Json:
+        """The session as another tenant's, here or at a peer. Raises RequestError and its kinds, and PeerFailed."""
+        if to.peer is not None:
+            return await self._send(caller, session_id, to.peer, to.target_key)
+        if to.target_key is None:
+            raise RequestError("whose shall it be? give target_key, peer, or both", param="target_key")
+        target = await self._target(to.target_key)
+        made = await asyncio.to_thread(self._sessions.copy, caller.tenant, session_id, target)
+        return self.describe(target, made)
+
+    async def move(self, caller: Caller, session_id: str, to: TargetBody) -> Json:
+        """`copy`, and the session is gone from here; meanwhile nobody goes on from it.
+
+        Raises Conflict when somebody does already, and when it is another one at the end (truncated, or gone on with at a
+        server that has the same state): then nothing is deleted.
+        """
+        session = await asyncio.to_thread(self._sessions.get, caller.tenant, session_id)
+        with self._gateway.members.alone(session_id):
+            made = await self.copy(caller, session_id, to)
+            try:
+                await asyncio.to_thread(self._sessions.delete, caller.tenant, session_id, session.head)
+            except NotFound:  # deleted meanwhile, and the copy is all there is
+                pass
+            except Conflict:
+                raise Conflict(
+                    f"the session has changed while it was copied: it stays here, and {made['id']} is what it was before",
+                    param="session_id",
+                ) from None
+        self._gateway.pinned.let_go(session_id)
+        return made
+
+    async def _target(self, key: str) -> Tenant:
+        tenant = await asyncio.to_thread(self._gateway.state.keyring.find, key.encode())
+        if tenant is None:
+            raise NotFound("the target key is not valid", param="target_key")
+        return tenant
+
+    async def _send(self, caller: Caller, session_id: str, wanted: str, key: str | None) -> Json:
         peer = peers.chosen(self._gateway.settings.peers, wanted)
         file = await self.export(caller, session_id, blocks=True)
         made, n_tokens = await asyncio.to_thread(peers.send, peer, key, file)

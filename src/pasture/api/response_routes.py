@@ -1,7 +1,8 @@
 """`/v1/responses`: answers that the server keeps, so that the next request names the last one and sends only what is new.
 
 `instructions` belong to one request and are not carried on; inputs and replies are. A reply is kept before its client is told
-that it is complete, so that the next turn can follow at once.
+that it is complete, so that the next turn can follow at once. What cannot be kept is an error for a client that asked for it
+(`store: true`); one that did not say gets the reply, which says that it is not stored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import orjson
 from fastapi import APIRouter, Request
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
 from pasture.api.answers import Deleted, StoredResponseBody
@@ -26,8 +28,9 @@ from pasture.api.response_formats import Json, ResponseWriter
 from pasture.api.response_schemas import ResponseBody, as_chat, check, new_messages
 from pasture.api.runs import Run
 from pasture.api.streams import EventStream
-from pasture.core.errors import RateLimited
+from pasture.core.errors import NotFound, RateLimited
 from pasture.core.values import Finish
+from pasture.sessions.database import reason
 from pasture.sessions.values import Message
 
 _log = logging.getLogger("pasture.api")
@@ -130,10 +133,11 @@ class _Answering:
         responses, previous = self.gateway.state.responses, self.body.previous_response_id
         try:
             await asyncio.to_thread(responses.add, self.caller.tenant, self.writer.response_id, whole, messages, previous)
-        except RateLimited as error:
+        except (NotFound, RateLimited, SQLAlchemyError) as error:
             if self.body.store:
                 raise
-            _log.info("a response that nobody asked to keep is not kept: %s", error)
+            level = logging.INFO if isinstance(error, RateLimited) else logging.WARNING
+            _log.log(level, "a response that nobody asked to keep is not kept: %s", reason(error))
             self.writer.stored = False
 
 

@@ -21,12 +21,11 @@ from pasture.api.answers import (
     SessionView,
 )
 from pasture.api.bodies import read_body, read_bytes
-from pasture.api.callers import Caller, caller_of
+from pasture.api.callers import caller_of
 from pasture.api.gateway import Gateway
 from pasture.api.keepers import Keepers
 from pasture.api.openapi import GENERATES, described
-from pasture.api.session_schemas import ForkBody, Json, NewSession, TargetBody, TruncateBody
-from pasture.core.errors import RequestError
+from pasture.api.session_schemas import ForkBody, NewSession, TargetBody, TruncateBody
 
 MAX_PAGE = 1000
 MAX_IMPORT_BYTES = 1 << 30
@@ -150,7 +149,7 @@ def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
     )
     async def copy(session_id: str, request: Request) -> Response:
         body = await read_body(request, TargetBody, limit)
-        return _json(await sent(caller_of(request, state), session_id, body), 201)
+        return _json(await keepers.copy(caller_of(request, state), session_id, body), 201)
 
     @router.post(
         "/{session_id}/move",
@@ -161,19 +160,7 @@ def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
         caller = caller_of(request, state)
         if body.replica is not None:
             return _json(await keepers.carry(caller, session_id, body.replica), 201)
-        made = await sent(caller, session_id, body)
-        await asyncio.to_thread(state.sessions.delete, caller.tenant, session_id)
-        gateway.pinned.let_go(session_id)
-        return _json(made, 201)
-
-    async def sent(caller: Caller, session_id: str, body: TargetBody) -> Json:
-        if body.peer is not None:
-            return await keepers.send(caller, session_id, body.peer, body.target_key)
-        if body.target_key is None:
-            raise RequestError("whose shall it be? give target_key, peer, or both", param="target_key")
-        target = await keepers.target(body.target_key)
-        made = await asyncio.to_thread(state.sessions.copy, caller.tenant, session_id, target)
-        return keepers.describe(target, made)
+        return _json(await keepers.move(caller, session_id, body), 201)
 
 
 def _cache_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> None:

@@ -50,8 +50,7 @@ class Database:
             self._migrate()
         except SQLAlchemyError as error:
             self._engine.dispose()
-            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise ConfigError(f"the state in {self.location} cannot be used: {reason}") from None
+            raise ConfigError(f"the state in {self.location} cannot be used: {reason(error)}") from None
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -93,6 +92,11 @@ class Database:
                 connection.execute(text("INSERT INTO migrations VALUES (:version)"), {"version": version})
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a line; of a database's error without the statement and its values, which hold what was said."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]
+
+
 def _url(location: str | None) -> URL:
     if location is None:
         return make_url("sqlite://").set(database=":memory:")
@@ -122,13 +126,16 @@ def _server_url(location: str) -> URL:
 
 
 def _engine(url: URL) -> Engine:
+    """Errors leave out parameters: they are what people wrote, and errors are logged."""
     return _postgresql(url) if url.get_backend_name() == POSTGRESQL else _sqlite(url)
 
 
 def _postgresql(url: URL) -> Engine:
     waits = {"connect_timeout": CONNECT_SECONDS, "options": f"-c lock_timeout={1000 * BUSY_SECONDS:.0f}"}
     try:
-        engine = create_engine(url, pool_pre_ping=True, isolation_level="REPEATABLE READ", connect_args=waits)
+        engine = create_engine(
+            url, hide_parameters=True, pool_pre_ping=True, isolation_level="REPEATABLE READ", connect_args=waits
+        )
     except (ImportError, SQLAlchemyError) as error:
         raise ConfigError(
             f"state: no driver for {url.drivername} (pip install 'pasture[postgresql]' brings psycopg): {error}"
@@ -144,7 +151,9 @@ def _postgresql(url: URL) -> Engine:
 
 def _sqlite(url: URL) -> Engine:
     pool = {"poolclass": StaticPool} if url.database == ":memory:" else {}
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool)
+    engine = create_engine(
+        url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool
+    )
 
     @event.listens_for(engine, "connect")
     def prepare(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

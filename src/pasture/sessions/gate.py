@@ -1,8 +1,9 @@
 """A tenant's turnstile: how many of its requests are at the scheduler, how many wait for that, and how many tokens a minute.
 
 Tokens are paid afterwards, because nobody knows a reply's length: a request enters while the bucket is not empty and may
-overdraw it; the next one waits until it has filled up again. Everything here belongs to the event loop's thread, and a tenant
-that has nothing running and a full bucket is forgotten.
+overdraw it; the next one waits until it has filled up again. Limits change while requests run and wait: the latest that anybody
+came with hold for all of them. Everything here belongs to the event loop's thread, and a tenant that has nothing running and a
+full bucket is forgotten.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from pasture.core.errors import RateLimited
@@ -31,6 +32,8 @@ class Passage:
 
 @dataclass(slots=True)
 class _Turnstile:
+    most: int | None = None
+    """that may run, as far as is known"""
     running: int = 0
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
     spent: float = 0.0
@@ -56,6 +59,8 @@ class Gate:
         """
         limits = tenant.limits
         turnstile = self._turnstiles.setdefault(tenant.name, _Turnstile(filled_at=self._clock()))
+        turnstile.most = limits.max_concurrent
+        self._admit(turnstile)
         try:
             self._check_tokens(turnstile, limits)
             await self._take_place(turnstile, limits)
@@ -82,15 +87,15 @@ class Gate:
             seconds = (turnstile.spent - rate) * SECONDS_A_MINUTE / rate
             raise RateLimited(f"more than {rate} tokens in a minute", retry_after_seconds=seconds)
 
-    @staticmethod
-    async def _take_place(turnstile: _Turnstile, limits: Limits) -> None:
-        most = limits.max_concurrent
-        if most is None or (turnstile.running < most and not turnstile.waiting):
+    @classmethod
+    async def _take_place(cls, turnstile: _Turnstile, limits: Limits) -> None:
+        if not turnstile.waiting and _has_place(turnstile):
             turnstile.running += 1
             return
         if len(turnstile.waiting) >= limits.max_queued:
             raise RateLimited(
-                f"{most} requests run and {limits.max_queued} wait already", retry_after_seconds=QUEUE_RETRY_SECONDS
+                f"{limits.max_concurrent} requests run and {limits.max_queued} wait already",
+                retry_after_seconds=QUEUE_RETRY_SECONDS,
             )
         place = asyncio.get_running_loop().create_future()
         turnstile.waiting.append(place)
@@ -98,20 +103,31 @@ class Gate:
             await place
         except BaseException:
             if place.done() and not place.cancelled():
-                Gate._leave(turnstile)  # it was given to us as we went
+                cls._leave(turnstile)  # it was given to us as we went
             else:
-                turnstile.waiting.remove(place)
+                with suppress(ValueError):  # who admits others passes over those that have gone
+                    turnstile.waiting.remove(place)
             raise
 
+    @classmethod
+    def _leave(cls, turnstile: _Turnstile) -> None:
+        turnstile.running -= 1
+        cls._admit(turnstile)
+
     @staticmethod
-    def _leave(turnstile: _Turnstile) -> None:
-        while turnstile.waiting:
+    def _admit(turnstile: _Turnstile) -> None:
+        """Those who wait get what places there are, in their order."""
+        while turnstile.waiting and _has_place(turnstile):
             place = turnstile.waiting.popleft()
             if not place.done():
-                place.set_result(None)  # the place changes hands
-                return
-        turnstile.running -= 1
+                place.set_result(None)
+                turnstile.running += 1
 
     def _forget(self, name: str, turnstile: _Turnstile) -> None:
-        if not turnstile.running and not turnstile.waiting and not turnstile.spent:
-            self._turnstiles.pop(name, None)
+        used = turnstile.running or turnstile.waiting or turnstile.spent
+        if not used and self._turnstiles.get(name) is turnstile:  # who was passed over may be the last to come here
+            del self._turnstiles[name]
+
+
+def _has_place(turnstile: _Turnstile) -> bool:
+    return turnstile.most is None or turnstile.running < turnstile.most

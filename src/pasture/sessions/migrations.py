@@ -30,4 +30,6 @@ _FIRST = (
 
 _ROLES = ("ALTER TABLE public_prefixes ADD COLUMN role TEXT",)
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _ROLES)
+_ONLY_NAMED = ("ALTER TABLE sessions ADD COLUMN only_named INTEGER NOT NULL DEFAULT 0",)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _ROLES, _ONLY_NAMED)

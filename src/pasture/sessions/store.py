@@ -1,9 +1,10 @@
 """Sessions: the conversations that the server keeps for a tenant.
 
-A session points at its last turn (`turns`), so forking copies one row however long the conversation is, and truncating moves a
-pointer. Every call names the tenant, and somebody else's session is the same as none: NotFound, with the same words. Unused
-and outlived sessions are forgotten by `expiry`; a tenant has at most `max_sessions`. Any thread may call; each call is one
-transaction.
+A session points at its last turn (`turns`), so forking copies one row however long the conversation is, and truncating moves
+a pointer. Every call names the tenant, and somebody else's session is the same as none: NotFound, with the same words. Unused
+and outlived sessions are forgotten by `expiry`; a tenant has at most `max_sessions`. At that number, a new one takes the
+place of the longest unused that requests only named (`go_on_named`) and nobody pinned; what somebody asked for stays. Any
+thread may call; each call is one transaction.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ANY_HEAD = AnyHead.ANY
 
 _INSERT = text(
     "INSERT INTO sessions VALUES (:id, :tenant, :name, :head, :n_messages, :n_tokens, :now, :now, 0, :parent, "
-    ":parent_messages, :context, :metadata, 0, 0, 0, 0)"
+    ":parent_messages, :context, :metadata, 0, 0, 0, 0, :only_named)"
 )
 
 
@@ -63,7 +64,7 @@ class Sessions:
         if name is not None and not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
             raise RequestError(f"a session's name has 1 to {MAX_NAME_CHARACTERS} printable characters", param="name")
         with self._database.write() as connection:
-            self._check_room(connection, tenant, 1)
+            _make_room(connection, tenant, 1)
             head = turns.branch(connection, tenant, None, messages)
             made = replace(
                 _new(tenant, head, len(messages), self._clock()), name=name, context=context or {}, metadata=metadata or {}
@@ -81,16 +82,6 @@ class Sessions:
         """Raises NotFound."""
         with self._database.read() as connection:
             return _as_session(_row(connection, tenant, session_id))
-
-    def named(self, tenant: Tenant, name: str) -> Session | None:
-        """The tenant's session of that name."""
-        if not name.isprintable():
-            return None
-        with self._database.read() as connection:
-            row = connection.execute(
-                text("SELECT * FROM sessions WHERE tenant = :tenant AND name = :name"), {"tenant": tenant.name, "name": name}
-            ).first()
-        return None if row is None else _as_session(row)
 
     def page(self, tenant: Tenant, *, limit: int = 100, after: str | None = None) -> tuple[Session, ...]:
         """The tenant's sessions by id, from behind `after` on."""
@@ -130,6 +121,13 @@ class Sessions:
             session = _as_session(_row(connection, tenant, session_id))
             return session, turns.messages_of(connection, tenant, session.head)
 
+    def check_room(self, tenant: Tenant, left: Sequence[Message], added: Sequence[Message]) -> None:
+        """Raises RateLimited where `added` has no room even if all of `left` goes for it: known before there is a reply."""
+        n_bytes = len(turns.encoded(added).encode()) - len(turns.encoded(left).encode())
+        with self._database.read() as connection:
+            if turns.excess_bytes(connection, tenant) + n_bytes > 0:
+                raise turns.full(tenant)
+
     def advance(
         self,
         tenant: Tenant,
@@ -148,35 +146,44 @@ class Sessions:
         """
         with self._database.write() as connection:
             row = _row(connection, tenant, session_id)
-            if not isinstance(head, AnyHead) and row.head != head:
-                raise Conflict("the session has gone on while this request ran", param="session_id")
-            new_head = turns.branch(connection, tenant, row.head, messages)
-            self._point(connection, row, new_head, len(messages), n_tokens)
-            turns.check_room(connection, tenant)
-            values = {
-                "id": session_id,
-                "requests": used.requests,
-                "prompt": used.prompt_tokens,
-                "cached": used.cached_tokens,
-                "reply": used.reply_tokens,
-                "context": row.context if context is None else json.dumps(dict(context)),
-            }
-            connection.execute(
-                text(
-                    "UPDATE sessions SET requests = requests + :requests, prompt_tokens = prompt_tokens + :prompt, "
-                    "cached_tokens = cached_tokens + :cached, reply_tokens = reply_tokens + :reply, context = :context "
-                    "WHERE session_id = :id"
-                ),
-                values,
-            )
+            _check_head(row, head)
+            self._say(connection, tenant, row, messages, n_tokens)
+            _count_use(connection, row, used, context)
+
+    def go_on_named(
+        self,
+        tenant: Tenant,
+        name: str,
+        messages: Sequence[Message],
+        *,
+        n_tokens: int,
+        used: Counters,
+        context: Mapping[str, object] | None = None,
+    ) -> str:
+        """`advance` for the tenant's session of that name, which is made where there is none; returns its id.
+
+        Raises RateLimited, and then none was made.
+        """
+        with self._database.write() as connection:
+            row = connection.execute(
+                text("SELECT * FROM sessions WHERE tenant = :tenant AND name = :name"), {"tenant": tenant.name, "name": name}
+            ).first()
+            if row is None:
+                _make_room(connection, tenant, 1)
+                made = replace(_new(tenant, None, 0, self._clock()), name=name)
+                connection.execute(_INSERT, _values(made) | {"only_named": 1})
+                row = _row(connection, tenant, made.session_id)
+            self._say(connection, tenant, row, messages, n_tokens)
+            _count_use(connection, row, used, context)
+            return str(row.session_id)
 
     def fork(self, tenant: Tenant, session_id: str, n: int = 1) -> tuple[Session, ...]:
         """`n` sessions with the same past. Costs a row each. Raises NotFound, RateLimited."""
         if not 1 <= n <= MAX_FORKS:
             raise RequestError(f"n must be 1 to {MAX_FORKS}", param="n")
         with self._database.write() as connection:
-            self._check_room(connection, tenant, n)
             origin = _as_session(_row(connection, tenant, session_id))
+            _make_room(connection, tenant, n, keep=session_id)
             now = self._clock()
             made = [
                 replace(
@@ -198,12 +205,6 @@ class Sessions:
         """The conversation as a new session of another tenant, which shares nothing with this one. Raises NotFound."""
         session, messages = self.open(tenant, session_id)
         return self.create(target, messages, context=session.context, metadata=session.metadata)
-
-    def move(self, tenant: Tenant, session_id: str, target: Tenant) -> Session:
-        """The same, and the session is gone from here."""
-        copied = self.copy(tenant, session_id, target)
-        self.delete(tenant, session_id)
-        return copied
 
     def truncate(self, tenant: Tenant, session_id: str, n_messages: int) -> Session:
         """Only the first `n_messages` were said. Raises NotFound, RequestError for more messages than there are."""
@@ -234,10 +235,20 @@ class Sessions:
             )
             return _as_session(_row(connection, tenant, session_id))
 
-    def delete(self, tenant: Tenant, session_id: str) -> None:
-        """Raises NotFound."""
+    def delete(self, tenant: Tenant, session_id: str, head: str | AnyHead | None = ANY_HEAD) -> None:
+        """Raises NotFound, and Conflict when `head`, the last turn that the caller knows of, is not the last."""
         with self._database.write() as connection:
-            forget(connection, _row(connection, tenant, session_id))
+            row = _row(connection, tenant, session_id)
+            _check_head(row, head)
+            forget(connection, row)
+
+    def _say(
+        self, connection: Connection, tenant: Tenant, row: Row[tuple[object]], messages: Sequence[Message], n_tokens: int
+    ) -> None:
+        """The conversation is `messages` now. Raises RateLimited."""
+        head = turns.branch(connection, tenant, row.head, messages)
+        self._point(connection, row, head, len(messages), n_tokens)
+        turns.check_room(connection, tenant)
 
     def _point(self, connection: Connection, row: Row[tuple[object]], head: str | None, n_messages: int, n_tokens: int) -> None:
         if head is not None:
@@ -250,12 +261,49 @@ class Sessions:
             {"head": head, "n": n_messages, "tokens": n_tokens, "now": self._clock(), "id": row.session_id},
         )
 
-    def _check_room(self, connection: Connection, tenant: Tenant, n: int) -> None:
-        if _count(connection, tenant) + n > tenant.limits.max_sessions:
-            raise RateLimited(
-                f"a tenant may have {tenant.limits.max_sessions} sessions; delete some, or let them expire",
-                retry_after_seconds=turns.FULL_RETRY_SECONDS,
-            )
+
+def _count_use(connection: Connection, row: Row[tuple[object]], used: Counters, context: Mapping[str, object] | None) -> None:
+    """Add to a session's counters; its context is another one now, where one is given."""
+    values = {
+        "id": row.session_id,
+        "requests": used.requests,
+        "prompt": used.prompt_tokens,
+        "cached": used.cached_tokens,
+        "reply": used.reply_tokens,
+        "context": row.context if context is None else json.dumps(dict(context)),
+    }
+    connection.execute(
+        text(
+            "UPDATE sessions SET requests = requests + :requests, prompt_tokens = prompt_tokens + :prompt, "
+            "cached_tokens = cached_tokens + :cached, reply_tokens = reply_tokens + :reply, context = :context "
+            "WHERE session_id = :id"
+        ),
+        values,
+    )
+
+
+def _make_room(connection: Connection, tenant: Tenant, n: int, keep: str | None = None) -> None:
+    """Forget as many as `n` new ones need of those that were only named, but for `keep`. Raises RateLimited for too few."""
+    too_many = _count(connection, tenant) + n - tenant.limits.max_sessions
+    if too_many <= 0:
+        return
+    oldest = text(
+        "SELECT session_id, head FROM sessions WHERE tenant = :tenant AND only_named = 1 AND pinned = 0 "
+        "ORDER BY last_used, session_id LIMIT :rows"
+    )
+    rows = connection.execute(oldest, {"tenant": tenant.name, "rows": too_many + 1}).all()
+    rows = [row for row in rows if row.session_id != keep][:too_many]
+    if len(rows) < too_many:
+        raise RateLimited(
+            f"a tenant may have {tenant.limits.max_sessions} sessions; delete some, or let them expire",
+            retry_after_seconds=turns.FULL_RETRY_SECONDS,
+        )
+    turns.delete(connection, "sessions", "session_id", [row.session_id for row in rows])
+    release = turns.Release(connection, tenant)
+    release.look([row.head for row in rows if row.head is not None])
+    for row in rows:
+        release.let_go(row.head)
+    release.apply()
 
 
 def forget(connection: Connection, row: Row[tuple[object]]) -> None:
@@ -293,6 +341,7 @@ def _values(session: Session) -> dict[str, object]:
         "parent_messages": session.parent_messages,
         "context": json.dumps(dict(session.context)),
         "metadata": json.dumps(dict(session.metadata)),
+        "only_named": 0,
     }
 
 
@@ -309,6 +358,11 @@ def _row(connection: Connection, tenant: Tenant, session_id: str) -> Row[tuple[o
     if row is None:
         raise NotFound(f"there is no session {session_id[:100]!r}", param="session_id")
     return row
+
+
+def _check_head(row: Row[tuple[object]], head: str | AnyHead | None) -> None:
+    if not isinstance(head, AnyHead) and row.head != head:
+        raise Conflict("the session has gone on while this request ran", param="session_id")
 
 
 def _as_session(row: Row[tuple[object]]) -> Session:

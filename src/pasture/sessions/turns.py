@@ -11,19 +11,73 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, bindparam, text
 
 from pasture.core.errors import InvariantBroken, RateLimited
 from pasture.sessions.values import Message, Tenant
 
 FULL_RETRY_SECONDS = 3600.0
+BATCH_ROWS = 500
+"""that one statement names"""
+
+_LINES = text(
+    "WITH RECURSIVE line(turn_id, parent, refs, n_bytes) AS ("
+    "SELECT turn_id, parent, refs, n_bytes FROM turns WHERE turn_id IN :ids AND tenant = :tenant "
+    "UNION SELECT t.turn_id, t.parent, t.refs, t.n_bytes FROM turns t JOIN line ON t.turn_id = line.parent) "
+    "SELECT turn_id, parent, refs, n_bytes FROM line"
+).bindparams(bindparam("ids", expanding=True))
+
+
+class Release:
+    """Turns that are let go together: what goes with them is found by reading, and `apply` does it in few statements.
+
+    Between the two, nobody else may write.
+    """
+
+    def __init__(self, connection: Connection, tenant: Tenant, held: str | None = None) -> None:
+        """`held`: a turn that stays, because something is about to point at it."""
+        self._connection = connection
+        self._tenant = tenant
+        self._held = held
+        self._found: dict[str, Row[tuple[object]]] = {}
+        self._fewer: Counter[str] = Counter()
+        """turn -> how many point at it no longer"""
+        self._gone: set[str] = set()
+        self.n_bytes = 0
+        """of the turns that go"""
+
+    def look(self, turn_ids: Sequence[str]) -> None:
+        """Read turns and all that is before them, so that they can be let go."""
+        for batch in batches([turn_id for turn_id in turn_ids if turn_id not in self._found]):
+            rows = self._connection.execute(_LINES, {"ids": batch, "tenant": self._tenant.name})
+            self._found |= {row.turn_id: row for row in rows}
+
+    def let_go(self, turn_id: str | None) -> None:
+        """One fewer points at a turn that was looked at; changes nothing in the database."""
+        while turn_id is not None:
+            self._fewer[turn_id] += 1
+            row = self._found[turn_id]
+            if turn_id == self._held or self._fewer[turn_id] < row.refs:
+                return
+            self._gone.add(turn_id)
+            self.n_bytes += row.n_bytes
+            turn_id = row.parent
+
+    def apply(self) -> None:
+        """Write down what was let go."""
+        delete(self._connection, "turns", "turn_id", list(self._gone))
+        left = [{"turn": turn_id, "by": by} for turn_id, by in self._fewer.items() if turn_id not in self._gone]
+        if left:
+            self._connection.execute(text("UPDATE turns SET refs = refs - :by WHERE turn_id = :turn"), left)
+        count_bytes(self._connection, self._tenant.name, -self.n_bytes)
 
 
 def add_turn(connection: Connection, tenant: Tenant, parent: str | None, messages: Sequence[Message]) -> str:
     """A turn behind `parent`, which nobody points at yet."""
-    body = json.dumps(list(messages), ensure_ascii=False, separators=(",", ":"))
+    body = encoded(messages)
     n_bytes = len(body.encode())
     count_bytes(connection, tenant.name, n_bytes)
     before = 0 if parent is None else length(connection, tenant, parent)
@@ -40,6 +94,11 @@ def add_turn(connection: Connection, tenant: Tenant, parent: str | None, message
     if parent is not None:
         keep(connection, parent)
     return turn_id
+
+
+def encoded(messages: Sequence[Message]) -> str:
+    """Messages as a turn has them."""
+    return json.dumps(list(messages), ensure_ascii=False, separators=(",", ":"))
 
 
 def keep(connection: Connection, turn_id: str, by: int = 1) -> None:
@@ -78,10 +137,27 @@ def excess_bytes(connection: Connection, tenant: Tenant) -> int:
 def check_room(connection: Connection, tenant: Tenant) -> None:
     """Raises RateLimited when the tenant stores more than it may: the transaction that went too far is undone."""
     if excess_bytes(connection, tenant) > 0:
-        raise RateLimited(
-            f"what a tenant stores may be {tenant.limits.max_transcript_bytes} bytes; delete sessions or responses",
-            retry_after_seconds=FULL_RETRY_SECONDS,
-        )
+        raise full(tenant)
+
+
+def full(tenant: Tenant) -> RateLimited:
+    """The tenant stores as much as it may."""
+    return RateLimited(
+        f"what a tenant stores may be {tenant.limits.max_transcript_bytes} bytes; delete sessions or responses",
+        retry_after_seconds=FULL_RETRY_SECONDS,
+    )
+
+
+def delete(connection: Connection, table: str, key: str, ids: Sequence[str]) -> None:
+    """Rows, many with one statement, and nothing of what they point at."""
+    statement = text(f"DELETE FROM {table} WHERE {key} IN :ids").bindparams(bindparam("ids", expanding=True))
+    for batch in batches(ids):
+        connection.execute(statement, {"ids": batch})
+
+
+def batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """As many at a time as a statement names."""
+    return (ids[start : start + BATCH_ROWS] for start in range(0, len(ids), BATCH_ROWS))
 
 
 def length(connection: Connection, tenant: Tenant, turn_id: str) -> int:

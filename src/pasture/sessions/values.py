@@ -52,6 +52,7 @@ class Limits:
     guaranteed_share: float | None = None
     """0..1 of the live cache, RAM and disk that no other tenant can push it below; None: by weight"""
     max_sessions: int = 10_000
+    """kept ones; of those that were only named the longest unused goes when there is another"""
     max_responses: int = 10_000
     """stored ones; the least recently used goes when another is stored"""
     max_pinned: int = 16

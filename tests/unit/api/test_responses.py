@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator
 
 import httpx
 import openai
 import pytest
 from openai.types.responses import Response
+from sqlalchemy.exc import OperationalError
 
 from pasture.core.errors import EngineError
 from pasture.core.values import Request, TokenEvent
+from pasture.sessions.state import State
 from tests.session_support import answer_to, world
 from tests.unit.api.conftest import Connect
+from tests.unit.api.test_limits import client_of
 from tests.unit.api.wire import error_of
 from tests.unit.stub_service import StubService
 
@@ -104,6 +109,46 @@ async def test_what_is_not_to_be_stored_is_not(client: httpx.AsyncClient) -> Non
     assert (await client.delete(f"{RESPONSES}/{kept['id']}")).json()["deleted"] is True
     again = await client.post(RESPONSES, json={"input": "b", "previous_response_id": kept["id"]})
     assert again.status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_cannot_be_kept_is_answered_where_nobody_asked_to_keep_it(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full() -> None:
+        raise OperationalError("INSERT INTO turns", {"messages": "secret"}, Exception("database or disk is full"))
+
+    state = State()
+    async with client_of(StubService(), state) as client:
+        monkeypatch.setattr(state.database, "write", full)
+        with caplog.at_level(logging.WARNING, "pasture.api"):
+            answer = await client.post(RESPONSES, json={"input": "a", "stream": stream})
+        assert answer.status_code == 200, answer.text
+        body = json.loads(answer.text.strip().rsplit("\ndata: ", 1)[1])["response"] if stream else answer.json()
+        assert (body["status"], body["store"], body["output"][0]["content"][0]["text"]) == ("completed", False, "Hello there")
+        assert (await client.get(f"{RESPONSES}/{body['id']}")).status_code == 404
+        assert "database or disk is full" in caplog.text
+        assert "secret" not in caplog.text
+        if not stream:
+            assert (await client.post(RESPONSES, json={"input": "a", "store": True})).status_code == 500
+    state.close()
+
+
+@pytest.mark.parametrize(("fields", "status"), [({}, 200), ({"store": True}, 404)])
+async def test_what_goes_on_from_a_response_that_is_deleted_meanwhile(fields: dict[str, bool], status: int) -> None:
+    service, state = StubService(), State()
+    async with client_of(service, state) as client:
+        first = (await client.post(RESPONSES, json={"input": "a"})).json()["id"]
+        service.hold, service.begun = asyncio.Event(), asyncio.Event()
+        body = {"input": "b", "previous_response_id": first, **fields}
+        second = asyncio.create_task(client.post(RESPONSES, json=body))
+        await asyncio.wait_for(service.begun.wait(), 10)
+        await client.delete(f"{RESPONSES}/{first}")
+        service.hold.set()
+        answer = await second
+        assert answer.status_code == status, answer.text
+        assert status == 404 or answer.json()["store"] is False
+    state.close()
 
 
 async def broken_midway(request: Request) -> AsyncGenerator[TokenEvent, None]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from pasture.api.joining import whole
 from pasture.api.keepers import MAX_TRAVELLING_OF_TENANT
 from pasture.core.errors import RequestError
+from pasture.sessions.state import State
+from pasture.sessions.values import Limits
 from tests.session_support import GREEDY, answer_to, world
 from tests.unit.api.conftest import Connect
+from tests.unit.api.test_limits import client_of
 from tests.unit.api.wire import CHAT, chat_texts, error_of
 from tests.unit.stub_service import StubService
 
@@ -118,6 +123,52 @@ async def test_an_answer_that_failed_leaves_the_session_as_it_was(connect: Conne
     assert (await client.post(CHAT, json={"messages": [HI], "session_id": session_id})).status_code == 500
     service.error = None
     assert await said(client, session_id) == [SYSTEM]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_reply_is_answered_where_a_session_that_was_only_named_cannot_be_kept(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full() -> None:
+        raise OperationalError("INSERT INTO turns", {"messages": "secret"}, Exception("database or disk is full"))
+
+    state = State()
+    async with client_of(StubService(), state) as client:
+        session_id = await new_session(client, SYSTEM)
+        monkeypatch.setattr(state.database, "write", full)
+        with caplog.at_level(logging.WARNING, "pasture.api"):
+            answers = [
+                await client.post(CHAT, json={"messages": [HI], "stream": stream, **named}, headers=headers)
+                for named, headers in (({"prompt_cache_key": "mine"}, {}), ({}, {"x-session-id": "mine"}))
+            ]
+        for answer in answers:
+            assert answer.status_code == 200, answer.text
+            assert "error" not in answer.text
+        assert "database or disk is full" in caplog.text
+        assert "secret" not in caplog.text
+        if not stream:
+            asked = await client.post(CHAT, json={"messages": [HI], "session_id": session_id})
+            assert asked.status_code == 500, "who asked for a session hears that it has not gone on"
+    state.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_where_no_reply_could_be_kept_none_is_computed(stream: bool) -> None:
+    service, state = StubService(), State(limits=Limits(max_transcript_bytes=400))
+    async with client_of(service, state) as client:
+        session_id = await new_session(client, SYSTEM, {"role": "user", "content": "x" * 250})
+        body = {"session_id": session_id, "stream": stream}
+        answer = await client.post(CHAT, json={"messages": [{"role": "user", "content": "y" * 30}], **body})
+        assert (answer.status_code, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
+        assert not service.requests
+        shorter = await client.post(CHAT, json={"messages": [SYSTEM, HI], "session_mode": "replace", **body})
+        assert shorter.status_code == 200, "what is replaced makes room"
+        assert await said(client, session_id) == [SYSTEM, HI, HELLO]
+        await new_session(client, {"role": "user", "content": "x" * (400 - 190)})
+        named = await client.post(CHAT, json={"messages": [HI], "prompt_cache_key": "mine", "stream": stream})
+        assert named.status_code == 200
+        assert len((await client.get(SESSIONS)).json()["data"]) == 2, "what has no room is answered, and not kept"
+    state.close()
 
 
 async def test_what_is_not_there_is_said_in_one_shape(client: httpx.AsyncClient) -> None:

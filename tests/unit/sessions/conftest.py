@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from pasture.sessions.state import State
 from tests.postgresql import PostgreSQL, running
@@ -57,3 +59,35 @@ def rows(state: State, table: str) -> int:
 def stored_bytes(state: State) -> int:
     with state.database.read() as connection:
         return int(connection.execute(text("SELECT coalesce(sum(n_bytes), 0) FROM stored")).scalar_one())
+
+
+def check_books(state: State) -> None:
+    """Every turn counts who points at it and is pointed at, and every tenant's bytes are what it stores."""
+    with state.database.read() as connection:
+        turns = connection.execute(text("SELECT turn_id, tenant, parent, messages, n_bytes, refs FROM turns")).all()
+        heads = connection.execute(text("SELECT head FROM sessions UNION ALL SELECT head FROM responses")).scalars().all()
+        bodies = connection.execute(text("SELECT tenant, body, n_bytes FROM responses")).all()
+        stored = connection.execute(text("SELECT tenant, n_bytes FROM stored WHERE n_bytes <> 0")).all()
+    pointed = Counter([*(turn.parent for turn in turns), *heads])
+    assert {turn.turn_id: turn.refs for turn in turns} == {turn_id: n for turn_id, n in pointed.items() if turn_id is not None}
+    n_bytes: Counter[str] = Counter()
+    for row, content in [*((turn, turn.messages) for turn in turns), *((body, body.body) for body in bodies)]:
+        assert row.n_bytes == len(content.encode())
+        n_bytes[row.tenant] += row.n_bytes
+    assert {row.tenant: row.n_bytes for row in stored} == n_bytes
+
+
+@contextmanager
+def statements(state: State) -> Iterator[list[str]]:
+    """What the database is asked within the block; many rows with one statement are one."""
+    asked: list[str] = []
+
+    def note(*given: object) -> None:
+        asked.append(str(given[2]))
+
+    engine = state.database._engine
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield asked
+    finally:
+        event.remove(engine, "before_cursor_execute", note)

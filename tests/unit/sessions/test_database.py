@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.core.errors import ConfigError, ShuttingDown
 from pasture.sessions.database import Database
@@ -124,3 +125,9 @@ def test_who_reads_sees_one_moment(shared: str) -> None:
         assert connection.execute(n_tenants).scalar_one() == before + 1
     reading.close()
     writing.close()
+
+
+def test_an_error_does_not_tell_what_people_wrote(state: State) -> None:
+    with pytest.raises(SQLAlchemyError) as caught, state.database.write() as connection:
+        connection.execute(text("INSERT INTO nowhere VALUES (:said)"), {"said": "a secret"})
+    assert "secret" not in str(caught.value)

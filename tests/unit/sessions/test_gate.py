@@ -64,6 +64,97 @@ async def test_who_gives_up_in_line_gives_the_place_back() -> None:
     assert len(gate) == 0
 
 
+async def test_who_gave_up_is_passed_over_before_it_has_noticed() -> None:
+    gate, limited = Gate(), tenant(max_concurrent=1)
+
+    async def work() -> None:
+        async with gate.enter(limited):
+            pass
+
+    async with gate.enter(limited):
+        waiting = [asyncio.create_task(work()) for _ in range(2)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+    ended = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(error) for error in ended] == [asyncio.CancelledError, type(None)]
+    assert len(gate) == 0
+
+
+async def settled() -> None:
+    """Everybody has gone as far as he can."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+class Line:
+    """Requests of one tenant that run until they are told to end."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.running: list[int] = []
+        self._ends: list[asyncio.Event] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def add(self, n: int, max_concurrent: int | None) -> None:
+        for _ in range(n):
+            self._ends.append(asyncio.Event())
+            self._tasks.append(asyncio.create_task(self._work(len(self._tasks), max_concurrent)))
+            await settled()
+
+    async def end(self, number: int) -> None:
+        self._ends[number].set()
+        await self._tasks[number]
+        await settled()
+
+    async def _work(self, number: int, max_concurrent: int | None) -> None:
+        async with self.gate.enter(tenant(max_concurrent=max_concurrent)):
+            self.running.append(number)
+            await self._ends[number].wait()
+        self.running.remove(number)
+
+
+async def test_a_limit_that_is_lowered_holds_for_those_who_wait_already() -> None:
+    line = Line()
+    await line.add(6, max_concurrent=3)
+    assert line.running == [0, 1, 2]
+    await line.add(1, max_concurrent=1)
+    await line.end(0)
+    await line.end(1)
+    assert line.running == [2]
+    for number in range(2, 7):
+        assert line.running == [number]
+        await line.end(number)
+    assert len(line.gate) == 0
+
+
+@pytest.mark.parametrize("raised", [3, None])
+async def test_a_limit_that_is_raised_lets_those_who_wait_in_first(raised: int | None) -> None:
+    line = Line()
+    await line.add(3, max_concurrent=1)
+    assert line.running == [0]
+    await line.add(1, max_concurrent=raised)
+    assert line.running == ([0, 1, 2] if raised else [0, 3, 1, 2]), "who comes waits only where there is no place left"
+    for number in range(4):
+        await line.end(number)
+    assert line.running == []
+    assert len(line.gate) == 0
+
+
+async def test_a_limit_that_is_raised_holds_when_somebody_leaves() -> None:
+    line = Line()
+    await line.add(5, max_concurrent=1)
+    with pytest.raises(RateLimited):  # told about the limit, though it does not get in itself
+        async with line.gate.enter(tenant(max_concurrent=3, max_queued=0)):
+            pass
+    await settled()
+    assert line.running == [0, 1, 2]
+    await line.end(0)
+    assert line.running == [1, 2, 3]
+    for number in range(1, 5):
+        await line.end(number)
+    assert len(line.gate) == 0
+
+
 async def test_tokens_are_paid_afterwards_and_come_back_with_time(clock: Time) -> None:
     gate, limited = Gate(clock=clock), tenant(tokens_per_minute=600)
     async with gate.enter(limited) as passage:

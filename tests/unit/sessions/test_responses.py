@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import random
+from contextlib import suppress
+from dataclasses import replace
+
 import pytest
 
 from pasture.core.errors import NotFound, RateLimited
 from pasture.sessions.state import State
 from pasture.sessions.values import Tenant
-from tests.unit.sessions.conftest import Time, rows, stored_bytes
+from tests.unit.sessions.conftest import Time, check_books, rows, statements, stored_bytes
 from tests.unit.sessions.test_store import say
 
 
@@ -58,6 +62,54 @@ def test_bytes_make_way_too_and_what_never_fits_is_refused(state: State, clock: 
     with pytest.raises(RateLimited):
         state.responses.add(tenant, "large", {}, say("x" * 500, "reply"))
     assert rows(state, "responses") > 0, "what could not be kept pushed nothing out"
+
+
+def test_where_no_response_can_make_room_none_goes_and_nobody_who_writes_waits(
+    state: State, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant = state.tenants.create("small", max_transcript_bytes=20_000)
+    for i in range(40):
+        clock.now += 1
+        state.responses.add(tenant, f"r{i}", {}, say("x", "reply"), previous=f"r{i - 1}" if i % 4 else None)
+    state.sessions.create(tenant, say("x" * (19_000 - stored_bytes(state))))
+    with monkeypatch.context() as patch, statements(state) as asked:
+        patch.setattr(state.database, "write", lambda: pytest.fail("took everybody's turn to write"))
+        with pytest.raises(RateLimited):
+            state.responses.add(tenant, "large", {}, say("y" * 10_000, "reply"), previous="r7")
+    assert len(asked) < 20, "found out for many responses at a time"
+    assert rows(state, "responses") == 40
+    state.responses.add(tenant, "fits", {}, say("y" * 2000, "reply"), previous="r7")
+    assert state.responses.open(tenant, "fits")[1][:-2] == say(*["x", "reply"] * 4), "its past stays with it"
+    check_books(state)
+
+
+def test_many_make_way_in_few_statements(state: State, tenant: Tenant, clock: Time) -> None:
+    roomy = replace(tenant, limits=replace(tenant.limits, max_responses=1000))
+    for i in range(300):
+        clock.now += 1
+        state.responses.add(roomy, f"r{i}", {}, say("x", "reply"), previous=f"r{i - 1}" if i % 100 else None)
+    with statements(state) as asked:
+        state.responses.add(tenant, "last", {}, say("y", "reply"), previous="r0")
+    assert len(asked) < 30
+    assert rows(state, "responses") == 3
+    assert len(state.responses.open(tenant, "r299")[1]) == 200
+    check_books(state)
+
+
+def test_the_books_are_right_whatever_makes_way(state: State, clock: Time) -> None:
+    tenant = state.tenants.create("small", max_transcript_bytes=1500, max_responses=12)
+    chance = random.Random(7)
+    kept: list[str] = []
+    for i in range(150):
+        clock.now += 1
+        previous = chance.choice([*kept[-6:], None])
+        with suppress(NotFound, RateLimited):  # it has made way itself, or has too long a past
+            state.responses.add(tenant, f"r{i}", {"n": i}, say("x" * chance.randrange(200), "reply"), previous=previous)
+            kept.append(f"r{i}")
+        if i % 10 == 0:
+            check_books(state)
+        assert stored_bytes(state) <= 1500
+        assert rows(state, "responses") <= 12
 
 
 def test_somebody_elses_is_the_same_as_none(state: State, tenant: Tenant) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
 from pasture.sessions.state import State
 from pasture.sessions.values import Counters, Message, Tenant
-from tests.unit.sessions.conftest import Time, rows, stored_bytes
+from tests.unit.sessions.conftest import Time, check_books, rows, stored_bytes
 
 USED = Counters(1, 10, 4, 3)
 
@@ -37,7 +37,7 @@ def test_a_session_holds_what_was_said_and_counts_what_it_cost(state: State, ten
     assert found.counters == Counters(2, 20, 8, 6)
     assert (found.n_messages, found.n_tokens, found.last_used - found.created) == (6, 55, 5)
     assert (found.context, found.metadata, found.name) == ({"tools": [1]}, {"k": "v"}, "mine")
-    assert state.sessions.named(tenant, "mine") == found
+    assert state.sessions.page(tenant) == (found,)
     assert rows(state, "turns") == 3
 
 
@@ -87,7 +87,6 @@ def test_what_is_somebody_elses_is_the_same_as_nothing(state: State, tenant: Ten
         lambda t, i: state.sessions.open(t, i),
         lambda t, i: state.sessions.fork(t, i),
         lambda t, i: state.sessions.copy(t, i, t),
-        lambda t, i: state.sessions.move(t, i, t),
         lambda t, i: state.sessions.truncate(t, i, 0),
         lambda t, i: state.sessions.pin(t, i, True),
         lambda t, i: state.sessions.delete(t, i),
@@ -101,29 +100,28 @@ def test_what_is_somebody_elses_is_the_same_as_nothing(state: State, tenant: Ten
             said.append(str(caught.value).replace(session_id, "ID"))
         assert said[0] == said[1]
     assert state.sessions.page(other) == ()
-    assert state.sessions.named(other, "x") is None
     assert state.sessions.messages(tenant, theirs) == say("secret")
 
 
-def test_copies_and_moves_belong_to_the_other_tenant(state: State, tenant: Tenant, other: Tenant) -> None:
+def test_copies_belong_to_the_other_tenant(state: State, tenant: Tenant, other: Tenant) -> None:
     made = state.sessions.create(tenant, say("a"), metadata={"k": 1})
     copied = state.sessions.copy(tenant, made.session_id, other)
-    moved = state.sessions.move(tenant, made.session_id, other)
-    for session in (copied, moved):
-        assert state.sessions.messages(other, session.session_id) == say("a")
-        assert session.metadata == {"k": 1}
+    assert state.sessions.messages(other, copied.session_id) == say("a")
+    assert copied.metadata == {"k": 1}
     with pytest.raises(NotFound):
-        state.sessions.get(tenant, made.session_id)
-    with pytest.raises(NotFound):
-        state.sessions.get(tenant, moved.session_id)
+        state.sessions.get(tenant, copied.session_id)
 
 
-def test_a_session_that_went_on_meanwhile_is_not_overwritten(state: State, tenant: Tenant) -> None:
+def test_a_session_that_went_on_meanwhile_is_neither_overwritten_nor_deleted(state: State, tenant: Tenant) -> None:
     made = state.sessions.create(tenant, say("a"))
     state.sessions.advance(tenant, made.session_id, say("a", "b"), n_tokens=1, used=USED, head=made.head)
     with pytest.raises(Conflict):
         state.sessions.advance(tenant, made.session_id, say("a", "c"), n_tokens=1, used=USED, head=made.head)
+    with pytest.raises(Conflict):
+        state.sessions.delete(tenant, made.session_id, made.head)
     assert state.sessions.messages(tenant, made.session_id) == say("a", "b")
+    state.sessions.delete(tenant, made.session_id, state.sessions.get(tenant, made.session_id).head)
+    assert rows(state, "sessions") == rows(state, "turns") == 0
 
 
 def test_names_are_unique_in_a_tenant_only(state: State, tenant: Tenant, other: Tenant) -> None:
@@ -151,6 +149,68 @@ def test_nothing_grows_without_bound(state: State) -> None:
         state.sessions.advance(tenant, made.session_id, say("a", "b" * 300), n_tokens=1, used=USED)
     assert stored_bytes(state) == before, "what went too far is undone"
     assert state.sessions.messages(tenant, made.session_id) == say("a")
+
+
+def name(state: State, tenant: Tenant, name: str, *messages: Message) -> str:
+    """A request that is complete and only named its session."""
+    return state.sessions.go_on_named(tenant, name, messages, n_tokens=len(messages), used=USED)
+
+
+def names(state: State, tenant: Tenant) -> set[str | None]:
+    return {session.name for session in state.sessions.page(tenant)}
+
+
+def test_a_name_makes_a_session_once_and_goes_on_with_it(state: State, tenant: Tenant, other: Tenant) -> None:
+    made = name(state, tenant, "n", *say("a", "b"))
+    assert name(state, tenant, "n", *say("a", "b", "c", "d")) == made
+    assert name(state, other, "n", *say("a")) != made
+    found, messages = state.sessions.open(tenant, made)
+    assert (found.name, found.n_messages, found.n_tokens, found.counters) == ("n", 4, 4, Counters(2, 20, 8, 6))
+    assert messages == say("a", "b", "c", "d")
+    assert rows(state, "turns") == 3
+    mine = state.sessions.create(tenant, name="mine").session_id
+    assert name(state, tenant, "mine", *say("a")) == mine
+
+
+def test_sessions_that_were_only_named_make_way_for_those_that_somebody_asks_for(state: State, clock: Time) -> None:
+    tenant = state.tenants.create("small", max_sessions=5)
+    mine = state.sessions.create(tenant, say("mine"), name="mine").session_id
+    for i in range(4):
+        clock.now += 1
+        name(state, tenant, f"n{i}", *say(f"a{i}", "b"))
+    clock.now += 1
+    name(state, tenant, "n0", *say("a0", "b", "c"))
+    clock.now += 1
+    name(state, tenant, "n4", *say("a4", "b"))
+    assert names(state, tenant) == {"mine", "n0", "n2", "n3", "n4"}, "the longest unused has made way"
+    pinned = next(session for session in state.sessions.page(tenant) if session.name == "n2")
+    state.sessions.pin(tenant, pinned.session_id, True)
+    asked = state.sessions.create(tenant, say("asked"))
+    assert names(state, tenant) == {"mine", "n0", "n2", "n4", None}
+    last = next(session for session in state.sessions.page(tenant) if session.name == "n0")
+    with pytest.raises(RateLimited):
+        state.sessions.fork(tenant, last.session_id, 2)
+    assert names(state, tenant) == {"mine", "n0", "n2", "n4", None}, "what would not do is left as it is"
+    (fork,) = state.sessions.fork(tenant, last.session_id, 1)
+    assert names(state, tenant) == {"mine", "n0", "n2", None}, "the one that is forked stays, though it is older"
+    assert state.sessions.messages(tenant, fork.session_id) == say("a0", "b", "c")
+    state.sessions.create(tenant)
+    for call in (lambda: state.sessions.create(tenant), lambda: name(state, tenant, "late", *say("a"))):
+        with pytest.raises(RateLimited):
+            call()
+    assert state.sessions.messages(tenant, mine) == say("mine")
+    assert state.sessions.messages(tenant, asked.session_id) == say("asked")
+    assert rows(state, "sessions") == 5
+    check_books(state)
+
+
+def test_a_name_whose_conversation_has_no_room_leaves_no_session(state: State) -> None:
+    tenant = state.tenants.create("small", max_sessions=2, max_transcript_bytes=200)
+    kept = [name(state, tenant, n, *say("a", "b")) for n in ("one", "two")]
+    with pytest.raises(RateLimited):
+        name(state, tenant, "three", *say("a", "b" * 300))
+    assert {session.session_id for session in state.sessions.page(tenant)} == set(kept), "nor does any make way for it"
+    check_books(state)
 
 
 def test_pages_hold_every_session_once(state: State, tenant: Tenant) -> None:
