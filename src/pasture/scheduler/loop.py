@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pasture.core.errors import EngineError, InvariantBroken, PastureError, RequestError, ShuttingDown
+from pasture.core.errors import EngineError, InvariantBroken, PastureError, ShuttingDown
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics
 from pasture.core.storage import Store
@@ -89,19 +89,27 @@ class EngineLoop:
     def ask(self, question: Callable[[Scheduler], Answer]) -> Future[Answer]:
         """Have the engine thread call `question` between two steps, and carry out the operations that it leaves behind.
 
-        Raises ShuttingDown when the thread has ended; the future is cancelled when it ends before it comes to that.
+        Raises ShuttingDown when the thread has ended; the future is cancelled when it ends before it comes to that. What the
+        question raises concerns nobody but who asked, unless it says that books and engine may disagree.
         """
         future: Future[Answer] = Future()
 
         def reply(scheduler: Scheduler) -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    answer = question(scheduler)
-                    self._flush()
-                except BaseException as error:
-                    future.set_exception(error)
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                answer = question(scheduler)
+            except Exception as error:
+                future.set_exception(error)
+                if isinstance(error, EngineError | InvariantBroken):
                     raise
-                future.set_result(answer)
+                return
+            try:
+                self._flush()
+            except Exception as error:
+                future.set_exception(error)
+                raise
+            future.set_result(answer)
 
         if not self._post(_Question(reply, future.cancel)):
             raise ShuttingDown("the server is shutting down")
@@ -174,8 +182,6 @@ class EngineLoop:
     def _answer(self, question: _Question) -> None:
         try:
             question.reply(self._scheduler)
-        except RequestError:
-            pass  # whoever asked has it
         except PastureError as error:
             self._start_over(error)
 
