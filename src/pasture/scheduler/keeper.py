@@ -62,7 +62,6 @@ class LayoutKeeper:
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step that has just run."""
-        self._steps_since += 1
         if plan.works:
             self._shifter.observe(self._clock(), result.decode_seconds, plan.n_tokens)
         if self._moves and self._traffic is not None and plan.works and result.decode_seconds > 0:
@@ -71,6 +70,7 @@ class LayoutKeeper:
     def target(self) -> Target | None:
         """Where the pool should move before the next step; None to stay."""
         submitted = self._scheduler.accounts.submitted
+        self._steps_since += 1  # those without works too: who is swapped out may wait for another layout
         if not self._moves or (submitted == self._looked_at and self._steps_since < LOOK_STEPS):
             return None
         self._looked_at, self._steps_since = submitted, 0
@@ -164,7 +164,8 @@ class LayoutKeeper:
 
     def _look(self) -> Traffic | None:
         scheduler = self._scheduler
-        tasks = list(islice((*scheduler.running.values(), *scheduler.waiting), MAX_LOOKED_AT))
+        swapped, running = scheduler.swapped.values(), scheduler.running.values()
+        tasks = list(islice((*swapped, *running, *scheduler.waiting), MAX_LOOKED_AT))
         if not tasks:
             return None
         now, pool = self._clock(), scheduler.pool

@@ -74,6 +74,8 @@ class Places:
         for task in sorted(self.swapped.values(), key=lambda task: (-task.request.priority, task.submitted_at)):
             if task.paused or task.n_saves or not self._admission.within_limit(task):
                 continue
+            if len(task.tokens) >= self._pool.shape.cells_per_sequence:
+                continue  # a long one, and streams since it left: the layout has to change first
             if self._way_for is not None and self._goes_before(self._way_for, task, counts):
                 continue
             needed = self._admission.cells_needed(task, reply_tokens=0) + HEADROOM_CELLS * (len(self.running) + 1)

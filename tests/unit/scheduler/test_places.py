@@ -8,8 +8,20 @@ from collections.abc import Sequence
 import pytest
 
 from pasture.core.errors import PromptTooLong
-from pasture.core.values import Allowance, FinishReason, Layout, Namespace, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import (
+    Allowance,
+    FinishReason,
+    Layout,
+    Namespace,
+    PoolShape,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+)
 from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.scheduler.keeper import LayoutKeeper
+from pasture.scheduler.layout import Target
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
@@ -241,6 +253,30 @@ def test_low_priority_waits_and_is_not_forgotten() -> None:
     server.run()
     place = server.finished.index("low")
     assert 5 < place < 60, "after the age bound it counts as normal"
+
+
+def test_who_is_swapped_out_and_too_long_for_a_stream_has_the_layout_changed() -> None:
+    server = Server(n_cells=2048, n_seqs=8)
+    pool = server.scheduler.pool
+    keeper = LayoutKeeper(server.engine, server.scheduler, lambda: server.now)
+    long = server.submit("long", prompt_of(1, 600), 20)
+    server.step(3)
+    server.scheduler.places.swap_out(long)
+    server.submit("short", prompt_of(2, 20), 4)
+    plan = StepPlan(pool.operations(), ())
+    server.scheduler.commit(plan, server.engine.execute(plan))
+    assert pool.make_movable(Layout.STREAMS, 8, 256)
+    pool.rebuilt(server.engine.rebuild(pool.segments(), Layout.STREAMS, 8))
+    server.step(4)
+    assert long.swapped
+    targets = []
+    while not targets:
+        server.step()
+        targets = [target for target in (keeper.target(),) if target is not None]
+    assert targets == [Target(Layout.UNIFIED, 8)]
+    keeper.move(targets[0])
+    server.run()
+    assert set(server.finished) == {"short", "long"}
 
 
 def test_layouts_other_than_unified_keep_the_limit_too() -> None:
