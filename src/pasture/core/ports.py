@@ -126,6 +126,10 @@ class Service(Protocol):
 
     @property
     def ready(self) -> bool: ...
+    @property
+    def alive(self) -> bool:
+        """False when only a restart helps: what computes has ended."""
+        ...
 
     def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Queue the request and yield its events; the last one carries `finish`.

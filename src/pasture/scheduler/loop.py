@@ -78,6 +78,11 @@ class EngineLoop:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread is gone, for good: by `stop`, or because the engine could not even be emptied."""
+        return not self._thread.is_alive()
+
     def submit(self, task: Task) -> None:
         """Raises ShuttingDown when the thread has ended or is about to."""
         if not self._post(task):
@@ -182,24 +187,27 @@ class EngineLoop:
     def _answer(self, question: _Question) -> None:
         try:
             question.reply(self._scheduler)
-        except PastureError as error:
+        except Exception as error:
             self._start_over(error)
 
     def step(self) -> bool:
-        """One schedule, execute, commit. False when there was nothing to do."""
-        started = self._clock()
+        """One schedule, execute, commit, whatever becomes of it. False when there was nothing to do."""
         try:
-            self._follow_traffic()
-            self._scheduler.resting.demote()
-            plan = self._scheduler.schedule()
-            if not plan.works and not plan.operations:
-                self._deliver(self._scheduler.take_events())
-                return False
-            result = self._engine.execute(plan)
-            events = self._scheduler.commit(plan, result)
-        except PastureError as error:
+            return self._step()
+        except Exception as error:
             self._start_over(error)
             return True
+
+    def _step(self) -> bool:
+        started = self._clock()
+        self._follow_traffic()
+        self._scheduler.resting.demote()
+        plan = self._scheduler.schedule()
+        if not plan.works and not plan.operations:
+            self._deliver(self._scheduler.take_events())
+            return False
+        result = self._engine.execute(plan)
+        events = self._scheduler.commit(plan, result)
         self._tidy = False
         if plan.works:
             self._scheduler.accounts.record_step(self._clock() - started, result)
@@ -244,13 +252,14 @@ class EngineLoop:
         self._draw_seconds = self._snapshot_at - started
         return picture
 
-    def _start_over(self, error: PastureError) -> None:
-        """Books and engine may disagree: end what runs, empty the cache, go on."""
-        log.error("engine step failed, the live cache is emptied: %s", error, exc_info=error)
+    def _start_over(self, error: Exception) -> None:
+        """Books and engine may disagree: end what runs, empty the cache, go on. What is raised here ends the thread."""
+        reason = str(error) if isinstance(error, PastureError) else type(error).__name__
+        log.error("the engine thread failed, the live cache is emptied: %s", reason, exc_info=error)
         if isinstance(error, InvariantBroken):
             self._scheduler.accounts.invariant_failures += 1
         self._engine.rebuild((), self._engine.shape.layout, self._engine.shape.n_seqs)
-        self._deliver(self._scheduler.end_all(FinishReason.ERROR, EngineError(f"the engine failed: {error}")))
+        self._deliver(self._scheduler.end_all(FinishReason.ERROR, EngineError(f"the engine failed: {reason}")))
 
     # Nothing to do
 
@@ -268,11 +277,10 @@ class EngineLoop:
         self._tidy = True
         try:
             self._scheduler.pool.check()
-        except InvariantBroken as error:
+            while not self._inbox and self._scheduler.resting.copy_idle():
+                self._flush()
+            if self._keeper.wants_compaction:
+                self._keeper.compact()
+                self.snapshot = self._draw()
+        except Exception as error:
             self._start_over(error)
-            return
-        while not self._inbox and self._scheduler.resting.copy_idle():
-            self._flush()
-        if self._keeper.wants_compaction:
-            self._keeper.compact()
-            self.snapshot = self._draw()

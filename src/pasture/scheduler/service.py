@@ -91,6 +91,10 @@ class LocalService:
     def ready(self) -> bool:
         return self._loop.alive and not self._draining
 
+    @property
+    def alive(self) -> bool:
+        return not self._loop.ended
+
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See `pasture.core.ports.Service.generate`."""
         self._admit(request)
@@ -248,7 +252,7 @@ class LocalService:
             if channel is not None:
                 batches.setdefault(channel.loop, []).append((channel, event))
         for loop, batch in batches.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # a loop that is closed has no readers
                 loop.call_soon_threadsafe(_fill, batch)
 
 
