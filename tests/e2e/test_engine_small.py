@@ -252,6 +252,44 @@ def test_a_context_that_cannot_be_made_brings_the_old_one_back(models: Path, mon
     hand.engine.close()
 
 
+def test_an_engine_that_gets_no_cache_back_is_lost_and_says_so(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=1024))
+    hand.feed(0, TOKENS[:50], 0)
+
+    def fail(*args: object) -> object:
+        raise DoesNotFit("no memory")
+
+    monkeypatch.setattr("pasture.engine.llama.Context", fail)
+    with pytest.raises(EngineError, match="cache is lost"):
+        hand.engine.rebuild([Segment((SeqId(0),), 0, 50)], Layout.STREAMS, 2)
+    for call in (
+        lambda: hand.feed(0, TOKENS[50:55], 50),
+        lambda: hand.save(0, 0, 50),
+        lambda: hand.engine.rebuild([], Layout.UNIFIED, 4),
+        lambda: hand.engine.logits_after(SeqId(0), TOKENS[50:51], 50),
+    ):
+        with pytest.raises(EngineError, match="no live cache any more"):
+            call()
+    assert hand.engine.shape.layout is Layout.UNIFIED
+    hand.engine.close()
+
+
+def test_a_move_that_fails_midway_leaves_the_cache_as_it_was(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=1024))
+    expected = cold(hand, TOKENS[:50], TOKENS[50:55])
+    hand.feed(0, TOKENS[:50], 0)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("pasture.engine.llama.fill", fail)
+    with pytest.raises(MemoryError):
+        hand.engine.rebuild([Segment((SeqId(0),), 0, 50)], Layout.STREAMS, 2)
+    assert hand.engine.shape.layout is Layout.UNIFIED
+    assert np.array_equal(hand.look(0, TOKENS[50:55], 50), expected)
+    hand.engine.close()
+
+
 def test_the_shape_is_what_the_library_made(models: Path) -> None:
     for layout, n_cells, n_seqs, expected in (
         (Layout.UNIFIED, 1000, 4, 768),

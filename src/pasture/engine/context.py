@@ -267,6 +267,11 @@ class Context:
         if self.is_guarded and sequence < self.shape.n_seqs:
             lib.llama_memory_seq_cp(self._memory, sequence, self._guard(sequence), -1, -1)
 
+    @property
+    def closed(self) -> bool:
+        """Nothing but `shape` and `close` may be used then: the library's memory is gone."""
+        return self._closed
+
     def close(self) -> None:
         """Free the context; safe to call twice."""
         if not self._closed:

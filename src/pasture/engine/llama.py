@@ -108,6 +108,7 @@ class LlamaEngine:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Operations in order, then every work. Raises EngineError when the plan is impossible."""
+        self._check_open()
         saved: dict[int, Slab] = {}
         transfers = tuple(filter(None, [self._carry_out(operation, saved) for operation in plan.operations]))
         result = self._compute(plan, saved) if plan.works else StepResult(Outcome.DONE, {}, saved, 0.0)
@@ -119,6 +120,7 @@ class LlamaEngine:
         At most `shape.n_seqs` tokens, for more rows than that the library keeps no room. Raises EngineError where they cannot
         be computed.
         """
+        self._check_open()
         self._check_ids(sequence)
         if not 0 < len(tokens) <= self.shape.n_seqs:
             raise EngineError(f"logits after {len(tokens)} tokens at once; there is room for {self.shape.n_seqs}")
@@ -147,7 +149,12 @@ class LlamaEngine:
         return StepResult(Outcome.DONE, samples, saved, decode_seconds, apart_seconds, time.perf_counter() - began)
 
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
-        """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on."""
+        """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on.
+
+        Raises EngineError where the old cache had to go first and neither it nor the new one could be made: from then on the
+        engine is lost, and every call says so.
+        """
+        self._check_open()
         old = self.shape
         form = old.form if form is None else form
         settings = self._settings_in(form)
@@ -172,7 +179,7 @@ class LlamaEngine:
             return False
         try:
             fill(self._transfer, segments, gather(source, segments), layout)
-        except EngineError:
+        except BaseException:
             self._context.close()
             self._use(before)
             raise
@@ -188,11 +195,18 @@ class LlamaEngine:
         self._context.close()
         try:
             self._use(Context(self._model, settings, layout, n_seqs, form))
-        except ModelError as error:
-            self._use(Context(self._model, self._settings_in(old.form), old.layout, old.n_seqs, old.form))
+        except Exception as error:
+            self._make_again(old)
             fill(self._transfer, segments, slabs, old.layout)
             raise DoesNotFit(str(error)) from error
         fill(self._transfer, segments, slabs, layout)
+
+    def _make_again(self, old: PoolShape) -> None:
+        """An empty cache of the shape that was given up. Raises EngineError, with the engine lost, where there is no room."""
+        try:
+            self._use(Context(self._model, self._settings_in(old.form), old.layout, old.n_seqs, old.form))
+        except Exception as error:
+            raise EngineError(f"the live cache is lost: it was freed for another, and cannot be made again: {error}") from error
 
     def _settings_in(self, form: Form) -> EngineSettings:
         return settings_in(self._settings, self._kv_format.kinds if self._kv_format else (), form)
@@ -258,6 +272,10 @@ class LlamaEngine:
                 n_bytes = sum(slab.n_bytes for slab in slabs)
                 return Transfer(Direction.RESTORE, slabs[-1].p1 - slabs[0].p0, n_bytes, time.perf_counter() - began)
         return None
+
+    def _check_open(self) -> None:
+        if self._context.closed:
+            raise EngineError("the engine has no live cache any more: it must be opened again")
 
     def _check_ids(self, *sequences: int) -> None:
         for sequence in sequences:
