@@ -36,6 +36,8 @@ LATELY_SECONDS = 60.0
 FRAGMENTED = 0.15
 """share of broken neighbourhoods, or of cells left behind, from which a compaction pays"""
 MIN_COMPACT_CELLS = 512
+STAY_SECONDS = 30.0
+"""in a layout after one that was to follow it did not fit"""
 TURNOVER = 0.5
 """of all cells, given back since the last compaction: from then on one pays although somebody waits for it"""
 SECONDS_PER_CELL = 50e-6
@@ -49,6 +51,7 @@ class LayoutKeeper:
         self._clock = clock
         self._advisor = LayoutAdvisor(engine.shape)
         settings = scheduler.settings
+        self._stay_until = float("-inf")
         self._moves = settings.layout is LayoutChoice.AUTO and scheduler.pool.joins and engine.shape.layout is Layout.UNIFIED
         self._until_shift = LOOK_STEPS
         self._raw_cells = engine.shape.n_cells
@@ -73,18 +76,25 @@ class LayoutKeeper:
         self._steps_since += 1  # those without works too: who is swapped out may wait for another layout
         if not self._moves or (submitted == self._looked_at and self._steps_since < LOOK_STEPS):
             return None
+        if self._clock() < self._stay_until:
+            return None
         self._looked_at, self._steps_since = submitted, 0
         self._traffic = self._look()
         return self._advisor.advise(self._scheduler.pool.shape, self._traffic) if self._traffic is not None else None
 
     def move(self, target: Target) -> None:
-        """Lay the pool out anew; the journal must be empty. Stays where it is when that turns out not to fit."""
+        """Lay the pool out anew; the journal must be empty.
+
+        Stays where it is for a while when that turns out not to fit. Who needed it, too long for the layout that stays, is
+        ended with an error.
+        """
         pool, before = self._scheduler.pool, self._scheduler.pool.shape
         try:
             pool.rebuilt(self._engine.rebuild(pool.segments(), target.layout, target.n_seqs))
         except DoesNotFit as error:
             log.warning("the cache stays in the %s layout: %s", before.layout, error)
-            self._moves = False
+            self._stay_until = self._clock() + STAY_SECONDS
+            self._scheduler.end_too_long()
             return
         self._scheduler.accounts.layout_moves += 1
         self._advisor.moved()

@@ -215,6 +215,11 @@ class LocalService:
                 f"one conversation can hold {self._limit}. Shorten the prompt or lower max_tokens",
                 param="messages",
             )
+        if len(request.prompt) == self._limit:
+            raise PromptTooLong(
+                f"{needed} prompt tokens; one conversation can hold {self._limit}, one of them the reply's. Shorten the prompt",
+                param="messages",
+            )
         if self._is_full_for(request.tenant):
             self._n_rejected += 1
             raise QueueFull("too many requests are waiting; try again later", retry_after_seconds=self._retry_after())

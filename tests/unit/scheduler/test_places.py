@@ -269,7 +269,7 @@ def test_who_is_swapped_out_and_too_long_for_a_stream_has_the_layout_changed() -
     pool.rebuilt(server.engine.rebuild(pool.segments(), Layout.STREAMS, 8))
     server.step(4)
     assert long.swapped
-    targets = []
+    targets: list[Target] = []
     while not targets:
         server.step()
         targets = [target for target in (keeper.target(),) if target is not None]

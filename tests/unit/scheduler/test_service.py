@@ -155,6 +155,8 @@ async def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     with served(FakeEngine(PoolShape(512, 4))) as service:
         with pytest.raises(PromptTooLong, match="can hold 512"):
             await collect(service, request("big", tuple(range(250)) * 2, 100))
+        with pytest.raises(PromptTooLong, match="can hold 512"):
+            await collect(service, request("full", tuple(range(256)) * 2, 0))
         with pytest.raises(RequestError, match="empty"):
             await collect(service, request("none", ()))
 
