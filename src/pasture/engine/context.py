@@ -74,10 +74,16 @@ def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, form: Form
     return PoolShape(n_cells=n_cells, n_seqs=n_seqs, layout=layout, n_batch=n_batch, form=form)
 
 
+def on_host(settings: EngineSettings) -> bool:
+    """Whether the whole cache is in the host's memory."""
+    return settings.n_gpu_layers == 0 or not bool(lib.llama_supports_gpu_offload())
+
+
 def _tiles_on_cpu(settings: EngineSettings) -> bool:
     """Whether attention runs on the CPU in types that its tiled kernel takes (ggml-cpu/ops.cpp, flash_attn_ext)."""
-    on_gpu = settings.n_gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
-    return not on_gpu and settings.flash_attn and settings.type_k == settings.type_v and settings.type_k in ("f16", "f32")
+    return (
+        on_host(settings) and settings.flash_attn and settings.type_k == settings.type_v and settings.type_k in ("f16", "f32")
+    )
 
 
 def max_sequences(model: Model, layout: Layout) -> int:

@@ -15,6 +15,7 @@ middle leaves samplers and sequences as they were. Thread: one; `vocabulary` alo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -51,10 +52,11 @@ from pasture.core.values import (
 )
 from pasture.engine.blob import CacheKind, KvFormat, StateSlab
 from pasture.engine.blockcodec import LlamaCodec, kinds_in
-from pasture.engine.context import Context, Piece
+from pasture.engine.context import Context, Piece, on_host
 from pasture.engine.fingerprint import kv_fingerprint
+from pasture.engine.memory import MIB, available_bytes
 from pasture.engine.model import Model
-from pasture.engine.relayout import check_fit, fill, gather, settings_in
+from pasture.engine.relayout import Room, Sketch, check_fit, fill, gather, settings_in
 from pasture.engine.sampling import LlamaSampler, Logits, log_probabilities
 from pasture.engine.settings import EngineSettings
 from pasture.engine.stateblob import StateFormat
@@ -83,6 +85,7 @@ class LlamaEngine:
         self._kv_format = kv_format
         self._state_format = state_format
         self._use(context)
+        self._on_host = on_host(settings)
         self._closed = False
         self._codec = self._make_codec()
 
@@ -159,11 +162,16 @@ class LlamaEngine:
         form = old.form if form is None else form
         settings = self._settings_in(form)
         check_fit(self._model, settings, segments, old, layout, n_seqs)
+        old_sketch = Sketch(self._settings_in(old.form), self._live_kinds(), old.layout, old.n_seqs)
+        new_sketch = Sketch(settings, self._kinds_in(form), layout, n_seqs)
+        room = Room.of(segments, self._model, old_sketch, new_sketch)
         if (layout, n_seqs, form) == (old.layout, old.n_seqs, old.form):
+            self._check_room(room.in_place_bytes)
             slabs = list(gather(self._transfer, segments))
             self._context.clear()
             fill(self._transfer, segments, slabs, layout)
-        elif not self._move_beside(segments, settings, layout, n_seqs, form):
+        elif room.beside_bytes > self._free_bytes() or not self._move_beside(segments, settings, layout, n_seqs, form):
+            self._check_room(room.through_memory_bytes)
             self._move_through_memory(segments, settings, layout, n_seqs, form)
         return self.shape
 
@@ -208,6 +216,14 @@ class LlamaEngine:
         except Exception as error:
             raise EngineError(f"the live cache is lost: it was freed for another, and cannot be made again: {error}") from error
 
+    def _free_bytes(self) -> float:
+        """That a rebuild may take; of a device's memory its allocator knows, and refuses what is too much."""
+        return available_bytes() if self._on_host else math.inf
+
+    def _check_room(self, n_bytes: int) -> None:
+        if n_bytes > self._free_bytes():
+            raise DoesNotFit(f"laying the cache out anew takes {n_bytes / MIB:.0f} MiB for a while, and fewer are free")
+
     def _settings_in(self, form: Form) -> EngineSettings:
         return settings_in(self._settings, self._kv_format.kinds if self._kv_format else (), form)
 
@@ -227,7 +243,10 @@ class LlamaEngine:
         )
 
     def _live_kinds(self) -> tuple[CacheKind, ...]:
-        return kinds_in(self._kv_format.kinds, self.shape.form) if self._kv_format else ()
+        return self._kinds_in(self.shape.form)
+
+    def _kinds_in(self, form: Form) -> tuple[CacheKind, ...]:
+        return kinds_in(self._kv_format.kinds, form) if self._kv_format else ()
 
     def _make_codec(self) -> LlamaCodec:
         fingerprint = kv_fingerprint(

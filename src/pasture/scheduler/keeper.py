@@ -37,7 +37,7 @@ FRAGMENTED = 0.15
 """share of broken neighbourhoods, or of cells left behind, from which a compaction pays"""
 MIN_COMPACT_CELLS = 512
 STAY_SECONDS = 30.0
-"""in a layout after one that was to follow it did not fit"""
+"""in a layout after one that was to follow it did not fit, and as scattered after a compaction for which there was no memory"""
 TURNOVER = 0.5
 """of all cells, given back since the last compaction: from then on one pays although somebody waits for it"""
 SECONDS_PER_CELL = 50e-6
@@ -51,7 +51,7 @@ class LayoutKeeper:
         self._clock = clock
         self._advisor = LayoutAdvisor(engine.shape)
         settings = scheduler.settings
-        self._stay_until = float("-inf")
+        self._stay_until = self._scattered_until = float("-inf")
         self._moves = settings.layout is LayoutChoice.AUTO and scheduler.pool.joins and engine.shape.layout is Layout.UNIFIED
         self._until_shift = LOOK_STEPS
         self._raw_cells = engine.shape.n_cells
@@ -152,6 +152,7 @@ class LayoutKeeper:
             and pool.cells_are_shared
             and pool.used_cells >= MIN_COMPACT_CELLS
             and max(pool.fragmentation, pool.placement.left_cells / pool.used_cells) > FRAGMENTED
+            and self._clock() >= self._scattered_until
         )
 
     @property
@@ -164,12 +165,18 @@ class LayoutKeeper:
             and pool.shape.can_pad  # there are tiles
             and pool.placement.freed_cells > TURNOVER * pool.shape.n_cells
             and pool.used_cells * min(self._seconds_per_cell) < settings.itl_target_seconds
+            and self._clock() >= self._scattered_until
         )
 
     def compact(self) -> None:
-        """Put neighbours next to each other again; the journal must be empty."""
+        """Put neighbours next to each other again, where there is memory for it; the journal must be empty."""
         pool, started = self._scheduler.pool, self._clock()
-        pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+        try:
+            pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+        except DoesNotFit as error:
+            log.warning("the cache is not compacted: %s", error)
+            self._scattered_until = started + STAY_SECONDS
+            return
         self._seconds_per_cell.append((self._clock() - started) / max(1, pool.used_cells))
 
     def _look(self) -> Traffic | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from pasture.core.errors import DeadlineExceeded, EngineError, PromptTooLong, QueueFull, RequestError, ShuttingDown
+from pasture.core.errors import DeadlineExceeded, DoesNotFit, EngineError, PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.values import (
     Finish,
     FinishReason,
@@ -232,6 +232,29 @@ async def test_a_compaction_that_fails_while_nobody_asks_empties_the_cache_and_n
         engine.broken = None
         tokens, _ = await collect(service, request("next", SYSTEM))
         assert tokens == expected_reply(SYSTEM, 8, GREEDY)
+
+
+async def test_a_compaction_for_which_there_is_no_memory_loses_nothing() -> None:
+    class Crowded(FakeEngine):
+        n_refused = 0
+
+        def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
+            self.n_refused += 1
+            raise DoesNotFit("no memory")
+
+    engine = Crowded(SHAPE)
+    with served(engine) as service:
+        asked = [request(f"u{i}", (i, *range(100)), 150) for i in range(4)]
+        replies = await asyncio.gather(*(collect(service, r) for r in asked))
+        for _ in range(400):
+            if engine.n_refused:
+                break
+            await asyncio.sleep(0.01)
+        turn = request("next", (*asked[0].prompt, *replies[0][0], 9))
+        tokens, finish = await collect(service, turn)
+    assert engine.n_refused == 1
+    assert finish.usage.cached_tokens == len(turn.prompt) - 2
+    assert tokens == expected_reply(turn.prompt, 8, GREEDY)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
