@@ -118,7 +118,7 @@ class Scheduler:
         self.places.make_way()
         works = [self._work(task, 1) for task in self._streams()]
         self._n_streams = len(works)
-        self.places.resume(len(works))
+        self.places.resume(self._planned)
         self._fill(works)
         if not works and self.swapped and not self.running:
             self.places.resume_anybody()

@@ -41,6 +41,8 @@ class Server:
         self.scheduler = Scheduler(self.engine, settings, still_store_for(self.engine, ram_bytes), lambda: self.now)
         self.replies: dict[str, list[int]] = defaultdict(list)
         self.finished: list[str] = []
+        self.unread: set[str] = set()
+        """whose readers are behind"""
         self.first_token_at: dict[str, float] = {}
 
     def submit(
@@ -65,7 +67,7 @@ class Server:
             allowance=allowance or Allowance(),
             priority=priority,
         )
-        task = Task(request, self.now, lambda: False)
+        task = Task(request, self.now, lambda: name in self.unread)
         self.scheduler.submit(task)
         return task
 
@@ -243,6 +245,40 @@ def test_what_is_guaranteed_by_name_is_kept_beside_larger_weights() -> None:
     again = server.submit("again", hot, 2, tenant="quiet", allowance=Allowance(guaranteed_share=0.35))
     server.run()
     assert again.cached_tokens == 299
+
+
+def crowded(server: Server) -> Task:
+    """One request that nobody reads holds most of the cells, another one is swapped out."""
+    server.submit("unread", prompt_of(1, 200), 200)
+    other = server.submit("other", prompt_of(2, 150), 60)
+    while not other.swapped:
+        server.step()
+    server.unread.add("unread")
+    return other
+
+
+def test_who_is_swapped_out_comes_back_into_the_place_of_one_whose_reader_is_behind() -> None:
+    server = Server(n_cells=448)
+    crowded(server)
+    while "other" not in server.finished:
+        server.step()
+        assert server.now < 500
+    server.unread.clear()
+    server.run()
+    assert server.finished == ["other", "unread"]
+
+
+def test_who_is_swapped_out_because_its_reader_is_behind_holds_up_nobody() -> None:
+    server = Server(n_cells=448)
+    crowded(server)
+    for n in range(3):
+        server.submit(f"newcomer {n}", prompt_of(3 + n, 150), 4)
+    while len(server.finished) < 4:
+        server.step()
+        assert server.now < 500
+    server.unread.clear()
+    server.run()
+    assert server.finished[-1] == "unread"
 
 
 def test_low_priority_waits_and_is_not_forgotten() -> None:
