@@ -330,6 +330,8 @@ class Scheduler:
     # Results
 
     def _book(self, plan: StepPlan, result: StepResult) -> None:
+        if not plan.works:
+            return  # `_n_streams` may be an earlier step's
         now = self._clock()
         rows = [(task, len(work.tokens)) for task, work in zip(self._planned, plan.works, strict=True)]
         self.admission.usage.charge(rows, result.decode_seconds)

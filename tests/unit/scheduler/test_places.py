@@ -315,6 +315,15 @@ def test_who_is_swapped_out_and_too_long_for_a_stream_has_the_layout_changed() -
     assert set(server.finished) == {"short", "long"}
 
 
+def test_operations_between_two_steps_are_no_tokens_computed() -> None:
+    server = Server()
+    server.submit("one", prompt_of(1, 40), 20)
+    server.step(4)
+    plan = StepPlan(server.scheduler.pool.operations(), ())
+    server.scheduler.commit(plan, server.engine.execute(plan))
+    assert server.scheduler.accounts.computed_tokens == 40
+
+
 def test_layouts_other_than_unified_keep_the_limit_too() -> None:
     engine = FakeEngine(PoolShape(4000, 8, Layout.STREAMS))
     scheduler = Scheduler(engine, SchedulerSettings(check_invariants=True), still_store_for(engine, 1 << 20), lambda: 0.0)
