@@ -62,6 +62,8 @@ class EngineLoop:
         self._scheduler = Scheduler(engine, settings, store, clock, self.nudge)
         self._keeper = LayoutKeeper(engine, self._scheduler, clock)
         self._stopping = False
+        self._nudged = False
+        """since the thread last slept; under the lock of `_wake`"""
         self._tidy = True
         self._snapshot_at = clock()
         self._draw_seconds = 0.0
@@ -123,6 +125,7 @@ class EngineLoop:
     def nudge(self) -> None:
         """Something outside has changed (a reader caught up): look again."""
         with self._wake:
+            self._nudged = True
             self._wake.notify()
 
     def stop(self) -> None:
@@ -266,10 +269,12 @@ class EngineLoop:
     def _rest(self) -> None:
         self.snapshot = self._draw()
         with self._wake:
-            if self._inbox or self._stopping:
+            if self._inbox or self._stopping or self._nudged:
+                self._nudged = False
                 return
             paused = self._scheduler.busy
-            woken = self._wake.wait(timeout=0.05 if paused else None if self._tidy else IDLE_SECONDS)
+            woken = self._wake.wait(timeout=0.05 if paused else None if self._tidy else IDLE_SECONDS) or self._nudged
+            self._nudged = False
         if not woken and not paused and not self._tidy:
             self._housekeeping()
 

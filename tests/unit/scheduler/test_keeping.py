@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from pasture.core.errors import RequestError
 from pasture.core.values import DEFAULT_NAMESPACE, PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import Cell, FakeEngine, FakeSlab, expected_reply
 from pasture.scheduler import keeping
+from pasture.scheduler.loop import EngineLoop
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
@@ -51,6 +53,18 @@ async def test_an_export_with_impossible_parts_is_refused_and_the_server_goes_on
         with pytest.raises(RequestError, match="the exported KV"):
             await service.restore(DEFAULT_NAMESPACE, PROMPT, exported(engine, *edges))
         assert await answer_of(service, (7, *PROMPT)) == expected_reply((7, *PROMPT), 8, GREEDY)
+
+
+def test_a_nudge_before_the_thread_sleeps_is_not_lost() -> None:
+    engine = FakeEngine(PoolShape(1024, 8))
+    store = store_for(engine)
+    loop = EngineLoop(engine, SchedulerSettings(), store, lambda _: None)
+    loop.nudge()
+    resting = threading.Thread(target=loop._rest, daemon=True)
+    resting.start()
+    resting.join(10)
+    assert not resting.is_alive()
+    store.close()
 
 
 async def test_a_question_that_fails_is_its_own_askers_alone() -> None:
