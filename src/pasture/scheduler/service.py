@@ -14,6 +14,7 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.ports import Engine, Vocabulary
@@ -138,7 +139,7 @@ class LocalService:
         """See `pasture.core.ports.Service.pin`."""
         path = token_array(tokens)
         await self._ask(lambda scheduler: keeping.save(scheduler, namespace, path))
-        pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path))
+        pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path), self._unpin)
         return keeping.SafePin(pin, self._tell)
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
@@ -230,13 +231,26 @@ class LocalService:
         most = self._settings.max_waiting
         return waiting.total() >= most and waiting[tenant] >= most / len(waiting.keys() | {tenant})
 
-    async def _ask(self, question: Callable[[Scheduler], Answer]) -> Answer:
+    async def _ask(
+        self, question: Callable[[Scheduler], Answer], take_back: Callable[[Answer], object] | None = None
+    ) -> Answer:
+        """`take_back` gets an answer that comes although whoever asked was cancelled, on any thread."""
+        future = self._loop.ask(question)
+
+        def unwanted(answered: Future[Answer]) -> None:
+            if take_back is not None and not answered.cancelled() and answered.exception() is None:
+                take_back(answered.result())
+
         try:
-            return await asyncio.wrap_future(self._loop.ask(question))
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
+            future.add_done_callback(unwanted)
             if self._loop.alive:
                 raise
             raise ShuttingDown("the server is shutting down") from None
+
+    def _unpin(self, pin: Pin) -> None:
+        keeping.SafePin(pin, self._tell).release()
 
     def _tell(self, question: Callable[[Scheduler], None]) -> None:
         with contextlib.suppress(ShuttingDown):  # then the store is closed as well

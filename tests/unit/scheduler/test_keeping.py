@@ -55,6 +55,30 @@ async def test_an_export_with_impossible_parts_is_refused_and_the_server_goes_on
         assert await answer_of(service, (7, *PROMPT)) == expected_reply((7, *PROMPT), 8, GREEDY)
 
 
+async def test_a_pin_that_comes_too_late_for_who_asked_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(FakeEngine(PoolShape(1024, 8))) as service:
+        asked, cancelled, released = threading.Event(), threading.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        class Pin:
+            def release(self) -> None:
+                loop.call_soon_threadsafe(released.set)
+
+        def pin(*_: object) -> Pin:
+            asked.set()
+            cancelled.wait()
+            return Pin()
+
+        monkeypatch.setattr(service._store, "pin", pin)
+        asking = asyncio.create_task(service.pin(DEFAULT_NAMESPACE, PROMPT))
+        await asyncio.to_thread(asked.wait)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        cancelled.set()
+        await asyncio.wait_for(released.wait(), 10)
+
+
 def test_a_nudge_before_the_thread_sleeps_is_not_lost() -> None:
     engine = FakeEngine(PoolShape(1024, 8))
     store = store_for(engine)
