@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
-from pasture.core.values import Compact, Layout, Outcome, Release, SamplingParams, Segment, SeqId, Slab, StepPlan, Work
+from pasture.core.values import Compact, Form, Layout, Outcome, Release, SamplingParams, Segment, SeqId, Slab, StepPlan, Work
+from pasture.engine import relayout
 from pasture.engine.assembly import concatenate
-from pasture.engine.blob import KvSlab, Rows
+from pasture.engine.blob import CacheKind, KvSlab, RowKind, Rows
 from pasture.engine.context import Context, Piece
 from pasture.engine.llama import LlamaEngine
-from tests.engine_support import GREEDY, Hand, open_small
+from pasture.engine.relayout import Room, Sketch
+from tests.engine_support import GREEDY, Hand, open_small, small_settings
 from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
 
 TOLERANCE = 2e-3
@@ -250,6 +252,89 @@ def test_a_context_that_cannot_be_made_brings_the_old_one_back(models: Path, mon
     assert hand.engine.shape.layout is Layout.UNIFIED
     assert np.array_equal(hand.look(0, TOKENS[50:55], 50), expected)
     hand.engine.close()
+
+
+def test_an_engine_that_gets_no_cache_back_is_lost_and_says_so(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=1024))
+    hand.feed(0, TOKENS[:50], 0)
+
+    def fail(*args: object) -> object:
+        raise DoesNotFit("no memory")
+
+    monkeypatch.setattr("pasture.engine.llama.Context", fail)
+    with pytest.raises(EngineError, match="cache is lost"):
+        hand.engine.rebuild([Segment((SeqId(0),), 0, 50)], Layout.STREAMS, 2)
+    for call in (
+        lambda: hand.feed(0, TOKENS[50:55], 50),
+        lambda: hand.save(0, 0, 50),
+        lambda: hand.engine.rebuild([], Layout.UNIFIED, 4),
+        lambda: hand.engine.logits_after(SeqId(0), TOKENS[50:51], 50),
+    ):
+        with pytest.raises(EngineError, match="no live cache any more"):
+            call()
+    assert hand.engine.shape.layout is Layout.UNIFIED
+    hand.engine.close()
+
+
+def test_a_move_that_fails_midway_leaves_the_cache_as_it_was(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=1024))
+    expected = cold(hand, TOKENS[:50], TOKENS[50:55])
+    hand.feed(0, TOKENS[:50], 0)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("pasture.engine.llama.fill", fail)
+    with pytest.raises(MemoryError):
+        hand.engine.rebuild([Segment((SeqId(0),), 0, 50)], Layout.STREAMS, 2)
+    assert hand.engine.shape.layout is Layout.UNIFIED
+    assert np.array_equal(hand.look(0, TOKENS[50:55], 50), expected)
+    hand.engine.close()
+
+
+@pytest.mark.parametrize(("both_fit", "fits"), [(True, True), (False, True), (False, False)])
+def test_a_move_asks_first_for_the_memory_it_takes(
+    models: Path, monkeypatch: pytest.MonkeyPatch, both_fit: bool, fits: bool
+) -> None:
+    hand = Hand(open_small(models / "llama.gguf", n_cells=1024, n_gpu_layers=0))
+    hand.feed(0, TOKENS[:50], 0)
+    expected = hand.look(0, TOKENS[50:55], 50)
+    hand.remove(0, 50)
+    old = hand.engine._context
+    stood: list[bool] = []
+
+    def make(*args: object) -> Context:
+        stood.append(not old.closed)
+        return Context(*args)  # type: ignore[arg-type]
+
+    segments = [Segment((SeqId(0),), 0, 50)]
+    kinds = hand.engine._kinds_in(Form.RAW)
+    sketches = [Sketch(hand.engine._settings, kinds, *where) for where in ((Layout.UNIFIED, 4), (Layout.STREAMS, 2))]
+    room = Room.of(segments, hand.engine._model, *sketches)
+    assert room.through_memory_bytes < room.beside_bytes
+    free = room.beside_bytes if both_fit else room.through_memory_bytes if fits else 1 << 20
+    monkeypatch.setattr("pasture.engine.llama.Context", make)
+    monkeypatch.setattr("pasture.engine.llama.available_bytes", lambda: free)
+    if fits:
+        assert hand.engine.rebuild(segments, Layout.STREAMS, 2).layout is Layout.STREAMS
+        assert stood == [both_fit]
+    else:
+        for layout, n_seqs in ((Layout.STREAMS, 2), (Layout.UNIFIED, 4)):
+            with pytest.raises(DoesNotFit, match="takes 64 MiB"):
+                hand.engine.rebuild(segments, layout, n_seqs)
+        assert not stood
+    assert np.allclose(hand.look(0, TOKENS[50:55], 50), expected, atol=TOLERANCE)
+    hand.engine.rebuild([], hand.engine.shape.layout, hand.engine.shape.n_seqs)
+    hand.engine.close()
+
+
+def test_what_a_stream_is_read_for_counts_once_for_each_part() -> None:
+    settings = small_settings(Path("none"), n_cells=1024)
+    kinds = (CacheKind(0, (RowKind(1, 10),), (RowKind(1, 10),)),)
+    shared = [Segment((SeqId(0), SeqId(1)), 0, 60), Segment((SeqId(0),), 60, 90), Segment((SeqId(1),), 60, 80)]
+    unified, streams = (Sketch(settings, kinds, layout, 4) for layout in LAYOUTS)
+    assert relayout._gathered_bytes(shared, unified) == 20 * (60 + 30 + 20)
+    assert relayout._gathered_bytes(shared, streams) == 20 * (90 + 90 + 80)
 
 
 def test_the_shape_is_what_the_library_made(models: Path) -> None:

@@ -86,6 +86,7 @@ class StubService:
 
     reply: str | bytes = "Hello there"
     ready: bool = True
+    alive: bool = True
     error: Exception | None = None
     """raised before the first event"""
     script: Callable[[Request], AsyncGenerator[TokenEvent, None]] | None = None

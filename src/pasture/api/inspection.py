@@ -99,12 +99,14 @@ def text_routes(gateway: Gateway) -> APIRouter:
 
 
 def health_routes(gateway: Gateway) -> APIRouter:
-    """Liveness (the process answers) and readiness (it takes requests)."""
+    """Liveness (the process answers, and what computes has not ended) and readiness (it takes requests)."""
     router = APIRouter()
 
     @router.head("/health/live", include_in_schema=False)
-    @router.get("/health/live", **described("Inspection", "Whether the process answers", Health))
+    @router.get("/health/live", **described("Inspection", "Whether a restart is not needed", Health, errors=(503,)))
     async def live() -> Response:
+        if not gateway.service.alive:
+            raise HTTPException(503, "the engine has ended; the server must be started again")
         return _json({"status": "ok"})
 
     @router.head("/health", include_in_schema=False)

@@ -125,6 +125,10 @@ class ClusterService:
     def ready(self) -> bool:
         return bool(self.router.replicas()) and not self._draining
 
+    @property
+    def alive(self) -> bool:
+        return True  # replicas end and come again without the ingress
+
     # Requests
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:

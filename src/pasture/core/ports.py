@@ -92,7 +92,8 @@ class Engine(Protocol):
 
         `segments` cover every used cell once, parents before children. Sequence ids are kept, so they must be below
         `n_seqs`. In the streams layout each holder gets a copy of its own. Returns the new shape. Raises DoesNotFit, with
-        the cache as it was, when a sequence does not fit in the new layout, or the model does not have the form.
+        the cache as it was, when a sequence does not fit in the new layout, or the model does not have the form. Raises
+        EngineError where the cache is not as it was; if a rebuild of nothing raises it too, the engine is of no use any more.
         """
         ...
 
@@ -126,6 +127,10 @@ class Service(Protocol):
 
     @property
     def ready(self) -> bool: ...
+    @property
+    def alive(self) -> bool:
+        """False when only a restart helps: what computes has ended."""
+        ...
 
     def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Queue the request and yield its events; the last one carries `finish`.

@@ -74,10 +74,16 @@ def plan_shape(settings: EngineSettings, layout: Layout, n_seqs: int, form: Form
     return PoolShape(n_cells=n_cells, n_seqs=n_seqs, layout=layout, n_batch=n_batch, form=form)
 
 
+def on_host(settings: EngineSettings) -> bool:
+    """Whether the whole cache is in the host's memory."""
+    return settings.n_gpu_layers == 0 or not bool(lib.llama_supports_gpu_offload())
+
+
 def _tiles_on_cpu(settings: EngineSettings) -> bool:
     """Whether attention runs on the CPU in types that its tiled kernel takes (ggml-cpu/ops.cpp, flash_attn_ext)."""
-    on_gpu = settings.n_gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
-    return not on_gpu and settings.flash_attn and settings.type_k == settings.type_v and settings.type_k in ("f16", "f32")
+    return (
+        on_host(settings) and settings.flash_attn and settings.type_k == settings.type_v and settings.type_k in ("f16", "f32")
+    )
 
 
 def max_sequences(model: Model, layout: Layout) -> int:
@@ -266,6 +272,11 @@ class Context:
                 raise EngineError(f"sequence {sequence} could not be restored: {reasons[0] if reasons else 'no reason given'}")
         if self.is_guarded and sequence < self.shape.n_seqs:
             lib.llama_memory_seq_cp(self._memory, sequence, self._guard(sequence), -1, -1)
+
+    @property
+    def closed(self) -> bool:
+        """Nothing but `shape` and `close` may be used then: the library's memory is gone."""
+        return self._closed
 
     def close(self) -> None:
         """Free the context; safe to call twice."""

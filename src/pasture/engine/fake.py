@@ -301,6 +301,8 @@ class FakeEngine:
         if len(self._cells.setdefault(sequence, [])) != slab.p0 or sequence >= self._shape.n_seqs:
             raise EngineError(f"cannot restore at {slab.p0} of sequence {sequence}")
         cells = [Cell(c.token, c.pos, c.mark) for c in slab.cells]
+        if slab.p0 + len(cells) > self._shape.cells_per_sequence:
+            raise EngineError(f"a slab that ends at {slab.p1}; a sequence holds {self._shape.cells_per_sequence}")
         if len(self._refs) + len(self._left) + len(cells) > self._shape.n_cells:
             raise EngineError("no room to restore into")
         self._put(sequence, cells)

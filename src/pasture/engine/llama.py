@@ -15,6 +15,7 @@ middle leaves samplers and sequences as they were. Thread: one; `vocabulary` alo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -51,10 +52,11 @@ from pasture.core.values import (
 )
 from pasture.engine.blob import CacheKind, KvFormat, StateSlab
 from pasture.engine.blockcodec import LlamaCodec, kinds_in
-from pasture.engine.context import Context, Piece
+from pasture.engine.context import Context, Piece, on_host
 from pasture.engine.fingerprint import kv_fingerprint
+from pasture.engine.memory import MIB, available_bytes
 from pasture.engine.model import Model
-from pasture.engine.relayout import check_fit, fill, gather, settings_in
+from pasture.engine.relayout import Room, Sketch, check_fit, fill, gather, settings_in
 from pasture.engine.sampling import LlamaSampler, Logits, log_probabilities
 from pasture.engine.settings import EngineSettings
 from pasture.engine.stateblob import StateFormat
@@ -83,6 +85,7 @@ class LlamaEngine:
         self._kv_format = kv_format
         self._state_format = state_format
         self._use(context)
+        self._on_host = on_host(settings)
         self._closed = False
         self._codec = self._make_codec()
 
@@ -108,6 +111,7 @@ class LlamaEngine:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Operations in order, then every work. Raises EngineError when the plan is impossible."""
+        self._check_open()
         saved: dict[int, Slab] = {}
         transfers = tuple(filter(None, [self._carry_out(operation, saved) for operation in plan.operations]))
         result = self._compute(plan, saved) if plan.works else StepResult(Outcome.DONE, {}, saved, 0.0)
@@ -119,6 +123,7 @@ class LlamaEngine:
         At most `shape.n_seqs` tokens, for more rows than that the library keeps no room. Raises EngineError where they cannot
         be computed.
         """
+        self._check_open()
         self._check_ids(sequence)
         if not 0 < len(tokens) <= self.shape.n_seqs:
             raise EngineError(f"logits after {len(tokens)} tokens at once; there is room for {self.shape.n_seqs}")
@@ -147,16 +152,26 @@ class LlamaEngine:
         return StepResult(Outcome.DONE, samples, saved, decode_seconds, apart_seconds, time.perf_counter() - began)
 
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
-        """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on."""
+        """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on.
+
+        Raises EngineError where the old cache had to go first and neither it nor the new one could be made: from then on the
+        engine is lost, and every call says so.
+        """
+        self._check_open()
         old = self.shape
         form = old.form if form is None else form
         settings = self._settings_in(form)
         check_fit(self._model, settings, segments, old, layout, n_seqs)
+        old_sketch = Sketch(self._settings_in(old.form), self._live_kinds(), old.layout, old.n_seqs)
+        new_sketch = Sketch(settings, self._kinds_in(form), layout, n_seqs)
+        room = Room.of(segments, self._model, old_sketch, new_sketch)
         if (layout, n_seqs, form) == (old.layout, old.n_seqs, old.form):
+            self._check_room(room.in_place_bytes)
             slabs = list(gather(self._transfer, segments))
             self._context.clear()
             fill(self._transfer, segments, slabs, layout)
-        elif not self._move_beside(segments, settings, layout, n_seqs, form):
+        elif room.beside_bytes > self._free_bytes() or not self._move_beside(segments, settings, layout, n_seqs, form):
+            self._check_room(room.through_memory_bytes)
             self._move_through_memory(segments, settings, layout, n_seqs, form)
         return self.shape
 
@@ -172,7 +187,7 @@ class LlamaEngine:
             return False
         try:
             fill(self._transfer, segments, gather(source, segments), layout)
-        except EngineError:
+        except BaseException:
             self._context.close()
             self._use(before)
             raise
@@ -188,11 +203,26 @@ class LlamaEngine:
         self._context.close()
         try:
             self._use(Context(self._model, settings, layout, n_seqs, form))
-        except ModelError as error:
-            self._use(Context(self._model, self._settings_in(old.form), old.layout, old.n_seqs, old.form))
+        except Exception as error:
+            self._make_again(old)
             fill(self._transfer, segments, slabs, old.layout)
             raise DoesNotFit(str(error)) from error
         fill(self._transfer, segments, slabs, layout)
+
+    def _make_again(self, old: PoolShape) -> None:
+        """An empty cache of the shape that was given up. Raises EngineError, with the engine lost, where there is no room."""
+        try:
+            self._use(Context(self._model, self._settings_in(old.form), old.layout, old.n_seqs, old.form))
+        except Exception as error:
+            raise EngineError(f"the live cache is lost: it was freed for another, and cannot be made again: {error}") from error
+
+    def _free_bytes(self) -> float:
+        """That a rebuild may take; of a device's memory its allocator knows, and refuses what is too much."""
+        return available_bytes() if self._on_host else math.inf
+
+    def _check_room(self, n_bytes: int) -> None:
+        if n_bytes > self._free_bytes():
+            raise DoesNotFit(f"laying the cache out anew takes {n_bytes / MIB:.0f} MiB for a while, and fewer are free")
 
     def _settings_in(self, form: Form) -> EngineSettings:
         return settings_in(self._settings, self._kv_format.kinds if self._kv_format else (), form)
@@ -213,7 +243,10 @@ class LlamaEngine:
         )
 
     def _live_kinds(self) -> tuple[CacheKind, ...]:
-        return kinds_in(self._kv_format.kinds, self.shape.form) if self._kv_format else ()
+        return self._kinds_in(self.shape.form)
+
+    def _kinds_in(self, form: Form) -> tuple[CacheKind, ...]:
+        return kinds_in(self._kv_format.kinds, form) if self._kv_format else ()
 
     def _make_codec(self) -> LlamaCodec:
         fingerprint = kv_fingerprint(
@@ -258,6 +291,10 @@ class LlamaEngine:
                 n_bytes = sum(slab.n_bytes for slab in slabs)
                 return Transfer(Direction.RESTORE, slabs[-1].p1 - slabs[0].p0, n_bytes, time.perf_counter() - began)
         return None
+
+    def _check_open(self) -> None:
+        if self._context.closed:
+            raise EngineError("the engine has no live cache any more: it must be opened again")
 
     def _check_ids(self, *sequences: int) -> None:
         for sequence in sequences:

@@ -18,7 +18,7 @@ from pasture.core.values import ModelInfo
 from pasture.engine.settings import CELL_PADDING, EngineSettings
 
 MIB = 1 << 20
-_SPARE_BYTES = 64 * MIB
+SPARE_BYTES = 64 * MIB
 _MASK_BYTES = 6
 """a cell and a micro-batch row: the mask in f32 and in f16"""
 _DEVICE_SPARE_BYTES = 512 * MIB
@@ -41,6 +41,9 @@ class MemoryPlan:
         """Cells that fit, rounded down to the padding."""
         free = self.available_bytes - self.fixed_bytes
         return max(0, free // max(1, self.cell_bytes)) // CELL_PADDING * CELL_PADDING
+
+    def needed_bytes(self, n_cells: int) -> int:
+        return self.fixed_bytes + n_cells * self.cell_bytes
 
 
 def available_bytes() -> int:
@@ -85,7 +88,7 @@ def plan_memory(info: ModelInfo, settings: EngineSettings, *, n_embd: int, avail
     weights = 0 if settings.use_mmap and not settings.use_mlock else info.n_bytes
     return MemoryPlan(
         cell_bytes=info.cell_bytes + rows * _MASK_BYTES,
-        fixed_bytes=weights + logits + activations + _SPARE_BYTES,
+        fixed_bytes=weights + logits + activations + SPARE_BYTES,
         available_bytes=available_bytes() if available is None else available,
     )
 
@@ -103,7 +106,7 @@ def plan_on_device(info: ModelInfo, settings: EngineSettings, *, n_embd: int, av
 
 def check_fits(plan: MemoryPlan, n_cells: int) -> None:
     """Raises DoesNotFit, naming the largest number of cells that fits."""
-    needed = plan.fixed_bytes + n_cells * plan.cell_bytes
+    needed = plan.needed_bytes(n_cells)
     if needed <= plan.available_bytes:
         return
     largest = plan.largest_cells

@@ -38,6 +38,7 @@ class Model:
     """of sliding-window attention; 0 without"""
     rope_switch_tokens: int = 0
     """above this many cells a sequence the library uses other rope factors; 0 where there is one set of them"""
+    n_embd: int = 0
     closed: bool = False
 
     def uses_long_rope(self, cells_per_sequence: int) -> bool:
@@ -86,7 +87,14 @@ def load_model(settings: EngineSettings) -> Model:
         n_ctx_train=int(lib.llama_model_n_ctx_train(model)),
         shareable=not stateful and settings.flash_attn,
     )
-    return Model(handle, info, vocabulary, int(lib.llama_model_n_swa(model)), _rope_switch(read_header(settings.model_path)))
+    return Model(
+        handle,
+        info,
+        vocabulary,
+        window_tokens=int(lib.llama_model_n_swa(model)),
+        rope_switch_tokens=_rope_switch(read_header(settings.model_path)),
+        n_embd=int(lib.llama_model_n_embd(model)),
+    )
 
 
 def _rope_switch(header: GgufHeader) -> int:

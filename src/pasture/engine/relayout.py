@@ -1,21 +1,22 @@
 """Laying the whole live cache out anew: everything out, everything in, in an order that keeps neighbours together.
 
-The three moves of `LlamaEngine.rebuild`. Segments cover every used cell once, parents before children; a segment is saved
-through its first holder. In the unified layout it goes into cells once and all its holders join it; in streams each holder
-gets its own copy, its sequence put together from all the segments it holds. Stateless.
+The moves of `LlamaEngine.rebuild`, and the memory that they take. Segments cover every used cell once, parents before
+children; a segment is saved through its first holder. In the unified layout it goes into cells once and all its holders join
+it; in streams each holder gets its own copy, its sequence put together from all the segments it holds. Stateless.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pasture.core.errors import DoesNotFit, EngineError
 from pasture.core.values import Form, Layout, PoolShape, Segment, SeqId, Slab
 from pasture.engine.blob import CacheKind, KvSlab
 from pasture.engine.blockcodec import kinds_in
 from pasture.engine.context import max_sequences, plan_shape
+from pasture.engine.memory import SPARE_BYTES, plan_memory
 from pasture.engine.model import Model
 from pasture.engine.settings import EngineSettings
 from pasture.engine.transfer import PartTransfer, StateTransfer
@@ -62,6 +63,60 @@ def check_fit(
     total = sum(segment.p1 - segment.p0 for segment in segments)
     if layout is Layout.UNIFIED and total > shape.n_cells:
         raise DoesNotFit(f"{total} cells in use do not fit into {shape.n_cells}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A cache, as far as its bytes go."""
+
+    settings: EngineSettings
+    kinds: Sequence[CacheKind]
+    """none for a model whose states are kept whole"""
+    layout: Layout
+    n_seqs: int
+
+    @property
+    def cell_bytes(self) -> int:
+        return sum(row.row_size for kind in self.kinds for row in kind.rows)
+
+    def context_bytes(self, model: Model) -> int:
+        """Everything but the weights, which are there."""
+        info = replace(model.info, cell_bytes=self.cell_bytes or model.info.cell_bytes, n_bytes=0)
+        plan = plan_memory(info, replace(self.settings, n_seqs=self.n_seqs), n_embd=model.n_embd, available=0)
+        return plan.needed_bytes(self.settings.n_cells)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Host memory that a rebuild takes for a while, generously: an allocation that is too large rarely fails, it is killed."""
+
+    beside_bytes: int
+    """with the new cache beside the old one"""
+    through_memory_bytes: int
+    """with what is in use out of the old cache before the new one is made"""
+    in_place_bytes: int
+    """the same, back into the same cache"""
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], model: Model, old: Sketch, new: Sketch) -> Room:
+        in_use = _gathered_bytes(segments, old)
+        # one by one into cells that all holders join; a stream is put together from all its segments
+        at_once = max((s.p1 - s.p0 for s in segments), default=0) * old.cell_bytes if new.layout is Layout.UNIFIED else in_use
+        made, freed = new.context_bytes(model), old.context_bytes(model)
+        spare = SPARE_BYTES if segments else 0
+        return cls(made + at_once, in_use + max(spare, made - freed), in_use + spare)
+
+
+def _gathered_bytes(segments: Sequence[Segment], old: Sketch) -> int:
+    """Of everything that `gather` saves; a stream is saved whole for each of its segments, and a part keeps the whole alive."""
+    if old.layout is Layout.UNIFIED:
+        return sum(segment.p1 - segment.p0 for segment in segments) * old.cell_bytes
+    lengths = {segment.holders[0]: 0 for segment in segments}
+    for segment in segments:
+        for holder in segment.holders:
+            if holder in lengths:
+                lengths[holder] = max(lengths[holder], segment.p1)
+    return sum(lengths[segment.holders[0]] for segment in segments) * old.cell_bytes
 
 
 def gather(transfer: PartTransfer | StateTransfer, segments: Sequence[Segment]) -> Iterator[Slab]:

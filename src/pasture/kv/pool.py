@@ -300,8 +300,9 @@ class Pool:
             node.breaks.clear()
         self.placement.laid_out_anew()
         if self.cells_are_shared:
-            for sequence in [s for s in self.sequences.values() if s.idle and len(s.tail.holders) > 1]:
-                self.drop(sequence)
+            for sequence in [s for s in self.sequences.values() if s.idle]:
+                if len(sequence.tail.holders) > 1:  # the last of several that are equal stays
+                    self.drop(sequence)
         self._recount()
 
     def make_movable(self, layout: Layout, n_seqs: int, cells_per_sequence: int) -> bool:

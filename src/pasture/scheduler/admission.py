@@ -141,7 +141,9 @@ class Admission:
         return remaining / (1 + self._followers[task]) / patience**2
 
     def _ready(self, task: Task) -> bool:
-        """Whether a waiting task has nothing to gain from a prefill, or a fetch, that is under way."""
+        """Whether a waiting task fits into a sequence, and has nothing to gain from a prefill, or a fetch, under way."""
+        if len(task.tokens) >= self._pool.shape.cells_per_sequence:
+            return False  # a long one among streams: the layout has to change first
         if not self._resting.look(task) or not self.within_limit(task):
             return False
         if not self._pool.joins:

@@ -142,7 +142,10 @@ class Ahead:
 
     def _begin(self) -> tuple[_Prompt, Sequence] | None:
         """Start with the newest prompt that is not rising any more."""
-        for prompt in reversed(self._prompts):
+        for prompt in self._prompts[::-1]:
+            if len(prompt.tokens) >= self._pool.shape.cells_per_sequence:  # in streams, since it was put on the list
+                self._forget(prompt)
+                continue
             if not self._look(prompt) or (prompt.lift is not None and not prompt.lift.done):
                 continue
             sequence = self._pool.join(prompt.namespace, prompt.tokens, _NOBODY)

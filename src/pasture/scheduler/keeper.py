@@ -36,6 +36,8 @@ LATELY_SECONDS = 60.0
 FRAGMENTED = 0.15
 """share of broken neighbourhoods, or of cells left behind, from which a compaction pays"""
 MIN_COMPACT_CELLS = 512
+STAY_SECONDS = 30.0
+"""in a layout after one that was to follow it did not fit, and as scattered after a compaction for which there was no memory"""
 TURNOVER = 0.5
 """of all cells, given back since the last compaction: from then on one pays although somebody waits for it"""
 SECONDS_PER_CELL = 50e-6
@@ -49,6 +51,7 @@ class LayoutKeeper:
         self._clock = clock
         self._advisor = LayoutAdvisor(engine.shape)
         settings = scheduler.settings
+        self._stay_until = self._scattered_until = float("-inf")
         self._moves = settings.layout is LayoutChoice.AUTO and scheduler.pool.joins and engine.shape.layout is Layout.UNIFIED
         self._until_shift = LOOK_STEPS
         self._raw_cells = engine.shape.n_cells
@@ -62,7 +65,6 @@ class LayoutKeeper:
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step that has just run."""
-        self._steps_since += 1
         if plan.works:
             self._shifter.observe(self._clock(), result.decode_seconds, plan.n_tokens)
         if self._moves and self._traffic is not None and plan.works and result.decode_seconds > 0:
@@ -71,20 +73,28 @@ class LayoutKeeper:
     def target(self) -> Target | None:
         """Where the pool should move before the next step; None to stay."""
         submitted = self._scheduler.accounts.submitted
+        self._steps_since += 1  # those without works too: who is swapped out may wait for another layout
         if not self._moves or (submitted == self._looked_at and self._steps_since < LOOK_STEPS):
+            return None
+        if self._clock() < self._stay_until:
             return None
         self._looked_at, self._steps_since = submitted, 0
         self._traffic = self._look()
         return self._advisor.advise(self._scheduler.pool.shape, self._traffic) if self._traffic is not None else None
 
     def move(self, target: Target) -> None:
-        """Lay the pool out anew; the journal must be empty. Stays where it is when that turns out not to fit."""
+        """Lay the pool out anew; the journal must be empty.
+
+        Stays where it is for a while when that turns out not to fit. Who needed it, too long for the layout that stays, is
+        ended with an error.
+        """
         pool, before = self._scheduler.pool, self._scheduler.pool.shape
         try:
             pool.rebuilt(self._engine.rebuild(pool.segments(), target.layout, target.n_seqs))
         except DoesNotFit as error:
             log.warning("the cache stays in the %s layout: %s", before.layout, error)
-            self._moves = False
+            self._stay_until = self._clock() + STAY_SECONDS
+            self._scheduler.end_too_long()
             return
         self._scheduler.accounts.layout_moves += 1
         self._advisor.moved()
@@ -142,6 +152,7 @@ class LayoutKeeper:
             and pool.cells_are_shared
             and pool.used_cells >= MIN_COMPACT_CELLS
             and max(pool.fragmentation, pool.placement.left_cells / pool.used_cells) > FRAGMENTED
+            and self._clock() >= self._scattered_until
         )
 
     @property
@@ -154,17 +165,24 @@ class LayoutKeeper:
             and pool.shape.can_pad  # there are tiles
             and pool.placement.freed_cells > TURNOVER * pool.shape.n_cells
             and pool.used_cells * min(self._seconds_per_cell) < settings.itl_target_seconds
+            and self._clock() >= self._scattered_until
         )
 
     def compact(self) -> None:
-        """Put neighbours next to each other again; the journal must be empty."""
+        """Put neighbours next to each other again, where there is memory for it; the journal must be empty."""
         pool, started = self._scheduler.pool, self._clock()
-        pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+        try:
+            pool.rebuilt(self._engine.rebuild(pool.segments(), pool.shape.layout, pool.shape.n_seqs))
+        except DoesNotFit as error:
+            log.warning("the cache is not compacted: %s", error)
+            self._scattered_until = started + STAY_SECONDS
+            return
         self._seconds_per_cell.append((self._clock() - started) / max(1, pool.used_cells))
 
     def _look(self) -> Traffic | None:
         scheduler = self._scheduler
-        tasks = list(islice((*scheduler.running.values(), *scheduler.waiting), MAX_LOOKED_AT))
+        swapped, running = scheduler.swapped.values(), scheduler.running.values()
+        tasks = list(islice((*swapped, *running, *scheduler.waiting), MAX_LOOKED_AT))
         if not tasks:
             return None
         now, pool = self._clock(), scheduler.pool

@@ -17,7 +17,7 @@ from hashlib import blake2b
 import numpy as np
 
 from pasture.core.errors import Conflict, EngineError, RequestError
-from pasture.core.storage import Bytes, Pin, SlabCodec
+from pasture.core.storage import BLOCK_TOKENS, Bytes, Pin, SlabCodec
 from pasture.core.values import Namespace, Slab, Whereabouts
 from pasture.scheduler.scheduler import Scheduler
 
@@ -82,6 +82,8 @@ def put(scheduler: Scheduler, namespace: Namespace, tokens: array[int], packed: 
         except EngineError as error:
             raise RequestError(f"the exported KV cannot be used: {error}") from error
         missing = store.gap(namespace, tokens[:p1], p0)
+        if missing < p0:  # a state that cannot be cut, without its beginning
+            raise RequestError(f"the exported KV cannot be used: it has no part that begins at {missing}")
         if missing < p1:
             store.put(namespace, tokens[:p1], slab.cut(max(p0, missing), p1))
     return packed[-1][1] if packed else 0
@@ -98,7 +100,7 @@ def pack(slabs: Sequence[Slab], codec: SlabCodec) -> bytes:
 
 
 def unpack(exported: bytes, n_tokens: int, fingerprint: bytes) -> list[Packed]:
-    """An export's slabs, ascending from 0 without gaps. Raises Conflict, RequestError."""
+    """An export's slabs, ascending from 0 without gaps, each from a block's beginning on. Raises Conflict, RequestError."""
     body, digest = exported[:-DIGEST_BYTES], exported[-DIGEST_BYTES:]
     if not body.startswith(MAGIC) or blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
         raise RequestError("the exported KV is damaged: its checksum is wrong")
@@ -114,7 +116,7 @@ def unpack(exported: bytes, n_tokens: int, fingerprint: bytes) -> list[Packed]:
         while at < len(body):
             p0, p1, size = _SLAB.unpack_from(body, at)
             at += _SLAB.size
-            if p0 != end or not p0 < p1 <= n_tokens or at + size > len(body):
+            if p0 != end or p0 % BLOCK_TOKENS or not p0 < p1 <= n_tokens or at + size > len(body):
                 raise RequestError("the exported KV is not of these tokens")
             # a copy, so that the codec gets memory that is aligned
             packed.append((p0, p1, np.frombuffer(body, dtype=np.uint8, count=size, offset=at).copy()))

@@ -34,7 +34,7 @@ MIN_STREAMS = 16
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """The requests that run or wait to run."""
+    """The requests that run, wait to run, or are swapped out."""
 
     rows: int
     attended_cells: int

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pasture.core.errors import EngineError, InvariantBroken, PastureError, RequestError, ShuttingDown
+from pasture.core.errors import EngineError, InvariantBroken, PastureError, ShuttingDown
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics
 from pasture.core.storage import Store
@@ -62,6 +62,8 @@ class EngineLoop:
         self._scheduler = Scheduler(engine, settings, store, clock, self.nudge)
         self._keeper = LayoutKeeper(engine, self._scheduler, clock)
         self._stopping = False
+        self._nudged = False
+        """since the thread last slept; under the lock of `_wake`"""
         self._tidy = True
         self._snapshot_at = clock()
         self._draw_seconds = 0.0
@@ -78,6 +80,11 @@ class EngineLoop:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread is gone, for good: by `stop`, or because the engine could not even be emptied."""
+        return not self._thread.is_alive()
+
     def submit(self, task: Task) -> None:
         """Raises ShuttingDown when the thread has ended or is about to."""
         if not self._post(task):
@@ -89,19 +96,27 @@ class EngineLoop:
     def ask(self, question: Callable[[Scheduler], Answer]) -> Future[Answer]:
         """Have the engine thread call `question` between two steps, and carry out the operations that it leaves behind.
 
-        Raises ShuttingDown when the thread has ended; the future is cancelled when it ends before it comes to that.
+        Raises ShuttingDown when the thread has ended; the future is cancelled when it ends before it comes to that. What the
+        question raises concerns nobody but who asked, unless it says that books and engine may disagree.
         """
         future: Future[Answer] = Future()
 
         def reply(scheduler: Scheduler) -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    answer = question(scheduler)
-                    self._flush()
-                except BaseException as error:
-                    future.set_exception(error)
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                answer = question(scheduler)
+            except Exception as error:
+                future.set_exception(error)
+                if isinstance(error, EngineError | InvariantBroken):
                     raise
-                future.set_result(answer)
+                return
+            try:
+                self._flush()
+            except Exception as error:
+                future.set_exception(error)
+                raise
+            future.set_result(answer)
 
         if not self._post(_Question(reply, future.cancel)):
             raise ShuttingDown("the server is shutting down")
@@ -110,6 +125,7 @@ class EngineLoop:
     def nudge(self) -> None:
         """Something outside has changed (a reader caught up): look again."""
         with self._wake:
+            self._nudged = True
             self._wake.notify()
 
     def stop(self) -> None:
@@ -174,26 +190,27 @@ class EngineLoop:
     def _answer(self, question: _Question) -> None:
         try:
             question.reply(self._scheduler)
-        except RequestError:
-            pass  # whoever asked has it
-        except PastureError as error:
+        except Exception as error:
             self._start_over(error)
 
     def step(self) -> bool:
-        """One schedule, execute, commit. False when there was nothing to do."""
-        started = self._clock()
+        """One schedule, execute, commit, whatever becomes of it. False when there was nothing to do."""
         try:
-            self._follow_traffic()
-            self._scheduler.resting.demote()
-            plan = self._scheduler.schedule()
-            if not plan.works and not plan.operations:
-                self._deliver(self._scheduler.take_events())
-                return False
-            result = self._engine.execute(plan)
-            events = self._scheduler.commit(plan, result)
-        except PastureError as error:
+            return self._step()
+        except Exception as error:
             self._start_over(error)
             return True
+
+    def _step(self) -> bool:
+        started = self._clock()
+        self._follow_traffic()
+        self._scheduler.resting.demote()
+        plan = self._scheduler.schedule()
+        if not plan.works and not plan.operations:
+            self._deliver(self._scheduler.take_events())
+            return False
+        result = self._engine.execute(plan)
+        events = self._scheduler.commit(plan, result)
         self._tidy = False
         if plan.works:
             self._scheduler.accounts.record_step(self._clock() - started, result)
@@ -238,23 +255,26 @@ class EngineLoop:
         self._draw_seconds = self._snapshot_at - started
         return picture
 
-    def _start_over(self, error: PastureError) -> None:
-        """Books and engine may disagree: end what runs, empty the cache, go on."""
-        log.error("engine step failed, the live cache is emptied: %s", error, exc_info=error)
+    def _start_over(self, error: Exception) -> None:
+        """Books and engine may disagree: end what runs, empty the cache, go on. What is raised here ends the thread."""
+        reason = str(error) if isinstance(error, PastureError) else type(error).__name__
+        log.error("the engine thread failed, the live cache is emptied: %s", reason, exc_info=error)
         if isinstance(error, InvariantBroken):
             self._scheduler.accounts.invariant_failures += 1
         self._engine.rebuild((), self._engine.shape.layout, self._engine.shape.n_seqs)
-        self._deliver(self._scheduler.end_all(FinishReason.ERROR, EngineError(f"the engine failed: {error}")))
+        self._deliver(self._scheduler.end_all(FinishReason.ERROR, EngineError(f"the engine failed: {reason}")))
 
     # Nothing to do
 
     def _rest(self) -> None:
         self.snapshot = self._draw()
         with self._wake:
-            if self._inbox or self._stopping:
+            if self._inbox or self._stopping or self._nudged:
+                self._nudged = False
                 return
             paused = self._scheduler.busy
-            woken = self._wake.wait(timeout=0.05 if paused else None if self._tidy else IDLE_SECONDS)
+            woken = self._wake.wait(timeout=0.05 if paused else None if self._tidy else IDLE_SECONDS) or self._nudged
+            self._nudged = False
         if not woken and not paused and not self._tidy:
             self._housekeeping()
 
@@ -262,11 +282,10 @@ class EngineLoop:
         self._tidy = True
         try:
             self._scheduler.pool.check()
-        except InvariantBroken as error:
+            while not self._inbox and self._scheduler.resting.copy_idle():
+                self._flush()
+            if self._keeper.wants_compaction:
+                self._keeper.compact()
+                self.snapshot = self._draw()
+        except Exception as error:
             self._start_over(error)
-            return
-        while not self._inbox and self._scheduler.resting.copy_idle():
-            self._flush()
-        if self._keeper.wants_compaction:
-            self._keeper.compact()
-            self.snapshot = self._draw()

@@ -13,7 +13,7 @@ makes things fairer, and there is no way back. Nobody comes back into the place 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from pasture.core.ports import Clock
 from pasture.core.statistics import SequenceState
@@ -64,21 +64,33 @@ class Places:
             self._admission.promises.add(task)
         return True
 
-    def resume(self, taken: int) -> None:
-        """Bring swapped requests back, while there is room for them and for everyone's next tokens."""
+    def resume(self, planned: Collection[Task]) -> None:
+        """Bring swapped requests back, while there is room for them and for everyone's next tokens.
+
+        `planned`: whose next token is in this step. A request whose reader is behind makes way.
+        """
         if not self.swapped:
             return
         if self._way_for is not None and self._way_for not in self._admission.waiting:
             self._way_for = None
         counts = self._counts()
+        unread = [other for other in self.running.values() if other.paused and other not in planned]
         for task in sorted(self.swapped.values(), key=lambda task: (-task.request.priority, task.submitted_at)):
-            if task.paused or task.n_saves or not self._admission.within_limit(task):
+            if task.paused or task.n_saves:
                 continue
+            if len(task.tokens) >= self._pool.shape.cells_per_sequence:
+                continue  # a long one, and streams since it left: the layout has to change first
             if self._way_for is not None and self._goes_before(self._way_for, task, counts):
                 continue
-            needed = self._admission.cells_needed(task, reply_tokens=0) + HEADROOM_CELLS * (len(self.running) + 1)
-            if self.running and (needed + taken > self._pool.unlocked_cells or len(self.running) >= self._max_running):
-                return
+            limited = not self._admission.within_limit(task)
+            if limited or not self._has_way_back(task, len(planned)):
+                others = [other for other in unread if not limited or other.request.namespace == task.request.namespace]
+                made = self._make_way_back(task, others, len(planned))
+                unread = [other for other in unread if other.sequence is not None]
+                if not made and limited:
+                    continue
+                if not made:
+                    return
             if not self.enter(task):
                 return
             del self.swapped[task.request.request_id]
@@ -86,14 +98,35 @@ class Places:
     def resume_anybody(self) -> None:
         """Nothing runs, and who way was made for could not start either."""
         self._way_for = None
-        self.resume(0)
+        self.resume(())
+
+    def _has_way_back(self, task: Task, taken: int) -> bool:
+        if not self.running:
+            return True
+        has_place = len(self.running) < self._max_running and self._pool.has_sequence_to_give
+        return has_place and self._needed_back(task, len(self.running)) + taken <= self._pool.unlocked_cells
+
+    def _make_way_back(self, task: Task, unread: list[Task], taken: int) -> bool:
+        """Swap out some of these, whose readers are behind, so that a task can come back; False when that does not help."""
+        n_left = len(self.running) - len(unread)
+        cells = self._pool.unlocked_cells + sum(other.computed for other in unread)
+        if not unread or (n_left and self._needed_back(task, n_left) + taken > cells):
+            return False
+        for other in unread:
+            self.swap_out(other)
+            if self._admission.within_limit(task) and self._has_way_back(task, taken):
+                return True
+        return False
+
+    def _needed_back(self, task: Task, n_running: int) -> int:
+        return self._admission.cells_needed(task, reply_tokens=0) + HEADROOM_CELLS * (n_running + 1)
 
     def may_start(self, newcomers: list[Task]) -> list[Task]:
-        """Of those who wait, who may start although others wait to come back."""
+        """Of those who wait, who may start although others wait to come back. Whose reader is behind does not wait."""
         if not self.swapped or not newcomers:
             return newcomers
-        counts = self._counts()
-        return [task for task in newcomers if all(self._goes_before(task, other, counts) for other in self.swapped.values())]
+        counts, others = self._counts(), [other for other in self.swapped.values() if not other.paused]
+        return [task for task in newcomers if all(self._goes_before(task, other, counts) for other in others)]
 
     # Out
 
@@ -115,7 +148,7 @@ class Places:
         self.swapped[task.request.request_id] = task
         self._accounts.swaps += 1
 
-    def swap_out_unread(self, planned: Iterable[Task]) -> bool:
+    def swap_out_unread(self, planned: Collection[Task]) -> bool:
         """Let a request whose reader is behind make way for one that waits; False when there is none."""
         unread = next((task for task in self.running.values() if task.paused and task not in planned), None)
         if unread is not None:

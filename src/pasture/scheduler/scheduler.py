@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, RequestError
+from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, PromptTooLong, RequestError
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import SchedulerStatistics, SequenceState
 from pasture.core.storage import Store
@@ -118,7 +118,7 @@ class Scheduler:
         self.places.make_way()
         works = [self._work(task, 1) for task in self._streams()]
         self._n_streams = len(works)
-        self.places.resume(len(works))
+        self.places.resume(self._planned)
         self._fill(works)
         if not works and self.swapped and not self.running:
             self.places.resume_anybody()
@@ -168,6 +168,16 @@ class Scheduler:
         self.ahead.forget()
         self.pool.reset(self._engine.shape)
         return self.take_events()
+
+    def end_too_long(self) -> None:
+        """No other layout fits, and there is no room for them in this one: every conversation longer than a sequence ends."""
+        longest = self.pool.shape.cells_per_sequence
+        for task in list(self._tasks.values()):
+            if len(task.tokens) >= longest:
+                message = (
+                    f"{len(task.tokens)} tokens; at present there is memory for {longest} in one conversation: try again later"
+                )
+                self._end(task, FinishReason.ERROR, PromptTooLong(message))
 
     def take_events(self) -> list[Delivery]:
         """Events that arose outside a step (cancellations, deadlines)."""
@@ -320,6 +330,8 @@ class Scheduler:
     # Results
 
     def _book(self, plan: StepPlan, result: StepResult) -> None:
+        if not plan.works:
+            return  # `_n_streams` may be an earlier step's
         now = self._clock()
         rows = [(task, len(work.tokens)) for task, work in zip(self._planned, plan.works, strict=True)]
         self.admission.usage.charge(rows, result.decode_seconds)

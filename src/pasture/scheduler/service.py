@@ -14,6 +14,7 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.ports import Engine, Vocabulary
@@ -91,6 +92,10 @@ class LocalService:
     def ready(self) -> bool:
         return self._loop.alive and not self._draining
 
+    @property
+    def alive(self) -> bool:
+        return not self._loop.ended
+
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See `pasture.core.ports.Service.generate`."""
         self._admit(request)
@@ -134,7 +139,7 @@ class LocalService:
         """See `pasture.core.ports.Service.pin`."""
         path = token_array(tokens)
         await self._ask(lambda scheduler: keeping.save(scheduler, namespace, path))
-        pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path))
+        pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path), self._unpin)
         return keeping.SafePin(pin, self._tell)
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
@@ -211,6 +216,11 @@ class LocalService:
                 f"one conversation can hold {self._limit}. Shorten the prompt or lower max_tokens",
                 param="messages",
             )
+        if len(request.prompt) == self._limit:
+            raise PromptTooLong(
+                f"{needed} prompt tokens; one conversation can hold {self._limit}, one of them the reply's. Shorten the prompt",
+                param="messages",
+            )
         if self._is_full_for(request.tenant):
             self._n_rejected += 1
             raise QueueFull("too many requests are waiting; try again later", retry_after_seconds=self._retry_after())
@@ -221,13 +231,26 @@ class LocalService:
         most = self._settings.max_waiting
         return waiting.total() >= most and waiting[tenant] >= most / len(waiting.keys() | {tenant})
 
-    async def _ask(self, question: Callable[[Scheduler], Answer]) -> Answer:
+    async def _ask(
+        self, question: Callable[[Scheduler], Answer], take_back: Callable[[Answer], object] | None = None
+    ) -> Answer:
+        """`take_back` gets an answer that comes although whoever asked was cancelled, on any thread."""
+        future = self._loop.ask(question)
+
+        def unwanted(answered: Future[Answer]) -> None:
+            if take_back is not None and not answered.cancelled() and answered.exception() is None:
+                take_back(answered.result())
+
         try:
-            return await asyncio.wrap_future(self._loop.ask(question))
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
+            future.add_done_callback(unwanted)
             if self._loop.alive:
                 raise
             raise ShuttingDown("the server is shutting down") from None
+
+    def _unpin(self, pin: Pin) -> None:
+        keeping.SafePin(pin, self._tell).release()
 
     def _tell(self, question: Callable[[Scheduler], None]) -> None:
         with contextlib.suppress(ShuttingDown):  # then the store is closed as well
@@ -248,7 +271,7 @@ class LocalService:
             if channel is not None:
                 batches.setdefault(channel.loop, []).append((channel, event))
         for loop, batch in batches.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # a loop that is closed has no readers
                 loop.call_soon_threadsafe(_fill, batch)
 
 

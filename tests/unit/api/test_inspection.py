@@ -54,7 +54,9 @@ async def test_the_chat_template_can_be_applied_alone(client: httpx.AsyncClient,
     assert service.vocabulary.tokenize(prompt, add_special=True, parse_special=True) == list(service.requests[0].prompt)
 
 
-async def test_readiness_follows_the_service_and_liveness_does_not(client: httpx.AsyncClient, service: StubService) -> None:
+async def test_readiness_follows_the_service_and_liveness_does_not_before_its_end(
+    client: httpx.AsyncClient, service: StubService
+) -> None:
     for path in ("/health", "/health/ready"):
         assert (await client.get(path)).json() == {"status": "ok"}
     await service.drain()
@@ -63,6 +65,10 @@ async def test_readiness_follows_the_service_and_liveness_does_not(client: httpx
         assert response.status_code == 503
         assert error_of(response)["type"] == "unavailable_error"
     assert (await client.get("/health/live")).status_code == 200
+    service.alive = False
+    response = await client.get("/health/live")
+    assert response.status_code == 503
+    assert error_of(response)["type"] == "unavailable_error"
 
 
 async def test_props_and_slots_show_the_pool(client: httpx.AsyncClient) -> None:

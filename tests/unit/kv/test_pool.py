@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -335,6 +336,18 @@ def test_interleaved_decoding_fragments_and_a_rebuild_mends_it() -> None:
     pool.rebuilt(pool.shape)
     assert pool.fragmentation == 0
     pool.check()
+
+
+def test_of_equal_sequences_that_leave_their_streams_one_stays() -> None:
+    pool = make(layout=Layout.STREAMS)
+    sequences = [run(pool, PROMPT), run(pool, PROMPT)]
+    for sequence in sequences:
+        pool.finish(sequence)
+    pool.operations()
+    pool.rebuilt(replace(pool.shape, layout=Layout.UNIFIED))
+    pool.check()
+    assert len(pool.sequences) == 1
+    assert pool.used_cells == len(PROMPT)
 
 
 @pytest.mark.parametrize("damage", ["holder", "count", "id"])

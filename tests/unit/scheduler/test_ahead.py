@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pasture.core.values import DEFAULT_NAMESPACE, Namespace, Outcome, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import DEFAULT_NAMESPACE, Layout, Namespace, Outcome, PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.kv.radix import token_array
 from pasture.scheduler.ahead import MAX_ANTICIPATED, MAX_TYPING_SECONDS
@@ -89,6 +89,17 @@ def test_what_does_not_fit_is_not_begun(bench: Bench) -> None:
     bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(i % 250 for i in range(2000)))
     bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(()))
     assert not bench.step()
+
+
+def test_what_does_not_fit_into_a_stream_any_more_is_not_begun(bench: Bench) -> None:
+    bench.ask(PROMPT)
+    bench.run()
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array((*PROMPT, 1, 2, *PROMPT)))
+    bench.scheduler.pool.evict_idle("cells")
+    bench.scheduler.pool.operations()
+    bench.scheduler.pool.rebuilt(bench.engine.rebuild((), Layout.STREAMS, 4))
+    assert not bench.step()
+    assert not bench.scheduler.ahead.waiting
 
 
 def test_a_failing_engine_ends_the_attempt_and_nothing_else(bench: Bench) -> None:

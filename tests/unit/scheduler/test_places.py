@@ -8,8 +8,20 @@ from collections.abc import Sequence
 import pytest
 
 from pasture.core.errors import PromptTooLong
-from pasture.core.values import Allowance, FinishReason, Layout, Namespace, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import (
+    Allowance,
+    FinishReason,
+    Layout,
+    Namespace,
+    PoolShape,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+)
 from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.scheduler.keeper import LayoutKeeper
+from pasture.scheduler.layout import Target
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
@@ -29,6 +41,8 @@ class Server:
         self.scheduler = Scheduler(self.engine, settings, still_store_for(self.engine, ram_bytes), lambda: self.now)
         self.replies: dict[str, list[int]] = defaultdict(list)
         self.finished: list[str] = []
+        self.unread: set[str] = set()
+        """whose readers are behind"""
         self.first_token_at: dict[str, float] = {}
 
     def submit(
@@ -53,7 +67,7 @@ class Server:
             allowance=allowance or Allowance(),
             priority=priority,
         )
-        task = Task(request, self.now, lambda: False)
+        task = Task(request, self.now, lambda: name in self.unread)
         self.scheduler.submit(task)
         return task
 
@@ -233,6 +247,40 @@ def test_what_is_guaranteed_by_name_is_kept_beside_larger_weights() -> None:
     assert again.cached_tokens == 299
 
 
+def crowded(server: Server) -> Task:
+    """One request that nobody reads holds most of the cells, another one is swapped out."""
+    server.submit("unread", prompt_of(1, 200), 200)
+    other = server.submit("other", prompt_of(2, 150), 60)
+    while not other.swapped:
+        server.step()
+    server.unread.add("unread")
+    return other
+
+
+def test_who_is_swapped_out_comes_back_into_the_place_of_one_whose_reader_is_behind() -> None:
+    server = Server(n_cells=448)
+    crowded(server)
+    while "other" not in server.finished:
+        server.step()
+        assert server.now < 500
+    server.unread.clear()
+    server.run()
+    assert server.finished == ["other", "unread"]
+
+
+def test_who_is_swapped_out_because_its_reader_is_behind_holds_up_nobody() -> None:
+    server = Server(n_cells=448)
+    crowded(server)
+    for n in range(3):
+        server.submit(f"newcomer {n}", prompt_of(3 + n, 150), 4)
+    while len(server.finished) < 4:
+        server.step()
+        assert server.now < 500
+    server.unread.clear()
+    server.run()
+    assert server.finished[-1] == "unread"
+
+
 def test_low_priority_waits_and_is_not_forgotten() -> None:
     server = Server(max_running=1)
     server.submit("low", prompt_of(99, 20), 2, priority=-1)
@@ -241,6 +289,39 @@ def test_low_priority_waits_and_is_not_forgotten() -> None:
     server.run()
     place = server.finished.index("low")
     assert 5 < place < 60, "after the age bound it counts as normal"
+
+
+def test_who_is_swapped_out_and_too_long_for_a_stream_has_the_layout_changed() -> None:
+    server = Server(n_cells=2048, n_seqs=8)
+    pool = server.scheduler.pool
+    keeper = LayoutKeeper(server.engine, server.scheduler, lambda: server.now)
+    long = server.submit("long", prompt_of(1, 600), 20)
+    server.step(3)
+    server.scheduler.places.swap_out(long)
+    server.submit("short", prompt_of(2, 20), 4)
+    plan = StepPlan(pool.operations(), ())
+    server.scheduler.commit(plan, server.engine.execute(plan))
+    assert pool.make_movable(Layout.STREAMS, 8, 256)
+    pool.rebuilt(server.engine.rebuild(pool.segments(), Layout.STREAMS, 8))
+    server.step(4)
+    assert long.swapped
+    targets: list[Target] = []
+    while not targets:
+        server.step()
+        targets = [target for target in (keeper.target(),) if target is not None]
+    assert targets == [Target(Layout.UNIFIED, 8)]
+    keeper.move(targets[0])
+    server.run()
+    assert set(server.finished) == {"short", "long"}
+
+
+def test_operations_between_two_steps_are_no_tokens_computed() -> None:
+    server = Server()
+    server.submit("one", prompt_of(1, 40), 20)
+    server.step(4)
+    plan = StepPlan(server.scheduler.pool.operations(), ())
+    server.scheduler.commit(plan, server.engine.execute(plan))
+    assert server.scheduler.accounts.computed_tokens == 40
 
 
 def test_layouts_other_than_unified_keep_the_limit_too() -> None:

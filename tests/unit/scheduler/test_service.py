@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from pasture.core.errors import DeadlineExceeded, EngineError, PromptTooLong, QueueFull, RequestError, ShuttingDown
+from pasture.core.errors import DeadlineExceeded, DoesNotFit, EngineError, PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.values import (
     Finish,
     FinishReason,
@@ -20,6 +20,7 @@ from pasture.core.values import (
     RequestId,
     SamplingParams,
     Save,
+    Segment,
     StepPlan,
     StepResult,
 )
@@ -38,12 +39,20 @@ class GatedEngine(FakeEngine):
 
     def __init__(self, shape: PoolShape) -> None:
         super().__init__(shape)
-        self.broken = False
+        self.broken: Exception | None = None
+        self.lost = False
+        self.n_failed_rebuilds = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
-        if self.broken and plan.works:
-            raise EngineError("out of order")
+        if self.broken is not None and plan.works:
+            raise self.broken
         return super().execute(plan)
+
+    def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
+        if self.lost or (self.broken is not None and segments):
+            self.n_failed_rebuilds += 1
+            raise EngineError("out of order")
+        return super().rebuild(segments, layout, n_seqs, form)
 
 
 def request(name: str, prompt: tuple[int, ...], max_tokens: int = 8, **fields: float) -> Request:
@@ -146,6 +155,8 @@ async def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     with served(FakeEngine(PoolShape(512, 4))) as service:
         with pytest.raises(PromptTooLong, match="can hold 512"):
             await collect(service, request("big", tuple(range(250)) * 2, 100))
+        with pytest.raises(PromptTooLong, match="can hold 512"):
+            await collect(service, request("full", tuple(range(256)) * 2, 0))
         with pytest.raises(RequestError, match="empty"):
             await collect(service, request("none", ()))
 
@@ -195,15 +206,73 @@ async def test_impossible_sampling_ends_only_that_request() -> None:
         assert good[0] == expected_reply(SYSTEM, 8, GREEDY)
 
 
-async def test_a_broken_engine_ends_what_runs_and_serves_again() -> None:
+@pytest.mark.parametrize("error", [EngineError("out of order"), MemoryError()])
+async def test_a_broken_engine_ends_what_runs_and_serves_again(error: Exception) -> None:
     engine = GatedEngine(SHAPE)
     with served(engine) as service:
-        engine.broken = True
+        engine.broken = error
         _, finish = await collect(service, request("hit", SYSTEM))
         assert finish.reason is FinishReason.ERROR
-        engine.broken = False
+        assert isinstance(finish.error, EngineError)
+        engine.broken = None
         tokens, _ = await collect(service, request("next", SYSTEM))
         assert tokens == expected_reply(SYSTEM, 8, GREEDY)
+
+
+async def test_a_compaction_that_fails_while_nobody_asks_empties_the_cache_and_no_more() -> None:
+    engine = GatedEngine(SHAPE)
+    with served(engine) as service:
+        await asyncio.gather(*(collect(service, request(f"u{i}", (i, *range(100)), 150)) for i in range(4)))
+        engine.broken = MemoryError()
+        for _ in range(400):
+            if engine.n_failed_rebuilds:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.n_failed_rebuilds == 1
+        engine.broken = None
+        tokens, _ = await collect(service, request("next", SYSTEM))
+        assert tokens == expected_reply(SYSTEM, 8, GREEDY)
+
+
+async def test_a_compaction_for_which_there_is_no_memory_loses_nothing() -> None:
+    class Crowded(FakeEngine):
+        n_refused = 0
+
+        def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
+            self.n_refused += 1
+            raise DoesNotFit("no memory")
+
+    engine = Crowded(SHAPE)
+    with served(engine) as service:
+        asked = [request(f"u{i}", (i, *range(100)), 150) for i in range(4)]
+        replies = await asyncio.gather(*(collect(service, r) for r in asked))
+        for _ in range(400):
+            if engine.n_refused:
+                break
+            await asyncio.sleep(0.01)
+        turn = request("next", (*asked[0].prompt, *replies[0][0], 9))
+        tokens, finish = await collect(service, turn)
+    assert engine.n_refused == 1
+    assert finish.usage.cached_tokens == len(turn.prompt) - 2
+    assert tokens == expected_reply(turn.prompt, 8, GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_cannot_even_be_emptied_ends_the_service_which_says_so() -> None:
+    engine = GatedEngine(SHAPE)
+    with served(engine) as service:
+        assert service.alive
+        engine.broken, engine.lost = EngineError("out of order"), True
+        _, finish = await collect(service, request("hit", SYSTEM))
+        assert finish.reason is not FinishReason.LENGTH
+        for _ in range(400):
+            if not service.alive:
+                break
+            await asyncio.sleep(0.01)
+        assert not service.alive
+        with pytest.raises(ShuttingDown):
+            await collect(service, request("late", SYSTEM))
+    assert engine.closed
 
 
 async def test_a_failed_decode_is_tried_again() -> None:
