@@ -21,13 +21,15 @@ from pasture.core.errors import (
     RequestError,
     ShuttingDown,
 )
-from pasture.core.values import FinishReason, SamplingParams, Usage
+from pasture.core.values import Constraint, ConstraintKind, FinishReason, SamplingParams, Usage
 from pasture.herd import GenerateOptions, Herd, OpenOptions, Reply, open
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
+    "Constraint",
+    "ConstraintKind",
     "DeadlineExceeded",
     "DoesNotFit",
     "EngineError",

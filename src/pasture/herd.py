@@ -22,7 +22,17 @@ from pasture.config import validate_settings
 from pasture.core.errors import EngineError
 from pasture.core.ports import Service
 from pasture.core.statistics import ServiceStatistics
-from pasture.core.values import DEFAULT_NAMESPACE, FinishReason, ModelInfo, Namespace, Request, RequestId, SamplingParams, Usage
+from pasture.core.values import (
+    DEFAULT_NAMESPACE,
+    Constraint,
+    FinishReason,
+    ModelInfo,
+    Namespace,
+    Request,
+    RequestId,
+    SamplingParams,
+    Usage,
+)
 from pasture.text.prompts import Prompts
 from pasture.text.replies import Fragment, read_reply
 from pasture.text.stops import StopStrings
@@ -88,6 +98,8 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     seed: int
+    constraint: Constraint
+    """what the reply must be"""
     user: str
     """who asks: turns are shared out fairly between users"""
     namespace: str
@@ -97,7 +109,7 @@ class GenerateOptions(TypedDict, total=False):
     """handed to the chat template"""
 
 
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed", "constraint")
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,69 @@ def test_openai_goes_on_from_a_response_it_only_names(client: openai.OpenAI, mod
         client.responses.create(model=model, input="more", previous_response_id=first.id)
 
 
+SCHEMA: dict[str, object] = {
+    "type": "object",
+    "properties": {
+        "colours": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
+        "sure": {"type": "boolean"},
+        "note": {"type": "string", "maxLength": 40},
+    },
+    "required": ["colours", "sure", "note"],
+    "additionalProperties": False,
+}
+
+
+def assert_suits_schema(text: str | None) -> None:
+    value = json.loads(text or "")
+    assert value.keys() == {"colours", "sure", "note"}
+    assert 1 <= len(value["colours"]) <= 3
+    assert isinstance(value["sure"], bool)
+    assert isinstance(value["note"], str)
+
+
+def test_openai_gets_replies_that_suit_a_schema(client: openai.OpenAI, model: str) -> None:
+    for seed in range(6):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=QUESTION,
+            temperature=1,
+            seed=seed,
+            max_tokens=400,
+            response_format={"type": "json_schema", "json_schema": {"name": "colours", "schema": SCHEMA, "strict": True}},
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert_suits_schema(answer.choices[0].message.content)
+        stream = client.chat.completions.create(
+            model=model,
+            messages=QUESTION,
+            temperature=1,
+            seed=seed,
+            max_tokens=400,
+            response_format={"type": "json_schema", "json_schema": {"name": "colours", "schema": SCHEMA, "strict": True}},
+            stream=True,
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer.choices[0].message.content
+
+
+def test_openai_gets_a_response_that_suits_a_schema(client: openai.OpenAI, model: str) -> None:
+    answer = client.responses.create(
+        model=model,
+        input="Name three colours.",
+        max_output_tokens=400,
+        text={"format": {"type": "json_schema", "name": "colours", "schema": SCHEMA, "strict": True}},
+    )
+    assert answer.status == "completed"
+    assert_suits_schema(answer.output_text)
+
+
+def test_a_grammar_binds_a_completion(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="Expected"):
+        client.completions.create(model=model, prompt="Is grass green?", extra_body={"grammar": "root = x"})
+    grammar = {"grammar": 'root ::= " yes" | " no, it is " [a-z]{2,9}'}
+    answer = client.completions.create(model=model, prompt="Is grass green?", temperature=1, extra_body=grammar)
+    assert re.fullmatch(" yes| no, it is [a-z]{2,9}", answer.choices[0].text)
+
+
 def test_openai_gets_log_probabilities(client: openai.OpenAI, model: str, greedy: str) -> None:
     answer = client.chat.completions.create(
         model=model, messages=QUESTION, temperature=0, max_tokens=16, logprobs=True, top_logprobs=3

@@ -6,6 +6,7 @@ equal to the last bit; across layouts and chunkings they agree within TOLERANCE.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,21 @@ import numpy as np
 import pytest
 
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
-from pasture.core.values import Compact, Form, Layout, Outcome, Release, SamplingParams, Segment, SeqId, Slab, StepPlan, Work
+from pasture.core.values import (
+    Compact,
+    Constraint,
+    ConstraintKind,
+    Form,
+    Layout,
+    Outcome,
+    Release,
+    SamplingParams,
+    Segment,
+    SeqId,
+    Slab,
+    StepPlan,
+    Work,
+)
 from pasture.engine import relayout
 from pasture.engine.assembly import concatenate
 from pasture.engine.blob import CacheKind, KvSlab, RowKind, Rows
@@ -575,6 +590,38 @@ def test_broken_files_are_one_clear_line(models: Path, tmp_path: Path) -> None:
                 open_small(broken, self_check=self_check)
             assert "\n" not in str(caught.value)
             assert "broken.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize("free", [GREEDY, SamplingParams(seed=3)])
+def test_a_bound_reply_leaves_its_neighbours_in_the_batch_alone(models: Path, free: SamplingParams) -> None:
+    form = Constraint(ConstraintKind.REGEX, "[a-f]{3}")
+    bound = [SamplingParams(temperature=0, constraint=form), SamplingParams(seed=1, constraint=form)]
+    banned = SamplingParams(constraint=form, logit_bias=dict.fromkeys(range(N_VOCAB), -np.inf))
+    texts: dict[bool, list[list[int]]] = {}
+    for together in (False, True):
+        engine = open_small(models / "llama.gguf")
+        params = [free, *bound, banned] if together else [free]
+        samplers = [engine.sampler(one, TOKENS[:8]) for one in params]
+        tokens: list[list[int]] = [[] for _ in params]
+        feeds = {i: (TOKENS[i * 20 : i * 20 + 8], 0) for i in range(len(params))}
+        for _ in range(6):
+            works = tuple(Work(SeqId(i), new, start, samplers[i], 2) for i, (new, start) in feeds.items())
+            result = engine.execute(StepPlan((), works))
+            assert set(result.refused) == {SeqId(3)} & set(feeds), "a row from which nothing can be drawn fails alone"
+            for i, (new, start) in list(feeds.items()):
+                sample = result.samples.get(SeqId(i))
+                if sample is not None:
+                    tokens[i].append(sample.token)
+                if sample is None or sample.is_last:
+                    del feeds[i]
+                else:
+                    feeds[i] = ([sample.token], start + len(new))
+        pieces = engine.vocabulary.piece
+        if together:
+            assert all(re.fullmatch(b"[a-f]{3}", b"".join(map(pieces, tokens[i]))) for i in (1, 2))
+        texts[together] = tokens
+        engine.close()
+    assert texts[True][0] == texts[False][0]
 
 
 def test_closing_twice_is_safe(models: Path) -> None:

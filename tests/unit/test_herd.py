@@ -10,7 +10,7 @@ import pytest
 
 import pasture
 from pasture.config import Settings, setting_specs
-from pasture.core.values import FinishReason, PoolShape
+from pasture.core.values import Constraint, ConstraintKind, FinishReason, PoolShape
 from pasture.engine.fake import FakeEngine
 from pasture.herd import Herd
 from pasture.scheduler.service import LocalService
@@ -61,6 +61,15 @@ async def test_leaving_early_frees_what_the_reply_held(herd: Herd) -> None:
     statistics = herd.statistics()
     assert statistics.scheduler.decoding == 0
     assert statistics.pool.running_cells == 0
+
+
+async def test_a_reply_can_be_bound_to_a_form(herd: Herd) -> None:
+    colour = Constraint(ConstraintKind.REGEX, "red|green")
+    reply = await herd.chat_text(HELLO, constraint=colour)
+    assert reply.text in ("red", "green")
+    assert reply.reason is FinishReason.STOP
+    with pytest.raises(pasture.RequestError, match="ignore_eos"):
+        await herd.chat_text(HELLO, constraint=colour, ignore_eos=True)
 
 
 async def test_stop_strings_and_namespaces(herd: Herd) -> None:

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT_LLAMA = {"engine/bindings.py", "bench/isolated.py"}
 """The engine, and the baseline it is measured against."""
 
-HEAVY_AT_IMPORT = {"llama_cpp", "fastapi", "uvicorn", "openai", "plotly", "httpx", "sqlalchemy", "ray", "redis"}
+HEAVY_AT_IMPORT = {"llama_cpp", "fastapi", "uvicorn", "openai", "plotly", "httpx", "sqlalchemy", "ray", "redis", "llguidance"}
 """What `import pasture` and `pasture --help` must not wait for."""
 
 

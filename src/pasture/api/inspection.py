@@ -191,7 +191,9 @@ def _store(store: StoreStatistics) -> Json:
 
 
 def _sampling(params: SamplingParams) -> Json:
-    return {**asdict(params), "logit_bias": [[token, bias] for token, bias in params.logit_bias.items()]}
+    told = {**asdict(params), "logit_bias": [[token, bias] for token, bias in params.logit_bias.items()]}
+    del told["constraint"]  # a request's own
+    return told
 
 
 def _slot(sequence: SequenceStatistics, longest: int) -> Json:

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from pydantic import JsonValue
 
 from pasture.api.callers import TIERS, Caller
+from pasture.api.constraints import constraint_of
 from pasture.api.offload import off_loop, size_of
 from pasture.api.publics import Publics
 from pasture.api.schemas import MAX_REQUESTS, ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
 from pasture.api.settings import ApiSettings
 from pasture.core.errors import PromptTooLong, RequestError
 from pasture.core.ports import Service, Vocabulary
-from pasture.core.values import Kind, Request, RequestId, SamplingParams
+from pasture.core.values import Constraint, Kind, Request, RequestId, SamplingParams
 from pasture.text.prompts import Prompts
 from pasture.text.stops import StopStrings
 
@@ -34,7 +35,9 @@ _WHOLE_WORDS = re.compile(r".*\S(?=\s)", re.DOTALL)
 
 _SEEDS = 2**32 - 1  # the largest 32-bit seed means "any" to the engine
 
-_SAMPLING_FIELDS = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("seed", "logit_bias"))
+_SAMPLING_FIELDS = tuple(
+    name for name in SamplingParams.__dataclass_fields__ if name not in ("seed", "logit_bias", "constraint")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +75,27 @@ class Jobs:
         self._publics = publics
         self._model = settings.model_alias or service.model.name
 
-    async def chat(self, body: ChatBody, caller: Caller, prefix: str = "chatcmpl-") -> Job:
-        """Raises RequestError for whatever cannot be done as asked."""
+    async def chat(
+        self, body: ChatBody, caller: Caller, prefix: str = "chatcmpl-", format_param: str = "response_format"
+    ) -> Job:
+        """Raises RequestError for whatever cannot be done as asked. `format_param`: what the client calls `response_format`."""
         _check_chat(body)
+        constraint = constraint_of(body, format_param)
         prompt = await self._rendered(body)
         limit = body.max_completion_tokens or body.max_tokens
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs)
+        return self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs, constraint)
 
     async def completion(self, body: CompletionBody, caller: Caller) -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
         _check_completion(body)
+        constraint = constraint_of(body)
 
         def read() -> list[tuple[tuple[int, ...], str]]:
             return [(self._tokens(prompt), self._echo(prompt) if body.echo else "") for prompt in body.prompt]
 
         prompts = await off_loop(sum(map(len, body.prompt)), read)
-        return self._job("cmpl-", body, caller, prompts, body.max_tokens, body.logprobs)
+        return self._job("cmpl-", body, caller, prompts, body.max_tokens, body.logprobs, constraint)
 
     async def tokens(self, messages: Sequence[Mapping[str, JsonValue]], context: Mapping[str, object]) -> tuple[int, ...]:
         """What a conversation is to the model before anybody asks for a reply; none for no messages. Raises RequestError."""
@@ -159,12 +166,13 @@ class Jobs:
         prompts: Sequence[tuple[tuple[int, ...], str]],
         limit: int | None,
         n_logprobs: int | None,
+        constraint: Constraint | None,
     ) -> Job:
         n = body.n or 1
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
         vocabulary = self._service.vocabulary
-        sampling = sampling_params(body, self._settings.sampling, vocabulary)
+        sampling = replace(sampling_params(body, self._settings.sampling, vocabulary), constraint=constraint)
         job_id = prefix + secrets.token_hex(12)
         choices: list[Choice] = []
         for tokens, echo in prompts:
@@ -256,7 +264,6 @@ def _seeded(sampling: SamplingParams, choice: int) -> SamplingParams:
 
 
 def _check_chat(body: ChatBody) -> None:
-    _check_response_format(body.response_format)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     if body.tool_choice not in (None, "none", "auto"):
@@ -269,16 +276,7 @@ def _check_completion(body: CompletionBody) -> None:
     n_replies = (body.n or 1) * len(body.prompt)
     if n_replies > MAX_REQUESTS:
         raise RequestError(f"{n_replies} replies in one call are too many (at most {MAX_REQUESTS})", param="n")
-    _check_response_format(body.response_format)
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise RequestError("best_of greater than n is not supported", param="best_of")
     if body.echo and body.logprobs is not None:
         raise RequestError("log probabilities of an echoed prompt are not supported", param="echo")
-
-
-def _check_response_format(response_format: Mapping[str, JsonValue] | None) -> None:
-    kind = None if response_format is None else response_format.get("type", "text")
-    if kind not in (None, "text"):
-        raise RequestError(
-            f"response_format {kind!r} needs constrained decoding, which is not supported", param="response_format"
-        )

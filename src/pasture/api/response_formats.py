@@ -101,7 +101,7 @@ class ResponseWriter:
             "service_tier": body.service_tier or "default",
             "store": self.stored,
             "temperature": self._job.choices[0].request.sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text or {}).get("format") or {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
             "top_p": self._job.choices[0].request.sampling.top_p,

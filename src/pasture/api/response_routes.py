@@ -79,7 +79,7 @@ async def _prepare(gateway: Gateway, caller: Caller, body: ResponseBody) -> _Ans
     if body.previous_response_id is not None:
         _, said = await asyncio.to_thread(gateway.state.responses.open, caller.tenant, body.previous_response_id)
     new = new_messages(body)
-    job = await gateway.jobs.chat(as_chat(body, [*said, *new]), caller, prefix="resp_")
+    job = await gateway.jobs.chat(as_chat(body, [*said, *new]), caller, prefix="resp_", format_param="text.format")
     writer = ResponseWriter(job, body, stored=body.store is not False)
     return _Answering(gateway, caller, body, new, Run(gateway, caller, job), writer)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
-from pasture.api.schemas import MAX_MESSAGES, ChatBody, MaxTokens
+from pasture.api.schemas import MAX_MESSAGES, ChatBody, FormBody, MaxTokens
 from pasture.core.errors import RequestError
 from pasture.sessions.values import Message
 
@@ -26,9 +26,7 @@ _UNSUPPORTED: Mapping[str, str] = {
 }
 
 
-class ResponseBody(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, frozen=True)
-
+class ResponseBody(FormBody):
     model: str | None = None
     input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES)]
     instructions: str | None = None
@@ -63,7 +61,7 @@ class ResponseBody(BaseModel):
 
 _SAME = (
     "model", "stream", "temperature", "top_p", "tool_choice", "user", "service_tier", "seed", "top_k", "min_p", "ignore_eos",
-    "chat_template_kwargs", "deadline_seconds",
+    "chat_template_kwargs", "deadline_seconds", *FormBody.model_fields,
 )  # fmt: skip
 """fields that mean the same in a chat"""
 
@@ -75,9 +73,8 @@ def check(body: ResponseBody) -> None:
             raise RequestError(reason, param=name)
     if body.truncation not in (None, "disabled"):
         raise RequestError("nothing is left out of a conversation: truncation must be 'disabled'", param="truncation")
-    form = (body.text or {}).get("format")
-    if isinstance(form, dict) and form.get("type", "text") != "text":
-        raise RequestError("text.format needs constrained decoding, which is not supported", param="text.format")
+    if not isinstance((body.text or {}).get("format"), dict | None):
+        raise RequestError("text.format is an object", param="text.format")
 
 
 def new_messages(body: ResponseBody) -> list[Message]:
@@ -94,6 +91,7 @@ def as_chat(body: ResponseBody, messages: Sequence[Message]) -> ChatBody:
     fields = {name: getattr(body, name) for name in _SAME}
     fields["messages"] = [*instructions, *messages]
     fields["max_completion_tokens"] = body.max_output_tokens
+    fields["response_format"] = (body.text or {}).get("format")
     fields["tools"] = [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.tools or ())] or None
     return ChatBody.model_validate(fields)
 

@@ -26,12 +26,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "functions": "functions are not supported; send them as tools",
     "function_call": "function_call is not supported; send tools and tool_choice",
     "continue_final_message": "continuing a final message is not supported; send the rendered text to /v1/completions",
-    "grammar": "constrained decoding is not supported",
-    "json_schema": "constrained decoding is not supported",
-    "guided_json": "constrained decoding is not supported",
-    "guided_regex": "constrained decoding is not supported",
-    "guided_choice": "constrained decoding is not supported",
-    "guided_grammar": "constrained decoding is not supported",
+    "guided_grammar": "grammars are taken in llama.cpp's form; send them as grammar",
     "audio": "this model has no audio",
     "suffix": "filling in before a suffix is not supported",
     "lora": "adapters are not supported",
@@ -135,13 +130,25 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class GenerationBody(_Body):
+class FormBody(_Body):
+    """What the reply must be, beside `response_format`; one of them at most."""
+
+    grammar: str | None = None
+    """in GBNF"""
+    json_schema: dict[str, JsonValue] | None = None
+    guided_json: dict[str, JsonValue] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+
+
+class GenerationBody(FormBody):
     """What chat and plain completions have in common."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    response_format: dict[str, JsonValue] | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings, json_schema_input_type=_StopInput)] = ()
     max_tokens: MaxTokens = None
     user: str | None = None
@@ -188,7 +195,6 @@ class ChatBody(GenerationBody, TemplateBody):
     max_completion_tokens: MaxTokens = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: dict[str, JsonValue] | None = None
     modalities: list[str] | None = None
 
 
@@ -197,7 +203,6 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: dict[str, JsonValue] | None = None
 
 
 class TokenizeBody(_Body):

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import Pin, SlabCodec
 from pasture.core.values import (
+    Constraint,
     Form,
     Layout,
     ModelInfo,
@@ -68,10 +69,17 @@ class Engine(Protocol):
     def shape(self) -> PoolShape: ...
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> Sampler:
-        """A fresh sampler; `prompt` fills its penalty window.
+        """A fresh sampler; `prompt` fills its penalty window. Raises RequestError for parameters that allow none.
 
         `n_drawn`: so many tokens of the reply were drawn elsewhere, with equal `params`; with a seed it draws what that
         sampler would have drawn next (mirostat begins anew).
+        """
+        ...
+
+    def prepare(self, constraint: Constraint) -> object:
+        """Compile the constraint, which may take a second, so that `sampler` has it at hand while the result is held.
+
+        Any thread but one that others wait for. Raises RequestError for what cannot be compiled, or only with too much work.
         """
         ...
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
-from pasture.core.errors import PastureError
+from pasture.core.errors import PastureError, RequestError
 
 SeqId = NewType("SeqId", int)
 """A sequence id of the engine, `0 <= id < n_seq_max`."""
@@ -68,6 +68,26 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class ConstraintKind(StrEnum):
+    """The language that a constraint is written in."""
+
+    JSON_SCHEMA = "json schema"
+    GBNF = "gbnf"
+    """llama.cpp's grammars, which begin at `root`"""
+    REGEX = "regex"
+    """Rust's, without anchors: all of the reply matches"""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a reply must be from its first character to its last."""
+
+    kind: ConstraintKind
+    text: str
+    param: str | None = field(default=None, compare=False)
+    """what the request calls it, for errors"""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn; defaults are llama.cpp's. `temperature=0` is greedy."""
@@ -91,6 +111,8 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """token id -> added to its logit; `-inf` bans the token"""
+    constraint: Constraint | None = None
+    """tokens that do not suit it are banned, before anything else looks at them"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +436,8 @@ class StepPlan:
 class Sample:
     token: int
     logprobs: TokenLogprobs | None = None
+    is_last: bool = False
+    """its constraint allows nothing behind it"""
 
 
 class Outcome(StrEnum):
@@ -428,7 +452,7 @@ class Outcome(StrEnum):
 class StepResult:
     outcome: Outcome
     samples: Mapping[SeqId, Sample]
-    """sequence -> token drawn, for each work with a sampler"""
+    """sequence -> token drawn, for each work with a sampler that could draw one"""
     saved: Mapping[int, Slab]
     """`Save.key` -> slab"""
     decode_seconds: float
@@ -440,6 +464,8 @@ class StepResult:
     """sequences the engine had to empty (recurrent states cannot be cut back)"""
     transfers: tuple[Transfer, ...] = ()
     """one a Save or Restore, in the order of the operations"""
+    refused: Mapping[SeqId, RequestError] = field(default_factory=dict)
+    """sequence -> why nothing can be drawn for it: its constraint asks for too much, or a bias bans all that it allows"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pasture.core.errors import DoesNotFit, EngineError
+import numpy as np
+
+from pasture.core.errors import DoesNotFit, EngineError, RequestError
 from pasture.core.ports import Vocabulary
 from pasture.core.values import (
     CellOperation,
     Compact,
+    Constraint,
     Copy,
     Direction,
     Form,
@@ -45,6 +48,7 @@ from pasture.core.values import (
     Work,
 )
 from pasture.engine.fakecodec import CELL_BYTES, Cell, FakeCodec, FakeSlab
+from pasture.engine.grammars import Grammars, Guide
 
 __all__ = ["BOS_TOKEN", "END_TOKEN", "N_VOCAB", "Cell", "FakeEngine", "FakeSlab", "expected_reply"]
 
@@ -69,18 +73,30 @@ def _mix(*parts: int) -> int:
 class FakeSampler(Sampler):
     """Greedy at temperature 0; else a choice that depends on the seed and on how often it was asked, as a generator's would."""
 
-    def __init__(self, params: SamplingParams, n_drawn: int = 0) -> None:
+    def __init__(self, params: SamplingParams, n_drawn: int = 0, guide: Guide | None = None) -> None:
         self.params = params
         self.n_drawn = n_drawn
+        self.guide = guide
 
     def draw(self, mark: int, n_vocab: int) -> int:
+        """Raises RequestError where the constraint leaves nothing to draw."""
         salt = 0 if self.params.temperature == 0 else (self.params.seed or 0) * 1_000_003 + self.n_drawn + 1
         self.n_drawn += 1
+        if self.guide is not None:
+            return self._guided(self.guide, _mix(mark, salt, 0))
         for attempt in range(64):
             token = _mix(mark, salt, attempt) % n_vocab
             if token != BOS_TOKEN and self.params.logit_bias.get(token, 0.0) > -100:
                 return token
         return next(t for t in range(n_vocab) if self.params.logit_bias.get(t, 0.0) > -100)
+
+    def _guided(self, guide: Guide, chance: int) -> int:
+        tokens = [int(t) for t in np.flatnonzero(guide.allowed()) if self.params.logit_bias.get(int(t), 0.0) > -100]
+        if not tokens:
+            raise guide.refusal("logit_bias bans every token that it allows")
+        token = tokens[chance % len(tokens)]
+        guide.accept(token)
+        return token
 
 
 class FakeVocabulary:
@@ -127,6 +143,7 @@ class FakeEngine:
         self.n_computed = 0
         """tokens put through the model since the start"""
         self.vocabulary: Vocabulary = FakeVocabulary()
+        self._grammars = Grammars(self.vocabulary)
 
     @property
     def model(self) -> ModelInfo:
@@ -155,7 +172,12 @@ class FakeEngine:
         self._decodes_to_fail.extend(outcomes)
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> FakeSampler:
-        return FakeSampler(params, n_drawn)
+        constraint = params.constraint
+        guide = None if constraint is None else self._grammars.guide(constraint, prompt[len(prompt) - n_drawn :])
+        return FakeSampler(params, n_drawn, guide)
+
+    def prepare(self, constraint: Constraint) -> object:
+        return self._grammars.prepare(constraint)
 
     def execute(self, plan: StepPlan) -> StepResult:
         time.sleep(0)  # lets other threads run, as the real engine does while it computes
@@ -174,12 +196,15 @@ class FakeEngine:
                     lost.add(work.sequence)
         if outcome is not Outcome.DONE:
             return StepResult(outcome, {}, saved, 0.0, lost=frozenset(lost), transfers=transfers)
-        samples = {}
+        samples, refused = {}, {}
         for work in plan.works:
-            sample = self._compute(work)
-            if sample is not None:
-                samples[work.sequence] = sample
-        return StepResult(Outcome.DONE, samples, saved, 0.0, transfers=transfers)
+            try:
+                sample = self._compute(work)
+                if sample is not None:
+                    samples[work.sequence] = sample
+            except RequestError as error:
+                refused[work.sequence] = error
+        return StepResult(Outcome.DONE, samples, saved, 0.0, transfers=transfers, refused=refused)
 
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
         form = self._shape.form if form is None else form
@@ -349,7 +374,8 @@ class FakeEngine:
         if work.n_logprobs is not None:
             top = tuple(((token + i) % N_VOCAB, -0.5 - i) for i in range(work.n_logprobs))
             logprobs = TokenLogprobs(-0.5, top)
-        return Sample(token, logprobs)
+        guide = work.sampler.guide
+        return Sample(token, logprobs, is_last=guide is not None and guide.ended)
 
 
 def expected_reply(

@@ -23,10 +23,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pasture.core.errors import DoesNotFit, EngineError, ModelError
+from pasture.core.errors import DoesNotFit, EngineError, ModelError, RequestError
 from pasture.core.values import (
     CellOperation,
     Compact,
+    Constraint,
     Copy,
     Direction,
     Form,
@@ -54,6 +55,7 @@ from pasture.engine.blob import CacheKind, KvFormat, StateSlab
 from pasture.engine.blockcodec import LlamaCodec, kinds_in
 from pasture.engine.context import Context, Piece, on_host
 from pasture.engine.fingerprint import kv_fingerprint
+from pasture.engine.grammars import Grammars
 from pasture.engine.memory import MIB, available_bytes
 from pasture.engine.model import Model
 from pasture.engine.relayout import Room, Sketch, check_fit, fill, gather, settings_in
@@ -88,6 +90,7 @@ class LlamaEngine:
         self._on_host = on_host(settings)
         self._closed = False
         self._codec = self._make_codec()
+        self._grammars = Grammars(model.vocabulary)
 
     @property
     def model(self) -> ModelInfo:
@@ -107,7 +110,13 @@ class LlamaEngine:
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> Sampler:
         """A fresh sampler whose penalty windows hold the end of `prompt`. Raises RequestError on impossible parameters."""
-        return LlamaSampler(params, prompt, self.vocabulary, self.shape.n_cells, n_drawn)
+        constraint = params.constraint
+        guide = None if constraint is None else self._grammars.guide(constraint, prompt[len(prompt) - n_drawn :])
+        return LlamaSampler(params, prompt, self.vocabulary, self.shape.n_cells, n_drawn, guide)
+
+    def prepare(self, constraint: Constraint) -> object:
+        """See `pasture.core.ports.Engine.prepare`."""
+        return self._grammars.prepare(constraint)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Operations in order, then every work. Raises EngineError when the plan is impossible."""
@@ -148,8 +157,10 @@ class LlamaEngine:
             view = self._context.logits(sum(piece.wants_logits for piece in batch))
             rows.append(view if len(batches) == 1 else view.copy())
         began = time.perf_counter()
-        samples = self._draw(plan.works, rows[0] if len(rows) == 1 else np.concatenate(rows))
-        return StepResult(Outcome.DONE, samples, saved, decode_seconds, apart_seconds, time.perf_counter() - began)
+        refused: dict[SeqId, RequestError] = {}
+        samples = self._draw(plan.works, rows[0] if len(rows) == 1 else np.concatenate(rows), refused)
+        seconds = time.perf_counter() - began
+        return StepResult(Outcome.DONE, samples, saved, decode_seconds, apart_seconds, seconds, refused=refused)
 
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
         """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on.
@@ -309,19 +320,23 @@ class LlamaEngine:
         if not all(len(work.tokens) for work in works):
             raise EngineError("a work without tokens")
 
-    def _draw(self, works: Sequence[Work], rows: Logits) -> dict[SeqId, Sample]:
+    def _draw(self, works: Sequence[Work], rows: Logits, refused: dict[SeqId, RequestError]) -> dict[SeqId, Sample]:
+        """A token for every work that wants one. Fills `refused` with those for which there is none."""
         drawing = [(work, work.sampler) for work in works if work.sampler is not None]
         samplers = [sampler for _, sampler in drawing if isinstance(sampler, LlamaSampler)]
         if len(samplers) != len(drawing):
             raise EngineError("a work brings a sampler of another engine")
-        if all(sampler.is_greedy and not sampler.has_bias for sampler in samplers):
+        if all(sampler.is_greedy and sampler.takes_row_as_it_is for sampler in samplers):
             tokens = rows.argmax(axis=1).tolist() if len(rows) else []
-        else:
-            tokens = [sampler.draw(row) for sampler, row in zip(samplers, rows, strict=True)]
-        return {
-            work.sequence: Sample(token, None if work.n_logprobs is None else log_probabilities(row, token, work.n_logprobs))
-            for (work, _), token, row in zip(drawing, tokens, rows, strict=True)
-        }
+            drawn = zip(drawing, tokens, rows, strict=True)
+            return {work.sequence: _sample(work, token, row) for (work, _), token, row in drawn}
+        samples: dict[SeqId, Sample] = {}
+        for (work, _), sampler, row in zip(drawing, samplers, rows, strict=True):
+            try:
+                samples[work.sequence] = _sample(work, sampler.draw(row), row, is_last=sampler.ended)
+            except RequestError as error:
+                refused[work.sequence] = error
+        return samples
 
     def _failure(self, code: int, works: Sequence[Work], saved: dict[int, Slab], decode_seconds: float) -> StepResult:
         lost = frozenset(work.sequence for work in works if not self._cut_back(work))
@@ -336,6 +351,11 @@ class LlamaEngine:
             return True
         self._context.remove(work.sequence)
         return False
+
+
+def _sample(work: Work, token: int, row: Logits, *, is_last: bool = False) -> Sample:
+    logprobs = None if work.n_logprobs is None else log_probabilities(row, token, work.n_logprobs)
+    return Sample(token, logprobs, is_last)
 
 
 def _batches(works: Sequence[Work], n_batch: int) -> Iterator[list[Piece]]:

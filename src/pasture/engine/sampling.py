@@ -5,7 +5,8 @@ the candidates first. With top-k on, only these can survive: the k best raw logi
 every token that a penalty may touch (those in its window). The best `k + window` raw logits together with the window are a
 superset of that, so the chain (penalties, DRY, top-k, typical, top-p, min-p, temperature, draw) sees a short list and
 returns what it would have returned for the whole vocabulary. Without top-k, and for mirostat, the chain gets all of it.
-Greedy without penalties is numpy's argmax.
+Greedy without penalties is numpy's argmax. A biased row is a copy with the bias added; a constrained one is a copy, too, in
+which what the constraint does not allow is minus infinity, and no candidate.
 
 A sampler owns its C chain and its random state; it draws from one row of logits and nothing else, so a request's tokens do
 not depend on who shares its batch. Thread: the engine's.
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from pasture.core.errors import EngineError, RequestError
 from pasture.core.values import Sampler, SamplingParams, TokenLogprobs
 from pasture.engine.bindings import lib
+from pasture.engine.grammars import Guide
 from pasture.engine.vocabulary import LlamaVocabulary
 
 Logits = NDArray[np.float32]
@@ -80,9 +82,14 @@ class LlamaSampler(Sampler):
         vocabulary: LlamaVocabulary,
         n_context: int,
         n_drawn: int = 0,
+        guide: Guide | None = None,
     ) -> None:
-        """`n_drawn`: draws that another sampler with these parameters has made; this one makes those that follow."""
+        """`n_drawn`: draws that another sampler with these parameters has made; this one makes those that follow.
+
+        `guide`: the constraint's, behind those draws; the sampler's from here on.
+        """
         self._chain: Any = None
+        self._guide = guide
         if params.mirostat not in (0, 1, 2):
             raise RequestError(f"there is no mirostat version {params.mirostat}", param="mirostat")
         self._n_vocab = vocabulary.n_tokens
@@ -92,22 +99,41 @@ class LlamaSampler(Sampler):
         window = _window_tokens(params, n_context)
         self._recent: deque[int] | None = deque(prompt[-window:], window) if window else None
         self.is_greedy = params.temperature <= 0 and not window
-        """argmax of the row (and its bias) is all there is to do"""
+        """argmax of the row (as far as bias and constraint leave it) is all there is to do"""
         if not self.is_greedy:
             self._make_chain(params, vocabulary, n_context, n_drawn)
             for token in self._recent or ():
                 lib.llama_sampler_accept(self._chain, token)
 
     @property
-    def has_bias(self) -> bool:
-        return self._bias is not None
+    def takes_row_as_it_is(self) -> bool:
+        return self._bias is None and self._guide is None
+
+    @property
+    def ended(self) -> bool:
+        """The constraint allows nothing behind what was drawn."""
+        return self._guide is not None and self._guide.ended
 
     def draw(self, row: Logits) -> int:
-        """The next token after `row`, accepted at once. `row` is left as it was."""
+        """The next token after `row`, accepted at once. `row` is left as it was. Raises RequestError where none is possible."""
+        token = self._choose(row if self.takes_row_as_it_is else self._changed(row))
+        if self._guide is not None:
+            self._guide.accept(token)
+        return token
+
+    def _changed(self, row: Logits) -> Logits:
+        """A copy of the row as bias and constraint want it."""
+        row = row.copy()
         if self._bias is not None:
             ids, added = self._bias
-            row = row.copy()
             row[ids] += added
+        if self._guide is not None:
+            row[~self._guide.allowed()] = -np.inf
+            if row.max() == -np.inf:
+                raise self._guide.refusal("logit_bias bans every token that it allows")
+        return row
+
+    def _choose(self, row: Logits) -> int:
         if self.is_greedy:
             return int(row.argmax())
         candidates = self._candidates(row)
@@ -141,6 +167,8 @@ class LlamaSampler(Sampler):
             ids = np.union1d(top_ids(row, self._top_k + len(touched)), touched)
         else:
             ids = top_ids(row, self._top_k)
+        if self._guide is not None:
+            ids = ids[row[ids] > -np.inf]
         candidates = np.empty(len(ids), _CANDIDATE)
         candidates["id"] = ids
         candidates["logit"] = row[ids]

@@ -28,6 +28,7 @@ from pasture.core.values import (
     Layout,
     Outcome,
     RequestId,
+    Sample,
     StepPlan,
     StepResult,
     TokenEvent,
@@ -353,12 +354,15 @@ class Scheduler:
                 task.save_at = None
             sample = result.samples.get(work.sequence)
             if sample is not None:
-                self._draw(task, sample.token, TokenEvent(sample.token, sample.logprobs), now)
+                self._draw(task, sample, now)
+            elif (error := result.refused.get(work.sequence)) is not None:
+                self._end(task, FinishReason.ERROR, error)
             elif task.remaining == 0:
                 self._end(task, FinishReason.LENGTH)  # max_tokens=0: only the prompt was wanted
 
-    def _draw(self, task: Task, token: int, event: TokenEvent, now: float) -> None:
-        request = task.request
+    def _draw(self, task: Task, sample: Sample, now: float) -> None:
+        request, token = task.request, sample.token
+        event = TokenEvent(token, sample.logprobs)
         assert task.sequence is not None
         task.sequence.state = SequenceState.DECODING
         if task.first_token_at is None:
@@ -371,8 +375,8 @@ class Scheduler:
         task.n_generated += 1
         self.accounts.generated_tokens += 1
         usage = task.usage(now) if task.n_generated == 1 else None
-        if task.tokens_to_draw == 0:
-            self._end(task, FinishReason.LENGTH, last=event)
+        if sample.is_last or task.tokens_to_draw == 0:
+            self._end(task, FinishReason.STOP if sample.is_last else FinishReason.LENGTH, last=event)
         else:
             self._events.append((task, TokenEvent(token, event.logprobs, usage=usage) if usage else event))
 

@@ -14,7 +14,7 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.ports import Engine, Vocabulary
@@ -66,6 +66,9 @@ class LocalService:
         self._model = engine.model
         self._vocabulary = engine.vocabulary
         self._codec = engine.codec
+        self._prepare = engine.prepare
+        self._compiler = ThreadPoolExecutor(1, "pasture-constraints")
+        """a thread of its own, so that constraints wait for each other and nobody else does"""
         self._limit = engine.shape.n_cells if self._settings.layout is LayoutChoice.AUTO else engine.shape.cells_per_sequence
         self._channels: dict[Task, _Channel] = {}
         self._draining = False
@@ -99,8 +102,9 @@ class LocalService:
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See `pasture.core.ports.Service.generate`."""
         self._admit(request)
+        compiled = await self._compile(request)
         channel = _Channel(asyncio.get_running_loop(), self._settings.max_unread_tokens)
-        task = Task(request, time.monotonic(), channel.full)
+        task = Task(request, time.monotonic(), channel.full, compiled)
         self._channels[task] = channel
         ended = False
         try:
@@ -193,7 +197,20 @@ class LocalService:
 
     def close(self) -> None:
         self._draining = True
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         self._loop.stop()
+
+    async def _compile(self, request: Request) -> object | None:
+        """What keeps the request's constraint at hand, if it has one. Raises RequestError for one that cannot be compiled."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        try:
+            return await asyncio.wrap_future(self._compiler.submit(self._prepare, constraint))
+        except (asyncio.CancelledError, RuntimeError):
+            if self._loop.alive:
+                raise
+            raise ShuttingDown("the server is shutting down") from None
 
     def _admit(self, request: Request) -> None:
         if self._draining:
@@ -202,6 +219,8 @@ class LocalService:
             raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
         if request.max_tokens < 0:
             raise RequestError("max_tokens must not be negative", param="max_tokens")
+        if request.sampling.constraint is not None and not request.stop_tokens:
+            raise RequestError("a reply that is bound to a form ends with it: ignore_eos is not possible", param="ignore_eos")
         needed = len(request.prompt) + request.max_tokens
         cells = request.allowance.live_cells
         if cells is not None and needed > cells:

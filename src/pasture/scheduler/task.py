@@ -21,6 +21,7 @@ class Task:
     """
 
     __slots__ = (
+        "_compiled",
         "_paused",
         "cached_tokens",
         "first_token_at",
@@ -44,7 +45,8 @@ class Task:
         "tokens",
     )
 
-    def __init__(self, request: Request, submitted_at: float, paused: Paused) -> None:
+    def __init__(self, request: Request, submitted_at: float, paused: Paused, compiled: object | None = None) -> None:
+        """`compiled`: what the engine made of its constraint (`Engine.prepare`), held for as long as the task lives."""
         self.request = request
         self.submitted_at = submitted_at
         self.tokens = token_array(request.prompt)
@@ -74,6 +76,7 @@ class Task:
         """whose prefill this one waits for, until that one's sequence is `leader_length` long"""
         self.leader_length = 0
         self._paused = paused
+        self._compiled = compiled
 
     @property
     def computed(self) -> int:

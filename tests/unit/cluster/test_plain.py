@@ -15,6 +15,8 @@ from pasture.core import errors
 from pasture.core.errors import EngineError, PastureError, QueueFull, RequestError
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.values import (
+    Constraint,
+    ConstraintKind,
     Finish,
     FinishReason,
     PoolShape,
@@ -37,7 +39,8 @@ def there_and_back(kind: type[T], value: T) -> T:
 
 
 def test_a_request() -> None:
-    sampling = SamplingParams(seed=3, logit_bias={7: -math.inf, 8: 0.5})
+    form = Constraint(ConstraintKind.JSON_SCHEMA, "{}", "response_format")
+    sampling = SamplingParams(seed=3, logit_bias={7: -math.inf, 8: 0.5}, constraint=form)
     request = Request(RequestId("a"), (1, 2), 3, sampling, stop_tokens=frozenset({5}), deadline_seconds=1.5, session="s")
     assert there_and_back(Request, request) == request
 
