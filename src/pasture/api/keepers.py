@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from hashlib import sha256
 
@@ -24,7 +24,9 @@ from pasture.sessions.values import Message, Session, Tenant
 
 MAX_TRAVELLING, MAX_TRAVELLING_OF_TENANT = 4, 2
 """files of sessions in memory at once"""
-TRAVEL_RETRY_SECONDS = 2.0
+TRAVEL_PATIENCE_SECONDS = 20.0
+"""of those who wait for a place; what they send stays unread meanwhile"""
+TRAVEL_RETRY_SECONDS = 5.0
 PREFETCH_SECONDS = 5.0
 """for which an answer waits for what is lifted into RAM"""
 
@@ -35,22 +37,21 @@ class Keepers:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._sessions = gateway.state.sessions
-        self._travelling: Counter[str] = Counter()
-        """files being read or made, by tenant"""
+        self._travelling = asyncio.Semaphore(MAX_TRAVELLING)
+        self._travelling_of = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(MAX_TRAVELLING_OF_TENANT))
 
-    @contextlib.contextmanager
-    def _one_more(self, caller: Caller) -> Iterator[None]:
-        """Hold a session's file in memory within the block, a GiB and more. Raises RateLimited where too many are."""
-        tenant = caller.tenant.name
-        if self._travelling[tenant] >= MAX_TRAVELLING_OF_TENANT or self._travelling.total() >= MAX_TRAVELLING:
-            message = "other sessions are being imported or exported; one after the other"
-            raise RateLimited(message, retry_after_seconds=TRAVEL_RETRY_SECONDS)
-        self._travelling[tenant] += 1
-        try:
+    @contextlib.asynccontextmanager
+    async def _one_more(self, caller: Caller) -> AsyncIterator[None]:
+        """Hold a session's file, a GiB and more, within the block. Raises RateLimited after a long wait for a place."""
+        async with contextlib.AsyncExitStack() as places:
+            try:
+                async with asyncio.timeout(TRAVEL_PATIENCE_SECONDS):
+                    await places.enter_async_context(self._travelling_of[caller.tenant.name])
+                    await places.enter_async_context(self._travelling)
+            except TimeoutError:
+                message = "other sessions are being imported or exported; try again when they are done"
+                raise RateLimited(message, retry_after_seconds=TRAVEL_RETRY_SECONDS) from None
             yield
-        finally:
-            self._travelling[tenant] -= 1
-            self._travelling += Counter()  # forgets those who have none
 
     async def tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
         """The conversation as the model reads it."""
@@ -121,7 +122,7 @@ class Keepers:
         """The session as one file. Raises NotFound, RateLimited."""
         session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
         tokens = await self.tokens(session, messages)
-        with self._one_more(caller):
+        async with self._one_more(caller):
             exported = await self._service.export(caller.namespace, tokens) if blocks and tokens else b""
             model = model_id(self._service.model)
             file = portable.Portable(model, messages, tokens, exported, session.context, session.metadata)
@@ -186,7 +187,7 @@ class Keepers:
 
         `adopt`: its transcript alone is welcome when it is another model's. Raises RequestError, Conflict, RateLimited.
         """
-        with self._one_more(caller):
+        async with self._one_more(caller):
             return await self._take_in(caller, await read(), adopt=adopt)
 
     async def _take_in(self, caller: Caller, data: bytes, *, adopt: bool) -> tuple[Session, int]:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from pasture.api import keepers
 from pasture.api.joining import whole
 from pasture.api.keepers import MAX_TRAVELLING_OF_TENANT
 from pasture.core.errors import RequestError
@@ -303,7 +304,9 @@ async def test_another_models_export_is_refused_unless_adopted(client: httpx.Asy
     assert (await client.post(f"{SESSIONS}/import", content=b"nonsense")).status_code == 400
 
 
-async def test_a_tenant_sends_a_few_files_at_once_and_is_told_to_wait_beyond(client: httpx.AsyncClient) -> None:
+async def test_a_tenant_sends_a_few_files_at_once_and_waits_beyond_or_is_told_to(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session_id = await new_session(client, SYSTEM, HI)
     exported = (await client.post(f"{SESSIONS}/{session_id}/export?blocks=false")).content
     arrived, go_on = asyncio.Semaphore(0), asyncio.Event()
@@ -317,9 +320,13 @@ async def test_a_tenant_sends_a_few_files_at_once_and_is_told_to_wait_beyond(cli
     slow = [asyncio.create_task(client.post(f"{SESSIONS}/import", content=slowly())) for _ in range(MAX_TRAVELLING_OF_TENANT)]
     for _ in slow:
         await arrived.acquire()
+    patient = asyncio.create_task(client.post(f"{SESSIONS}/import", content=exported))
+    await asyncio.sleep(0.05)
+    monkeypatch.setattr(keepers, "TRAVEL_PATIENCE_SECONDS", 0.05)
     refused = await client.post(f"{SESSIONS}/import", content=exported)
     assert refused.status_code == 429
     assert error_of(refused)["code"] == "rate_limit_exceeded"
+    assert not patient.done()
     go_on.set()
-    assert {(await task).status_code for task in slow} == {201}
+    assert {(await task).status_code for task in (*slow, patient)} == {201}
     assert (await client.post(f"{SESSIONS}/import", content=exported)).status_code == 201
