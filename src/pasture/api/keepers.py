@@ -24,6 +24,8 @@ from pasture.sessions.values import Message, Session, Tenant
 
 MAX_TRAVELLING, MAX_TRAVELLING_OF_TENANT = 4, 2
 """files of sessions in memory at once"""
+MAX_SENDING = 2
+"""to other servers, which may be slow: each takes one of the threads that everybody needs"""
 TRAVEL_PATIENCE_SECONDS = 20.0
 """of those who wait for a place; what they send stays unread meanwhile"""
 TRAVEL_RETRY_SECONDS = 5.0
@@ -37,6 +39,7 @@ class Keepers:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._sessions = gateway.state.sessions
+        self._sending = asyncio.Semaphore(MAX_SENDING)
         self._travelling = asyncio.Semaphore(MAX_TRAVELLING)
         self._travelling_of = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(MAX_TRAVELLING_OF_TENANT))
 
@@ -178,8 +181,9 @@ class Keepers:
 
     async def _send(self, caller: Caller, session_id: str, wanted: str, key: str | None) -> Json:
         peer = peers.chosen(self._gateway.settings.peers, wanted)
-        file = await self.export(caller, session_id, blocks=True)
-        made, n_tokens = await asyncio.to_thread(peers.send, peer, key, file)
+        async with self._sending:
+            file = await self.export(caller, session_id, blocks=True)
+            made, n_tokens = await asyncio.to_thread(peers.send, peer, key, file)
         return {"id": made, "object": "session.sent", "peer": peer.name, "restored_tokens": n_tokens}
 
     async def take_in(self, caller: Caller, read: Callable[[], Awaitable[bytes]], *, adopt: bool) -> tuple[Session, int]:
