@@ -56,6 +56,7 @@ _LIMITS: Final = LLParserLimits(
 _COMBINING = frozenset({"anyOf", "oneOf", "$ref", "$dynamicRef", "$recursiveRef"})
 _HARMLESS = _COMBINING | {
     "type", "allOf", "title", "description", "default", "examples", "$defs", "definitions", "$schema", "$id", "$comment",
+    "x-guidance",
 }  # fmt: skip
 """keywords beside a combining one that ask for nothing more of the value"""
 
@@ -198,12 +199,22 @@ def _grammar(constraint: Constraint) -> str:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            check_schema(json.loads(constraint.text))
+            schema = json.loads(constraint.text)
+            check_schema(schema)
+            if constraint.before or constraint.after:
+                return LLMatcher.grammar_from_lark(_framed(constraint.before, schema, constraint.after))
             return LLMatcher.grammar_from_json_schema(constraint.text, overrides={"whitespace_pattern": _WHITESPACE})
         case ConstraintKind.GBNF:
             return LLMatcher.grammar_from_lark(_lark(constraint.text))
         case ConstraintKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.text)
+
+
+def _framed(before: str, schema: dict[str, object], after: str) -> str:
+    """JSON that suits the schema between two texts."""
+    schema = {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+    texts = [json.dumps(text, ensure_ascii=False) for text in (before, after)]
+    return f"start: {texts[0]} framed {texts[1]}\nframed: %json {json.dumps(schema)}"
 
 
 def _lark(gbnf: str) -> str:

@@ -94,6 +94,11 @@ def test_an_end_that_was_drawn_is_the_end(made: Grammars) -> None:
     assert guide.ended
 
 
+def test_text_can_stand_around_what_suits_a_schema() -> None:
+    framed = Constraint(ConstraintKind.JSON_SCHEMA, '{"enum": ["x", 1]}', before='say "', after='"\n')
+    assert {written(ByteVocabulary(), framed, seed) for seed in range(20)} == {b'say ""x""\n', b'say "1"\n'}
+
+
 def test_no_control_token_is_text(made: Grammars) -> None:
     allowed = np.flatnonzero(made.guide(regex("(.|\n)+")).allowed())
     assert not set(allowed.tolist()) & set(SPECIAL.values())
