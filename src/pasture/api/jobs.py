@@ -23,11 +23,13 @@ from pasture.api.offload import off_loop
 from pasture.api.publics import Publics
 from pasture.api.schemas import ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
 from pasture.api.settings import ApiSettings
+from pasture.api.tool_choices import forced_call
 from pasture.core.errors import PromptTooLong, RequestError
 from pasture.core.ports import Service, Vocabulary
 from pasture.core.values import Constraint, Kind, Request, RequestId, SamplingParams
 from pasture.text.prompts import Prompts
 from pasture.text.stops import StopStrings
+from pasture.text.tool_calls import Dialect
 
 MAX_REQUESTS = 256
 """prompts times choices in one call"""
@@ -67,6 +69,8 @@ class Job:
     stream: bool
     include_usage: bool
     include_pasture: bool
+    dialect: Dialect | None = None
+    """how calls are written in its replies; None where nobody looks for any"""
 
 
 class Jobs:
@@ -84,12 +88,16 @@ class Jobs:
     ) -> Job:
         """Raises RequestError for whatever cannot be done as asked. `format_param`: what the client calls `response_format`."""
         _check_chat(body)
-        constraint = constraint_of(body, format_param)
+        form, call = constraint_of(body, format_param), forced_call(body, self._prompts.dialect)
+        if form is not None and call is not None:
+            raise RequestError(f"a reply cannot be a call and bound by {form.param} at once", param="tool_choice")
+        looks_for_calls = body.tools and body.tool_choice != "none" and form is None
         text = self.render(body)
         prompt = await off_loop(len(text), partial(self._prompts.text, text, param="messages"))
         limit = body.max_completion_tokens or body.max_tokens
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs, constraint)
+        job = self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs, form or call)
+        return replace(job, dialect=self._prompts.dialect) if looks_for_calls else job
 
     async def completion(self, body: CompletionBody, caller: Caller) -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
@@ -265,8 +273,6 @@ def _seeded(sampling: SamplingParams, choice: int) -> SamplingParams:
 def _check_chat(body: ChatBody) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise RequestError("tool_choice can be 'auto' or 'none'; a forced call needs constrained decoding", param="tool_choice")
     if any(modality != "text" for modality in body.modalities or ()):
         raise RequestError("this model writes text only", param="modalities")
 

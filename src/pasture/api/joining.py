@@ -49,11 +49,11 @@ class Joined:
     edited_at: int | None = None
     """the first message that differs from what was said; None: the conversation only goes on"""
 
-    async def go_on(self, reply: str, finish: Finish) -> str | None:
-        """The reply is complete and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
+    async def go_on(self, reply: Message, finish: Finish) -> str | None:
+        """`reply` is complete, and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
         if finish.reason is FinishReason.CANCELLED:
             return None
-        messages = [*self.messages, {"role": "assistant", "content": reply}]
+        messages = [*self.messages, reply]
         return await asyncio.to_thread(self._keep, messages, finish)
 
     def _keep(self, messages: Sequence[Message], finish: Finish) -> str | None:
