@@ -592,36 +592,41 @@ def test_broken_files_are_one_clear_line(models: Path, tmp_path: Path) -> None:
             assert "broken.gguf" in str(caught.value)
 
 
+FORM = Constraint(ConstraintKind.REGEX, "[a-f]{3}")
+
+
 @pytest.mark.parametrize("free", [GREEDY, SamplingParams(seed=3)])
 def test_a_bound_reply_leaves_its_neighbours_in_the_batch_alone(models: Path, free: SamplingParams) -> None:
-    form = Constraint(ConstraintKind.REGEX, "[a-f]{3}")
-    bound = [SamplingParams(temperature=0, constraint=form), SamplingParams(seed=1, constraint=form)]
-    banned = SamplingParams(constraint=form, logit_bias=dict.fromkeys(range(N_VOCAB), -np.inf))
-    texts: dict[bool, list[list[int]]] = {}
-    for together in (False, True):
+    written: dict[Constraint | None, list[list[int]]] = {}
+    for constraint in (None, FORM):
         engine = open_small(models / "llama.gguf")
-        params = [free, *bound, banned] if together else [free]
+        params = [free, SamplingParams(temperature=0, constraint=constraint), SamplingParams(seed=1, constraint=constraint)]
         samplers = [engine.sampler(one, TOKENS[:8]) for one in params]
-        tokens: list[list[int]] = [[] for _ in params]
-        feeds = {i: (TOKENS[i * 20 : i * 20 + 8], 0) for i in range(len(params))}
-        for _ in range(6):
-            works = tuple(Work(SeqId(i), new, start, samplers[i], 2) for i, (new, start) in feeds.items())
-            result = engine.execute(StepPlan((), works))
-            assert set(result.refused) == {SeqId(3)} & set(feeds), "a row from which nothing can be drawn fails alone"
-            for i, (new, start) in list(feeds.items()):
-                sample = result.samples.get(SeqId(i))
-                if sample is not None:
-                    tokens[i].append(sample.token)
-                if sample is None or sample.is_last:
-                    del feeds[i]
-                else:
-                    feeds[i] = ([sample.token], start + len(new))
-        pieces = engine.vocabulary.piece
-        if together:
-            assert all(re.fullmatch(b"[a-f]{3}", b"".join(map(pieces, tokens[i]))) for i in (1, 2))
-        texts[together] = tokens
+        feeds = [TOKENS[i * 20 : i * 20 + 8] for i in range(3)]
+        tokens = written[constraint] = [[], [], []]
+        for step in range(3):
+            start = 0 if step == 0 else 7 + step
+            works = tuple(Work(SeqId(i), feed, start, samplers[i], 2) for i, feed in enumerate(feeds))
+            samples = engine.execute(StepPlan((), works)).samples
+            feeds = [[samples[SeqId(i)].token] for i in range(3)]
+            for i in range(3):
+                tokens[i].append(samples[SeqId(i)].token)
+        assert [samples[SeqId(i)].is_last for i in range(3)] == [False, constraint is not None, constraint is not None]
+        texts = [b"".join(map(engine.vocabulary.piece, reply)) for reply in tokens]
+        assert constraint is None or all(re.fullmatch(b"[a-f]{3}", text) for text in texts[1:])
         engine.close()
-    assert texts[True][0] == texts[False][0]
+    assert written[FORM][0] == written[None][0]
+
+
+def test_a_row_from_which_nothing_can_be_drawn_fails_alone(models: Path) -> None:
+    engine = open_small(models / "llama.gguf")
+    banned = SamplingParams(constraint=FORM, logit_bias=dict.fromkeys(range(N_VOCAB), -np.inf))
+    samplers = [engine.sampler(params, [5]) for params in (GREEDY, banned)]
+    result = engine.execute(StepPlan((), tuple(Work(SeqId(i), TOKENS[:8], 0, samplers[i]) for i in range(2))))
+    assert set(result.samples) == {SeqId(0)}
+    assert set(result.refused) == {SeqId(1)}
+    assert "logit_bias" in str(result.refused[SeqId(1)])
+    engine.close()
 
 
 def test_closing_twice_is_safe(models: Path) -> None:

@@ -53,9 +53,21 @@ class Timings(_Answer):
     choices: list[_Open]
 
 
+class CalledFunction(_Answer):
+    name: str
+    arguments: str
+
+
+class CalledTool(_Answer):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(_Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: Annotated[list[CalledTool], Field(min_length=1)] | None = None
     refusal: None
 
 
@@ -63,7 +75,7 @@ class ChatChoice(_Answer):
     index: NonNegative
     message: AssistantMessage
     logprobs: Text | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class _Generated(_Answer):
@@ -107,6 +119,15 @@ class OutputMessage(_Answer):
     content: list[OutputText]
 
 
+class OutputCall(_Answer):
+    id: str
+    type: Literal["function_call"]
+    status: Literal["completed"]
+    call_id: str
+    name: str
+    arguments: str
+
+
 class StoredResponseBody(_Open):
     """A response as OpenAI's API has it; fields of requests come back as they were sent."""
 
@@ -115,7 +136,7 @@ class StoredResponseBody(_Open):
     created_at: int
     status: Literal["completed", "incomplete"]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     previous_response_id: str | None
     store: bool
     usage: Text | None

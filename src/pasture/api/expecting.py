@@ -40,8 +40,8 @@ class Expecting:
         self._prefetch = prefetch
         self._rendering: set[asyncio.Task[None]] = set()
 
-    def answered(self, body: ChatBody, caller: Caller, reply: str) -> None:
-        """`reply` is the complete answer to `body`; returns at once."""
+    def answered(self, body: ChatBody, caller: Caller, reply: Mapping[str, JsonValue]) -> None:
+        """`reply` is the complete answer to `body`, as a message; returns at once."""
         if self._turn_ahead and len(self._rendering) < MAX_AT_ONCE:
             task = asyncio.create_task(self._expect(body, caller, reply))
             self._rendering.add(task)
@@ -65,8 +65,8 @@ class Expecting:
             self._service.anticipate(caller.namespace, tokens, typing=True)
         return len(tokens), found.live_tokens
 
-    async def _expect(self, body: ChatBody, caller: Caller, reply: str) -> None:
-        messages: list[Mapping[str, JsonValue]] = [*body.messages, {"role": "assistant", "content": reply}]
+    async def _expect(self, body: ChatBody, caller: Caller, reply: Mapping[str, JsonValue]) -> None:
+        messages: list[Mapping[str, JsonValue]] = [*body.messages, reply]
         fields = ("tools", "tool_choice", "chat_template_kwargs")
         context = {name: value for name in fields if (value := getattr(body, name)) is not None}
         try:

@@ -17,7 +17,8 @@ from pasture.api.jobs import Choice, Job
 from pasture.core.errors import ShuttingDown
 from pasture.core.ports import Vocabulary
 from pasture.core.values import Finish, FinishReason, Usage
-from pasture.text.replies import Fragment, ScoredToken
+from pasture.text.replies import Fragment, ScoredToken, ToolCall
+from pasture.text.tool_calls import assistant_message
 
 Json = dict[str, object]
 
@@ -42,11 +43,13 @@ class Reply:
     choice: Choice
     text: list[str] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     finish: Finish | None = None
 
     def add(self, fragment: Fragment) -> None:
         self.text.append(fragment.text)
         self.scored.extend(fragment.scored)
+        self.calls.extend(fragment.calls)
         self.finish = fragment.finish
 
 
@@ -58,8 +61,8 @@ class Shape(Protocol):
     chunk: str
     """`object` of a chunk"""
 
-    def message(self, text: str) -> Json:
-        """A choice's text, complete."""
+    def message(self, text: str, calls: Sequence[ToolCall]) -> Json:
+        """A choice's text and calls, complete."""
         ...
 
     def opening(self, choice: Choice) -> Json | None:
@@ -77,8 +80,8 @@ class ChatShape:
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
 
-    def message(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def message(self, text: str, calls: Sequence[ToolCall]) -> Json:
+        return {"message": {**assistant_message(text, calls), "refusal": None}}
 
     def opening(self, choice: Choice) -> Json | None:
         return {"delta": {"role": "assistant", "content": ""}}
@@ -101,7 +104,7 @@ class CompletionShape:
     whole = "text_completion"
     chunk = "text_completion"
 
-    def message(self, text: str) -> Json:
+    def message(self, text: str, calls: Sequence[ToolCall]) -> Json:
         return {"text": text}
 
     def opening(self, choice: Choice) -> Json | None:
@@ -132,6 +135,7 @@ class Writer:
         self._shape = shape
         self._vocabulary = vocabulary
         self._chunks = [_ChunkFrame(self, choice) for choice in job.choices]
+        self._n_calls = [0] * len(job.choices)
 
     def first(self, index: int) -> bytes:
         """What the choice's stream begins with; may be nothing."""
@@ -146,9 +150,14 @@ class Writer:
             choice = self._job.choices[index]
             scores = self._shape.scores(fragment.scored, self._vocabulary, len(choice.echo))
             text = frame.head + orjson.dumps(fragment.text) + frame.scored_tail.replace(_SCORES_MARK, orjson.dumps(scores))
+        for call in fragment.calls:
+            delta: Json = {"delta": {"tool_calls": [{"index": self._n_calls[index], **call.as_json()}]}}
+            text += self._event([self._entry(index, delta)])
+            self._n_calls[index] += 1
         if fragment.finish is None:
             return text
-        return text + self._event([self._entry(index, self._shape.closing(), reason=wire_reason(fragment.finish))])
+        reason = _chat_reason(fragment.finish, self._n_calls[index])
+        return text + self._event([self._entry(index, self._shape.closing(), reason=reason)])
 
     def last(self, finishes: Mapping[int, Finish]) -> bytes:
         """Usage where it was asked for, and the end of the stream."""
@@ -169,8 +178,8 @@ class Writer:
             scores = None
             if reply.choice.request.n_logprobs is not None:
                 scores = self._shape.scores(reply.scored, self._vocabulary, len(reply.choice.echo))
-            message = self._shape.message(reply.choice.echo + "".join(reply.text))
-            entries.append(self._entry(reply.choice.index, message, scores, wire_reason(reply.finish)))
+            message = self._shape.message(reply.choice.echo + "".join(reply.text), reply.calls)
+            entries.append(self._entry(reply.choice.index, message, scores, _chat_reason(reply.finish, len(reply.calls))))
         body = self._envelope(self._shape.whole, entries) | {"usage": self._usage(finishes)}
         if self._job.include_pasture:
             body["pasture"] = self._timings(finishes)
@@ -237,6 +246,12 @@ def wire_reason(finish: Finish) -> str:
     if finish.reason is FinishReason.CANCELLED:
         raise ShuttingDown("the server stopped before the reply was complete")
     return finish.reason.value
+
+
+def _chat_reason(finish: Finish, n_calls: int) -> str:
+    """As `wire_reason`; a reply that ended with calls waits for what they return."""
+    reason = wire_reason(finish)
+    return "tool_calls" if n_calls and reason == FinishReason.STOP else reason
 
 
 def _timing(index: int, usage: Usage) -> Json:

@@ -22,11 +22,13 @@ from pasture.api.offload import off_loop, size_of
 from pasture.api.publics import Publics
 from pasture.api.schemas import MAX_REQUESTS, ChatBody, CompletionBody, GenerationBody, Prompt, TemplateBody
 from pasture.api.settings import ApiSettings
+from pasture.api.tool_choices import forced_call
 from pasture.core.errors import PromptTooLong, RequestError
 from pasture.core.ports import Service, Vocabulary
 from pasture.core.values import Constraint, Kind, Request, RequestId, SamplingParams
 from pasture.text.prompts import Prompts
 from pasture.text.stops import StopStrings
+from pasture.text.tool_calls import Dialect
 
 _HERE = "\ue000"
 """stands where a prompt is cut: a private character, which no template trims"""
@@ -63,6 +65,8 @@ class Job:
     stream: bool
     include_usage: bool
     include_pasture: bool
+    dialect: Dialect | None = None
+    """how calls are written in its replies; None where nobody looks for any"""
 
 
 class Jobs:
@@ -80,11 +84,15 @@ class Jobs:
     ) -> Job:
         """Raises RequestError for whatever cannot be done as asked. `format_param`: what the client calls `response_format`."""
         _check_chat(body)
-        constraint = constraint_of(body, format_param)
+        form, call = constraint_of(body, format_param), forced_call(body, self._prompts.dialect)
+        if form is not None and call is not None:
+            raise RequestError(f"a reply cannot be a call and bound by {form.param} at once", param="tool_choice")
+        looks_for_calls = body.tools and body.tool_choice != "none" and form is None
         prompt = await self._rendered(body)
         limit = body.max_completion_tokens or body.max_tokens
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs, constraint)
+        job = self._job(prefix, body, caller, [(prompt, "")], limit, n_logprobs, form or call)
+        return replace(job, dialect=self._prompts.dialect) if looks_for_calls else job
 
     async def completion(self, body: CompletionBody, caller: Caller) -> Job:
         """Raises RequestError for whatever cannot be done as asked."""
@@ -266,8 +274,6 @@ def _seeded(sampling: SamplingParams, choice: int) -> SamplingParams:
 def _check_chat(body: ChatBody) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise RequestError("tool_choice can be 'auto' or 'none'; a forced call needs constrained decoding", param="tool_choice")
     if any(modality != "text" for modality in body.modalities or ()):
         raise RequestError("this model writes text only", param="modalities")
 

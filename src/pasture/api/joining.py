@@ -55,11 +55,11 @@ class Joined:
     edited_at: int | None = None
     """the first message that differs from what was said; None: the conversation only goes on"""
 
-    async def go_on(self, reply: str, finish: Finish) -> str | None:
-        """The reply is complete and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
+    async def go_on(self, reply: Message, finish: Finish) -> str | None:
+        """`reply` is complete, and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
         if finish.reason is FinishReason.CANCELLED:
             return None
-        messages = [*self.messages, _reply(reply)]
+        messages = [*self.messages, reply]
         return await asyncio.to_thread(self._keep, messages, finish)
 
     def _keep(self, messages: Sequence[Message], finish: Finish) -> str | None:
@@ -114,7 +114,7 @@ class Membership:
         if session is not None:
             edited_at = _edited_at(said, messages)
             since = len(said) if edited_at is None else edited_at
-            added = [*messages[since:], _reply("")]
+            added = [*messages[since:], {"role": "assistant", "content": ""}]
             await asyncio.to_thread(self.sessions.check_room, caller.tenant, said[since:], added)
             joined = replace(joined, n_tokens_before=session.n_tokens, edited_at=edited_at)
         return body, joined
@@ -160,10 +160,6 @@ def _edited_at(said: Sequence[Message], messages: Sequence[Message]) -> int | No
     same = (one == two for one, two in zip(said, messages, strict=False))
     at = next((i for i, equal in enumerate(same) if not equal), len(messages))
     return at if at < len(said) else None
-
-
-def _reply(text: str) -> Message:
-    return {"role": "assistant", "content": text}
 
 
 def _has_reply(messages: Sequence[Message]) -> bool:

@@ -32,6 +32,8 @@ from pasture.core.errors import NotFound, RateLimited
 from pasture.core.values import Finish
 from pasture.sessions.database import reason
 from pasture.sessions.values import Message
+from pasture.text.replies import ToolCall
+from pasture.text.tool_calls import assistant_message
 
 _log = logging.getLogger("pasture.api")
 
@@ -96,40 +98,44 @@ class _Answering:
     writer: ResponseWriter
 
     async def whole(self) -> Json:
-        text, finish = [], None
+        text, finish = "", None
+        calls: list[ToolCall] = []
         async with aclosing(self.run.fragments()) as fragments:
             async for fragment in fragments:
-                text.append(fragment.text)
+                text += fragment.text
+                calls += fragment.calls
                 finish = fragment.finish
         assert finish is not None  # a reply without one has raised
-        await self._keep("".join(text), finish)
-        return self.writer.whole("".join(text), finish)
+        await self._keep(text, calls, finish)
+        return self.writer.whole(text, calls, finish)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         text: list[str] = []
+        calls: list[ToolCall] = []
         began = False
         try:
             async with aclosing(self.run.fragments()) as fragments:
                 async for fragment in fragments:
                     text.append(fragment.text)
+                    calls += fragment.calls
                     event = b"" if began else self.writer.opening()
                     began = True
                     if fragment.text:
                         event += self.writer.delta(fragment.text)
                     if fragment.finish is not None:
-                        await self._keep("".join(text), fragment.finish)
-                        event += self.writer.closing("".join(text), fragment.finish)
+                        await self._keep("".join(text), calls, fragment.finish)
+                        event += self.writer.closing("".join(text), calls, fragment.finish)
                     yield event
         except Exception as error:
             if not began:
                 raise  # it can still have a status of its own
             yield self.writer.failed(error)
 
-    async def _keep(self, text: str, finish: Finish) -> None:
+    async def _keep(self, text: str, calls: Sequence[ToolCall], finish: Finish) -> None:
         if not self.writer.stored:
             return
-        whole = self.writer.whole(text, finish)
-        messages = [*self.new, {"role": "assistant", "content": text}]
+        whole = self.writer.whole(text, calls, finish)
+        messages = [*self.new, assistant_message(text, calls)]
         responses, previous = self.gateway.state.responses, self.body.previous_response_id
         try:
             await asyncio.to_thread(responses.add, self.caller.tenant, self.writer.response_id, whole, messages, previous)

@@ -78,11 +78,19 @@ def check(body: ResponseBody) -> None:
 
 
 def new_messages(body: ResponseBody) -> list[Message]:
-    """The input as chat messages. Raises RequestError for an item that is none."""
+    """The input as chat messages: calls belong to the message before them. Raises RequestError for an item that is none."""
     if isinstance(body.input, str):
         return [{"role": "user", "content": body.input}]
-    found = [_message(item, f"input.{i}") for i, item in enumerate(body.input)]
-    return [message for message in found if message is not None]
+    found: list[Message] = []
+    for i, item in enumerate(body.input):
+        message = _message(item, f"input.{i}")
+        if message is None:
+            continue
+        if "tool_calls" in message and found and found[-1]["role"] == "assistant":
+            before = found.pop()
+            message = {**before, "tool_calls": [*_calls(before), *_calls(message)]}
+        found.append(message)
+    return found
 
 
 def as_chat(body: ResponseBody, messages: Sequence[Message]) -> ChatBody:
@@ -91,6 +99,9 @@ def as_chat(body: ResponseBody, messages: Sequence[Message]) -> ChatBody:
     fields = {name: getattr(body, name) for name in _SAME}
     fields["messages"] = [*instructions, *messages]
     fields["max_completion_tokens"] = body.max_output_tokens
+    match body.tool_choice:
+        case {"type": "function", "name": str(name)}:
+            fields["tool_choice"] = {"type": "function", "function": {"name": name}}
     fields["response_format"] = (body.text or {}).get("format")
     fields["tools"] = [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.tools or ())] or None
     return ChatBody.model_validate(fields)
@@ -108,6 +119,11 @@ def _message(item: Item, where: str) -> Message | None:
         case {"role": str(role), "content": content} if item.get("type", "message") == "message":
             return {"role": role, "content": content}
     raise RequestError("an input item is a message, a function_call or a function_call_output", param=where)
+
+
+def _calls(message: Message) -> list[object]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else []
 
 
 def _tool(tool: Item, where: str) -> dict[str, object]:

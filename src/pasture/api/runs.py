@@ -21,6 +21,7 @@ from pasture.core.errors import DeadlineExceeded, RequestError
 from pasture.core.values import TokenEvent, Usage, Whereabouts
 from pasture.sessions.gate import Passage
 from pasture.text.replies import Fragment, read_reply
+from pasture.text.tool_calls import assistant_message, read_calls
 
 
 class Run:
@@ -88,10 +89,12 @@ class Run:
             events = _counted(events, self._passage, len(choice.request.prompt) if first else 0)
         events = gateway.settings.tracing.observed(events, choice.request)
         timed = gateway.metrics.observed(events, gateway.clock)
-        return read_reply(timed, gateway.service.vocabulary, self.job.stops, len(choice.request.prompt), clock=gateway.clock)
+        vocabulary, stops, dialect = gateway.service.vocabulary, self.job.stops, self.job.dialect
+        reply = read_reply(timed, vocabulary, stops, len(choice.request.prompt), clock=gateway.clock)
+        return reply if dialect is None else read_calls(reply, dialect)
 
     async def _keep(self, replies: Sequence[Reply]) -> None:
-        reply, finish = "".join(replies[0].text), replies[0].finish
+        reply, finish = assistant_message("".join(replies[0].text), replies[0].calls), replies[0].finish
         assert finish is not None  # a reply without one has raised
         if self._joined is not None:
             session_id = await self._joined.go_on(reply, finish)

@@ -86,6 +86,10 @@ class Constraint:
     text: str
     param: str | None = field(default=None, compare=False)
     """what the request calls it, for errors"""
+    before: str = ""
+    """stands before what suits a JSON schema"""
+    after: str = ""
+    """stands behind it"""
 
 
 @dataclass(frozen=True, slots=True)

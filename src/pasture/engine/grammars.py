@@ -10,7 +10,8 @@ out, the next ones know; when they have used up their limit of states, it is com
 Constraints come from strangers, so everything is limited: the text, the compiler's work, the work and the states a token. One
 thing llguidance does not limit is how many patterns must hold of one string: each doubles the work, twenty take seconds, sixty
 all memory. `check_schema` counts them before they get there. GBNF cannot say it; llguidance's own grammars can, so they are not
-taken. What is too much is a RequestError, at once or in the middle of the reply.
+taken. Nor does it limit how far it follows references: a thousand of them end the process on a usual stack, so that it compiles
+on one that the longest text allowed cannot fill. What is too much is a RequestError, at once or in the middle of the reply.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from typing import Final
 from weakref import WeakValueDictionary
@@ -34,6 +36,8 @@ from pasture.core.values import Constraint, ConstraintKind
 
 MAX_BYTES = 65_536
 """of a constraint's text"""
+MAX_GBNF_BYTES = 32_768
+"""the converter is written in Python, and takes seconds for a grammar twice as long"""
 MAX_DEPTH = 96
 """of objects and arrays in each other, in a schema"""
 MAX_MEETING_PATTERNS = 8
@@ -41,6 +45,9 @@ MAX_MEETING_PATTERNS = 8
 
 _KEPT = 16
 """compiled constraints that nobody uses at present"""
+_STACK_BYTES = 128 << 20
+"""of addresses; memory only as far as it is used. The worst that was found needs 16 KiB for 31 bytes of text"""
+_starting = threading.Lock()
 _SILENT = 0
 _REASON_CHARACTERS = 300
 _WHITESPACE = r"[ ]|\n{1,2}[ \t]{0,20}"
@@ -56,6 +63,7 @@ _LIMITS: Final = LLParserLimits(
 _COMBINING = frozenset({"anyOf", "oneOf", "$ref", "$dynamicRef", "$recursiveRef"})
 _HARMLESS = _COMBINING | {
     "type", "allOf", "title", "description", "default", "examples", "$defs", "definitions", "$schema", "$id", "$comment",
+    "x-guidance",
 }  # fmt: skip
 """keywords beside a combining one that ask for nothing more of the value"""
 
@@ -108,11 +116,14 @@ class Grammars:
 
     def _compile(self, constraint: Constraint) -> Compiled:
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(constraint), log_level=_SILENT, limits=_LIMITS)
-            if not matcher.is_error():
-                matcher.compute_bitmask()  # finds out whether there is a way into it, and warms it up
+            grammar, tokenizer = _grammar(constraint), self._tokenizer
+            matcher = _on_a_deep_stack(lambda: _matcher(tokenizer, grammar))
         except (ValueError, RecursionError) as error:
             raise _refusal(constraint, str(error)) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # a bug of the library's, which is no Exception
+                raise
+            raise _refusal(constraint, "the compiler failed on it") from error
         if matcher.is_error():
             raise _refusal(constraint, matcher.get_error())
         return Compiled(matcher)
@@ -192,18 +203,55 @@ class _Words:
         return self.made.greedy_tokenize(text) if self.made is not None else []
 
 
+def _matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+    matcher = LLMatcher(tokenizer, grammar, log_level=_SILENT, limits=_LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # finds out whether there is a way into it, and warms it up
+    return matcher
+
+
+def _on_a_deep_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """What `work` returns, or raises, on a thread made for it."""
+    result: Future[LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    with _starting:
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="pasture-compile", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+    return result.result()
+
+
 def _grammar(constraint: Constraint) -> str:
     """The constraint as the library reads it. Raises ValueError, RecursionError or RequestError for what is none."""
-    if len(constraint.text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    most = MAX_GBNF_BYTES if constraint.kind is ConstraintKind.GBNF else MAX_BYTES
+    if len(constraint.text.encode("utf-8", "surrogatepass")) > most:
+        raise ValueError(f"it has more than {most} bytes")
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            check_schema(json.loads(constraint.text))
+            schema = json.loads(constraint.text)
+            check_schema(schema)
+            if constraint.before or constraint.after:
+                return LLMatcher.grammar_from_lark(_framed(constraint.before, schema, constraint.after))
             return LLMatcher.grammar_from_json_schema(constraint.text, overrides={"whitespace_pattern": _WHITESPACE})
         case ConstraintKind.GBNF:
             return LLMatcher.grammar_from_lark(_lark(constraint.text))
         case ConstraintKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.text)
+
+
+def _framed(before: str, schema: dict[str, object], after: str) -> str:
+    """JSON that suits the schema between two texts."""
+    schema = {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+    texts = [json.dumps(text, ensure_ascii=False) for text in (before, after)]
+    return f"start: {texts[0]} framed {texts[1]}\nframed: %json {json.dumps(schema)}"
 
 
 def _lark(gbnf: str) -> str:

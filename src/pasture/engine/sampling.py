@@ -34,6 +34,8 @@ Logits = NDArray[np.float32]
 _CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
 _GROUP_TOKENS = 64
 """`top_ids` looks at the maxima of strided groups of at most this many tokens"""
+_FEW_TOKENS = 256
+"""so many that a constraint leaves are not worth a search for the best of them"""
 _DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 _MIROSTAT_CANDIDATES = 100
 
@@ -160,13 +162,7 @@ class LlamaSampler(Sampler):
         self.close()
 
     def _candidates(self, row: Logits) -> NDArray[np.void]:
-        if self._needs_all:
-            ids: NDArray[np.intp] = np.arange(self._n_vocab)
-        elif self._recent:
-            touched = np.fromiter(set(self._recent), np.intp)
-            ids = np.union1d(top_ids(row, self._top_k + len(touched)), touched)
-        else:
-            ids = top_ids(row, self._top_k)
+        ids = self._likely(row)
         if self._guide is not None:
             ids = ids[row[ids] > -np.inf]
         candidates = np.empty(len(ids), _CANDIDATE)
@@ -174,6 +170,17 @@ class LlamaSampler(Sampler):
         candidates["logit"] = row[ids]
         candidates["p"] = 0
         return candidates
+
+    def _likely(self, row: Logits) -> NDArray[np.intp]:
+        """Tokens that the chain has to see."""
+        if self._guide is not None and np.count_nonzero(allowed := row > -np.inf) <= _FEW_TOKENS:
+            return np.flatnonzero(allowed)
+        if self._needs_all:
+            return np.arange(self._n_vocab)
+        if self._recent:
+            touched = np.fromiter(set(self._recent), np.intp)
+            return np.union1d(top_ids(row, self._top_k + len(touched)), touched)
+        return top_ids(row, self._top_k)
 
     def _make_chain(self, params: SamplingParams, vocabulary: LlamaVocabulary, n_context: int, n_drawn: int) -> None:
         seed = secrets.randbits(32) if params.seed is None else params.seed & 0xFFFFFFFF

@@ -208,7 +208,7 @@ class LocalService:
         try:
             return await asyncio.wrap_future(self._compiler.submit(self._prepare, constraint))
         except (asyncio.CancelledError, RuntimeError):
-            if self._loop.alive:
+            if not self._draining:
                 raise
             raise ShuttingDown("the server is shutting down") from None
 

@@ -13,6 +13,7 @@ from pasture.core.errors import RequestError
 from pasture.core.ports import Vocabulary
 from pasture.text.messages import Message
 from pasture.text.templates import ChatTemplate
+from pasture.text.tool_calls import dialect_of
 
 
 def token_text(vocabulary: Vocabulary, token: int | None) -> str:
@@ -29,6 +30,8 @@ class Prompts:
         self.template = ChatTemplate(
             source, bos=token_text(vocabulary, vocabulary.bos), eos=token_text(vocabulary, vocabulary.eos)
         )
+        self.dialect = dialect_of(self.template.source)
+        """how the model calls tools, where that is known"""
 
     def chat(
         self,

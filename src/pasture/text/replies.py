@@ -35,12 +35,28 @@ class ScoredToken:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model wants called."""
+
+    call_id: str
+    name: str
+    arguments: str
+    """a JSON object"""
+
+    def as_json(self) -> dict[str, object]:
+        """As messages of OpenAI's API have it."""
+        return {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True, slots=True)
 class Fragment:
     """Text to append to the reply (may be empty), what was scored in it, and the end of the reply."""
 
     text: str
     scored: tuple[ScoredToken, ...] = ()
     finish: Finish | None = None
+    calls: tuple[ToolCall, ...] = ()
+    """complete ones, where somebody looks for them (`pasture.text.tool_calls`)"""
 
 
 async def read_reply(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from array import array
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,8 +14,17 @@ import pytest
 from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.values import ReplicaId
 from pasture.core.errors import NoReplica, PromptTooLong, RequestError
-from pasture.core.values import DEFAULT_NAMESPACE, FinishReason, PoolShape, Request, RequestId, SamplingParams
-from pasture.engine.fake import FakeEngine, expected_reply
+from pasture.core.values import (
+    DEFAULT_NAMESPACE,
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    PoolShape,
+    Request,
+    RequestId,
+    SamplingParams,
+)
+from pasture.engine.fake import END_TOKEN, FakeEngine, expected_reply
 from pasture.engine.paced import Pace, PacedEngine
 from tests.cluster_support import GREEDY, Fleet, collect, fleet, request, until, usual
 
@@ -68,6 +78,28 @@ async def test_a_stream_goes_on_when_its_replica_dies(params: SamplingParams) ->
         assert len(usages) == 1, "the first token's cost is told once"
         assert made.service.survived == 2
         assert len(made.service.router.replicas()) == 1
+
+
+async def test_a_bound_reply_goes_on_in_its_form_when_its_replica_dies() -> None:
+    form = Constraint(ConstraintKind.REGEX, "([a-z]{5} ){12}", "guided_regex")
+    params, ends = SamplingParams(seed=5, constraint=form), frozenset({END_TOKEN})
+    async with fleet(slow(), slow()) as made:
+        tokens: list[int] = []
+        asked = replace(request("a", PROMPT, 120, params), stop_tokens=ends)
+        async with aclosing(made.service.generate(asked)) as events:
+            async for event in events:
+                if event.token is not None:
+                    tokens.append(event.token)
+                if len(tokens) == 20 and len(made.service.router.replicas()) == 2:
+                    await made.replicas[await serving(made, "a")].die()
+                    await made.settled(1)
+        assert event.finish is not None
+        assert event.finish.reason is FinishReason.STOP
+        assert tokens == expected_reply(PROMPT, 120, params, ends)
+        bad = replace(params, constraint=replace(form, text="("))
+        with pytest.raises(RequestError, match="unclosed") as caught:
+            await collect(made.service, replace(request("b", PROMPT, 8, bad), stop_tokens=ends))
+        assert caught.value.param == "guided_regex"
 
 
 async def test_a_replica_that_is_only_closed_loses_nobody_either() -> None:

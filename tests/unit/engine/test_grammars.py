@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
+from contextlib import suppress
 from random import Random
 
 import numpy as np
@@ -94,6 +96,11 @@ def test_an_end_that_was_drawn_is_the_end(made: Grammars) -> None:
     assert guide.ended
 
 
+def test_text_can_stand_around_what_suits_a_schema() -> None:
+    framed = Constraint(ConstraintKind.JSON_SCHEMA, '{"enum": ["x", 1]}', before='say "', after='"\n')
+    assert {written(ByteVocabulary(), framed, seed) for seed in range(20)} == {b'say ""x""\n', b'say "1"\n'}
+
+
 def test_no_control_token_is_text(made: Grammars) -> None:
     allowed = np.flatnonzero(made.guide(regex("(.|\n)+")).allowed())
     assert not set(allowed.tolist()) & set(SPECIAL.values())
@@ -155,7 +162,8 @@ def test_a_constraint_travels() -> None:
         (gbnf('start: /a.*/ & /b.*/ & ~"c"'), "Expected ::="),
         (regex("("), "unclosed group"),
         (regex("(" * 1000 + ")" * 1000), "cannot be used"),
-        (regex("x" * 70_000), "bytes"),
+        (regex("x" * 70_000), "65536 bytes"),
+        (gbnf(f'root ::= "{"x" * 40_000}"'), "32768 bytes"),
         (schema({"const": "x" * 70_000}), "bytes"),
     ],
 )
@@ -210,6 +218,39 @@ def several(n: int) -> list[object]:
 def test_a_schema_that_could_take_all_memory_is_refused_unread(made: Grammars, refused: object, told: str) -> None:
     with pytest.raises(RequestError, match=told):
         made.prepare(schema(refused))
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        lambda there: {"items": there},
+        lambda there: {"properties": {"a": there}},
+        lambda there: {"additionalProperties": there},
+        lambda there: {"anyOf": [{"properties": {"a": there}}, there]},
+        lambda there: {"allOf": [there]},
+        lambda there: there,
+    ],
+)
+def test_a_long_way_through_references_ends_no_process(made: Grammars, link: Callable[[object], object]) -> None:
+    places: dict[str, object] = {"end": {"type": "null"}}
+    while len(json.dumps(places)) < grammars.MAX_BYTES - 200:
+        there = {"$ref": f"#/$/{len(places) - 1 or 'end'}"}
+        places[str(len(places))] = link(there)
+    with suppress(RequestError):
+        made.prepare(schema({"$": places, "$ref": f"#/$/{len(places) - 1}"}))
+    assert made.prepare(regex("a"))
+
+
+def test_a_bug_of_the_library_is_a_refusal(made: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_: object) -> None:
+        raise PanicException
+
+    monkeypatch.setattr(grammars, "_matcher", panic)
+    with pytest.raises(RequestError, match="the compiler failed"):
+        made.prepare(regex("a"))
 
 
 def test_patterns_of_different_values_are_as_many_as_one_likes() -> None:
