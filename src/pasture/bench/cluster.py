@@ -91,10 +91,10 @@ async def measure_restoring(model: str, remote: str, flags: tuple[str, ...], rep
                 await _first_token(up.endpoint, _tokens(100 * repeat + warm + 50, 40))
             prompt = _tokens(repeat, LONG_TOKENS)
             before = {str(one["replica"]): int(str(one["known_blocks"])) for one in await up.replicas()}
-            written = await _written_bytes(up.endpoint)
+            written = await _written_bytes(up.admin)
             seconds, _ = await _first_token(up.endpoint, prompt)
             computed.append(seconds)
-            await _until_stored(up.endpoint, written)
+            await _until_stored(up.admin, written)
             grown = await up.until(lambda found, known=before: any(_growth(one, known) > 16 for one in found))  # type: ignore[misc]
             owner = max(grown, key=lambda one: _growth(one, before))
             await asyncio.to_thread(up.run, "cordon", str(owner["replica"]))
@@ -174,19 +174,19 @@ async def _first_token(endpoint: Endpoint, prompt: list[int]) -> tuple[float, in
     return seconds, int((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
 
 
-async def _written_bytes(endpoint: Endpoint) -> int:
+async def _written_bytes(admin: Endpoint) -> int:
     """To the tiers behind RAM, by all replicas together."""
-    props = await call_json(endpoint, "/props")
+    props = await call_json(admin, "/props")
     tiers = cast(dict[str, Any], props["store"])["tiers"] if props is not None else []
     return sum(int(tier["written_bytes"]) for tier in tiers if tier["name"] != "ram")
 
 
-async def _until_stored(endpoint: Endpoint, before: int) -> None:
+async def _until_stored(admin: Endpoint, before: int) -> None:
     """Wait until what was computed has left for the pool: until more is there, and nothing follows."""
     deadline, last = time.monotonic() + WAIT_SECONDS, before
     while time.monotonic() < deadline:
         await asyncio.sleep(1.5)
-        now = await _written_bytes(endpoint)
+        now = await _written_bytes(admin)
         if now == last and now > before:
             return
         last = now

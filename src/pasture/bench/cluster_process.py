@@ -55,7 +55,8 @@ class ClusterProcess:
         except BaseException:
             self.close()
             raise
-        self._admin = Endpoint.parse(self.endpoint.url, self._key)
+        self.admin = Endpoint.parse(self.endpoint.url, self._key)
+        """the same with the key that shows everybody's doing"""
 
     def run(self, *arguments: str) -> str:
         """What `pasture cluster` with these arguments prints. Raises ClusterFailed."""
@@ -68,7 +69,7 @@ class ClusterProcess:
 
     async def told(self) -> Json:
         """What one of the ingresses tells of the cluster. Raises ClusterFailed."""
-        found = await call_json(self._admin, "/v1/admin/cluster")
+        found = await call_json(self.admin, "/v1/admin/cluster")
         if found is None:
             raise ClusterFailed("the ingress tells nothing of its cluster")
         return found
