@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,11 +15,13 @@ from pasture.core.errors import ConfigError, PastureError
 
 FAILURE = 1
 USAGE = 2
+FILE_CHARACTERS = 140
 
 
 def out() -> Console:
-    """Results."""
-    return Console()
+    """Results. A file or a pipe is wide enough for every table, unless COLUMNS says how wide it is."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=FILE_CHARACTERS)
 
 
 def err() -> Console:
