@@ -1,8 +1,8 @@
 """`make demo`: sixteen people on one model, first on one pasture, then with a context each; then a pasture stays up.
 
-A short `team` against `isolated`, each with just the cells that the workload needs. Ends with the three numbers of the
-article that this idea comes from (users 5 -> 15+, mean latency -60 %, memory -40 %) and ours beside them, and with a URL that
-answers until Ctrl-C or SIGTERM. One event loop, in the caller's thread.
+A short `team` against `isolated`, each with just the cells that the workload needs. Ends with three figures beside what is
+aimed at (users 5 -> 15+, mean latency -60 %, memory -40 %), and with a URL that answers until Ctrl-C or SIGTERM. One event
+loop, in the caller's thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pasture.bench.workloads import CELL_MARGIN, Workload, build, rounded_cells
 from pasture.core.errors import PastureError
 
 TURNS = 2
-ARTICLE_USERS = 5
+CONTEXT_USERS = 5
 PROMPT_SECONDS = 5.0
 """what counts as a prompt first token in the summary"""
 POLL_SECONDS = 1.0
@@ -137,10 +137,10 @@ def _summary(isolated: Run, shared: Run, workload: Workload, each_cells: int) ->
     table = Table(title=f"{workload.users} people, one model")
     for heading in ("", "a context each", "pasture", "gain", "aim"):
         table.add_column(heading, justify="left" if not heading else "right")
-    fitting = users_that_fit(ARTICLE_USERS * each_cells, shared)
+    fitting = users_that_fit(CONTEXT_USERS * each_cells, shared)
     table.add_row(
-        f"people in the memory of {ARTICLE_USERS} contexts",
-        str(ARTICLE_USERS),
+        f"people in the memory of {CONTEXT_USERS} contexts",
+        str(CONTEXT_USERS),
         "-" if fitting is None else str(fitting),
         "",
         "5 -> 15+",
