@@ -226,6 +226,7 @@ def scheduler_settings(settings: Settings) -> SchedulerSettings:
         max_running=settings.max_running,
         default_deadline_seconds=settings.timeout,
         drain_seconds=settings.drain_timeout,
+        rehearse=True,
         shift_to=Form.Q8_0 if settings.kv_compress == "auto" and Form.Q8_0 in allowed_forms(settings) else None,
         idle_live_seconds=None if settings.kv_ram == 0 and settings.kv_cache is None else settings.idle_live,
     )

@@ -24,6 +24,7 @@ from pasture.core.statistics import PoolStatistics, SchedulerStatistics
 from pasture.core.storage import Store
 from pasture.core.values import FinishReason, RequestId, StepPlan
 from pasture.scheduler.keeper import LayoutKeeper
+from pasture.scheduler.rehearsal import rehearse
 from pasture.scheduler.scheduler import Delivery, Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
@@ -70,9 +71,12 @@ class EngineLoop:
         """that the last picture took"""
         self.snapshot: Snapshot = self._draw()
         self._thread = threading.Thread(target=self._run, name="pasture-engine", daemon=True)
+        self._begun = threading.Event()
 
     def start(self) -> None:
+        """Returns when requests can be computed."""
         self._thread.start()
+        self._begun.wait()
 
     # From other threads
 
@@ -148,6 +152,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            self._begin()
             while not self._stopping:
                 self._read_inbox()
                 if not self.step():
@@ -157,12 +162,21 @@ class EngineLoop:
             log.exception("the engine thread failed; every request is ended")
             raise
         finally:
+            self._begun.set()
             with self._wake:
                 self._stopping = True  # from here on nothing is posted any more
             self._read_inbox(ending=True)
             self._deliver(self._scheduler.end_all(FinishReason.CANCELLED))
             self._store.close()
             self._engine.close()
+
+    def _begin(self) -> None:
+        if self._scheduler.settings.rehearse:
+            try:
+                rehearse(self._engine, self._scheduler.shaper.costs, self._store)
+            except Exception as error:
+                self._start_over(error)
+        self._begun.set()
 
     def _keep_everything(self) -> None:
         """What is live goes to the store, where that outlives the process: the next start finds it."""

@@ -34,6 +34,8 @@ class SchedulerSettings:
     shift_to: Form | None = None
     """what live cells are rewritten in when the pool stays short of them; None: never"""
     compact: bool = True
+    rehearse: bool = False
+    """measure steps and transfers before the first request"""
     check_invariants: bool = False
     """after every step (tests); otherwise when idle"""
     drain_seconds: float = 60.0

@@ -32,7 +32,10 @@ RETURN_PROBABILITY = 0.25
 """that what is stored is asked for again before it is evicted; conversations go on and system prompts return more often"""
 STALE_DESCRIPTIONS = 10
 """of a tier without a read, from which on its own figures count again: what was slow then may not be so any more"""
+PRIOR_COPY_TOKENS = 64
+"""what is assumed of copies counts as much as having seen so many tokens copied"""
 _PRIOR_BYTES = 4 * MIB
+"""the same for reads and for unpacking"""
 _KEPT = 0.9
 """share of the past that stays when a sample comes in"""
 _PRIOR_UNPACK = {Form.RAW: 20e9, Form.LOSSLESS: 400e6, Form.Q8_0: 1e9, Form.Q4_0: 1e9}
@@ -114,10 +117,11 @@ class CostGate:
         self._return_probability = return_probability
         self._lock = threading.Lock()
         self._prefill = PRIOR_PREFILL_TOKENS_PER_SECOND
-        self._rates = {direction: Rate(PRIOR_COPY_BYTES_PER_SECOND) for direction in Direction}
+        self._cell_bytes = float(cell_bytes or PRIOR_CELL_BYTES)
+        n_bytes = PRIOR_COPY_TOKENS * self._cell_bytes
+        self._rates = {direction: Rate(PRIOR_COPY_BYTES_PER_SECOND, n_bytes) for direction in Direction}
         self._unpack = {form: Rate(rate) for form, rate in _PRIOR_UNPACK.items()}
         self._tiers: dict[str, _SlowTier] = {}
-        self._cell_bytes = float(cell_bytes or PRIOR_CELL_BYTES)
         self._refusals: Counter[str] = Counter()
 
     # Decisions
