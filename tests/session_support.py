@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import openai
+from sqlalchemy.exc import OperationalError
 
 from pasture.api import ApiSettings, create_app
 from pasture.core.ports import Engine
@@ -27,6 +28,17 @@ from pasture.tiers.disk import DiskTier
 from tests.store_support import store_for
 
 GREEDY = ApiSettings(sampling=SamplingParams(temperature=0.0), admin_key="admin")
+
+
+def full() -> None:
+    """In place of a database's `write`: what one on a full disk does, and what it must not say about whom."""
+    raise OperationalError("INSERT INTO turns", {"messages": "secret"}, Exception("database or disk is full"))
+
+
+def assert_says_full(log: str) -> None:
+    """Somebody wrote down that the database is full, and nothing of what people had said."""
+    assert "database or disk is full" in log
+    assert "secret" not in log
 
 
 class WatchedService(LocalService):

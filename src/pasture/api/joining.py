@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -119,12 +119,22 @@ class Membership:
             joined = replace(joined, n_tokens_before=session.n_tokens, edited_at=edited_at)
         return body, joined
 
-    @contextmanager
-    def alone(self, session_id: str | None) -> Iterator[None]:
-        """Nobody else goes on from the session, or moves it, within the block. Raises Conflict when somebody does already."""
-        if session_id is None:
+    @asynccontextmanager
+    async def held(self, joined: Joined | None) -> AsyncIterator[None]:
+        """Nobody else goes on from the request's session, or moves it, within the block.
+
+        Raises Conflict when somebody does, or has done since the request joined, and NotFound when the session is gone.
+        """
+        if joined is None or joined.session_id is None:
             yield
             return
+        with self.alone(joined.session_id):
+            await asyncio.to_thread(self.sessions.check_head, joined.tenant, joined.session_id, joined.head)
+            yield
+
+    @contextmanager
+    def alone(self, session_id: str) -> Iterator[None]:
+        """Nobody else goes on from the session, or moves it, within the block. Raises Conflict when somebody does already."""
         if session_id in self._busy:
             raise Conflict("another request goes on from this session, or moves it; wait for it, or fork", param="session_id")
         self._busy.add(session_id)

@@ -36,13 +36,12 @@ class Run:
         self._gateway = gateway
         self._caller = caller
         self._joined = joined
-        self._session_id = None if joined is None else joined.session_id
         self._passage = Passage()
         self._found: dict[tuple[int, ...], Whereabouts] = {}
 
     async def collect(self) -> list[Reply]:
         """Every choice's reply, complete, and kept in the session. Raises what ends any of them early."""
-        with self._gateway.members.alone(self._session_id):
+        async with self._gateway.members.held(self._joined):
             async with self._gateway.state.gate.enter(self._caller.tenant) as self._passage:
                 await self._locate()
                 replies = await collect(self.job, self._read)
@@ -52,14 +51,14 @@ class Run:
     async def chunks(self, writer: Writer) -> AsyncGenerator[bytes, None]:
         """The events of a stream, as bytes."""
         keep: OnComplete | None = self._keep if self._joined is not None or self._chat is not None else None
-        with self._gateway.members.alone(self._session_id):
-            async with (
-                self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
-                aclosing(chunks(self.job, self._read, writer, keep)) as events,
-            ):
-                await self._locate()
-                async for event in events:
-                    yield event
+        async with (
+            self._gateway.members.held(self._joined),
+            self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
+            aclosing(chunks(self.job, self._read, writer, keep)) as events,
+        ):
+            await self._locate()
+            async for event in events:
+                yield event
 
     def explain(self, index: int, usage: Usage) -> Json:
         """Where a choice's prompt was when it was submitted, and why the rest of it had to be computed."""

@@ -121,6 +121,11 @@ class Sessions:
             session = _as_session(_row(connection, tenant, session_id))
             return session, turns.messages_of(connection, tenant, session.head)
 
+    def check_head(self, tenant: Tenant, session_id: str, head: str | AnyHead | None) -> None:
+        """Raises NotFound, and Conflict when `head`, the last turn that the caller knows of, is not the last."""
+        with self._database.read() as connection:
+            _check_head(_row(connection, tenant, session_id), head)
+
     def check_room(self, tenant: Tenant, left: Sequence[Message], added: Sequence[Message]) -> None:
         """Raises RateLimited where `added` has no room even if all of `left` goes for it: known before there is a reply."""
         n_bytes = len(turns.encoded(added).encode()) - len(turns.encoded(left).encode())

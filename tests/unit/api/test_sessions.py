@@ -10,15 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy.exc import OperationalError
 
 from pasture.api import keepers
 from pasture.api.joining import whole
 from pasture.api.keepers import MAX_TRAVELLING_OF_TENANT
 from pasture.core.errors import RequestError
 from pasture.sessions.state import State
-from pasture.sessions.values import Limits
-from tests.session_support import GREEDY, answer_to, world
+from pasture.sessions.values import Limits, Tenant
+from tests.session_support import GREEDY, answer_to, assert_says_full, full, world
 from tests.unit.api.conftest import Connect
 from tests.unit.api.test_limits import client_of
 from tests.unit.api.wire import CHAT, chat_texts, error_of
@@ -116,6 +115,28 @@ async def test_two_requests_do_not_go_on_from_one_end(connect: Connect) -> None:
     assert (await client.post(CHAT, json=body)).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("leave", "status"), [("truncate", 409), ("delete", 404)])
+async def test_who_joined_a_session_that_is_another_one_now_hears_it_before_there_is_a_reply(
+    leave: str, status: int, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, state = StubService(), State()
+    async with client_of(service, state) as client:
+        session_id = await new_session(client, SYSTEM)
+
+        def meanwhile(tenant: Tenant, *_: object) -> None:
+            if leave == "truncate":
+                state.sessions.truncate(tenant, session_id, 0)
+            else:
+                state.sessions.delete(tenant, session_id)
+
+        monkeypatch.setattr(state.sessions, "check_room", meanwhile)
+        answer = await client.post(CHAT, json={"messages": [HI], "session_id": session_id, "stream": stream})
+        assert answer.status_code == status, answer.text
+        assert not service.requests
+    state.close()
+
+
 async def test_an_answer_that_failed_leaves_the_session_as_it_was(connect: Connect) -> None:
     service = StubService()
     client = connect(service)
@@ -130,9 +151,6 @@ async def test_an_answer_that_failed_leaves_the_session_as_it_was(connect: Conne
 async def test_a_reply_is_answered_where_a_session_that_was_only_named_cannot_be_kept(
     stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full() -> None:
-        raise OperationalError("INSERT INTO turns", {"messages": "secret"}, Exception("database or disk is full"))
-
     state = State()
     async with client_of(StubService(), state) as client:
         session_id = await new_session(client, SYSTEM)
@@ -145,8 +163,7 @@ async def test_a_reply_is_answered_where_a_session_that_was_only_named_cannot_be
         for answer in answers:
             assert answer.status_code == 200, answer.text
             assert "error" not in answer.text
-        assert "database or disk is full" in caplog.text
-        assert "secret" not in caplog.text
+        assert_says_full(caplog.text)
         if not stream:
             asked = await client.post(CHAT, json={"messages": [HI], "session_id": session_id})
             assert asked.status_code == 500, "who asked for a session hears that it has not gone on"
