@@ -17,6 +17,7 @@ from typing import IO
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from openai.types.shared_params import ResponseFormatJSONSchema
 
 pytestmark = pytest.mark.model
 
@@ -150,25 +151,17 @@ def assert_suits_schema(text: str | None) -> None:
 
 
 def test_openai_gets_replies_that_suit_a_schema(client: openai.OpenAI, model: str) -> None:
+    form: ResponseFormatJSONSchema = {
+        "type": "json_schema",
+        "json_schema": {"name": "colours", "schema": SCHEMA, "strict": True},
+    }
+    ask = client.chat.completions.create
     for seed in range(6):
-        answer = client.chat.completions.create(
-            model=model,
-            messages=QUESTION,
-            temperature=1,
-            seed=seed,
-            max_tokens=400,
-            response_format={"type": "json_schema", "json_schema": {"name": "colours", "schema": SCHEMA, "strict": True}},
-        )
+        answer = ask(model=model, messages=QUESTION, temperature=1, seed=seed, max_tokens=400, response_format=form)
         assert answer.choices[0].finish_reason == "stop"
         assert_suits_schema(answer.choices[0].message.content)
-        stream = client.chat.completions.create(
-            model=model,
-            messages=QUESTION,
-            temperature=1,
-            seed=seed,
-            max_tokens=400,
-            response_format={"type": "json_schema", "json_schema": {"name": "colours", "schema": SCHEMA, "strict": True}},
-            stream=True,
+        stream = ask(
+            model=model, messages=QUESTION, temperature=1, seed=seed, max_tokens=400, response_format=form, stream=True
         )
         assert_suits_schema("".join(chunk.choices[0].delta.content or "" for chunk in stream))
 

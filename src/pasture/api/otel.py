@@ -31,8 +31,8 @@ _NANOSECONDS = 1_000_000_000
 
 def exporting(endpoint: str | None) -> OtelTracing:
     """Traces sent over OTLP/HTTP to a collector's URL, or to where the standard environment variables say."""
-    if endpoint is not None and not endpoint.rstrip("/").endswith(_TRACES_PATH):
-        endpoint = endpoint.rstrip("/") + _TRACES_PATH
+    if endpoint is not None:
+        endpoint = endpoint.rstrip("/").removesuffix(_TRACES_PATH) + _TRACES_PATH
     name = os.environ.get("OTEL_SERVICE_NAME", "pasture")
     provider = TracerProvider(resource=Resource.create({"service.name": name, "service.version": version("pasture")}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -147,6 +149,33 @@ def test_an_endpoint_without_the_extra_is_one_clear_line(monkeypatch: pytest.Mon
         open_tracing("http://127.0.0.1:4318")
 
 
-def test_the_collectors_url_needs_no_path() -> None:
-    for url in ("http://127.0.0.1:4318", "http://127.0.0.1:4318/v1/traces/"):
-        exporting(url).close()
+@contextmanager
+def collector() -> Iterator[tuple[str, list[str]]]:
+    """The address of something that takes traces, and the paths that they were sent to."""
+    paths: list[str] = []
+
+    class Taking(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            paths.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Taking) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever)
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", paths
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1/traces", "/v1/traces/"])
+def test_the_collectors_url_needs_no_path(path: str) -> None:
+    with collector() as (address, paths):
+        tracing = exporting(address + path)
+        tracing._tracer.start_span("generate").end()
+        tracing.close()
+    assert paths == ["/v1/traces"]

@@ -7,18 +7,12 @@ from itertools import pairwise
 
 import pytest
 
-from pasture.core.storage import Store
 from pasture.core.values import Form, Namespace
 from pasture.tiers.block import Block
 from pasture.tiers.gate import CostGate
 from tests.tier_support import NAME, PlainCodec, cells_of, put, ram_store, slab_of, toks
 
 LONG = toks(range(300))
-
-
-def test_it_is_a_store() -> None:
-    store: Store = ram_store()[0]
-    store.close()
 
 
 def test_what_was_put_comes_back_exactly_for_any_range() -> None:
