@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,9 @@ from pasture.engine.blob import CacheKind, KvSlab, RowKind, Rows
 from pasture.engine.context import Context, Piece
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.relayout import Room, Sketch
+from pasture.scheduler.costs import StepCosts
+from pasture.scheduler.rehearsal import rehearse
+from pasture.tiers.gate import CostGate
 from tests.engine_support import GREEDY, Hand, open_small, small_settings
 from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
 
@@ -84,6 +88,25 @@ def cold(hand: Hand, *chunks: list[int]) -> np.ndarray[tuple[int], np.dtype[np.f
     row = hand.look(3, chunks[-1], start)
     hand.empty()
     return row
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in ("llama", "gemma3") for layout in LAYOUTS] + [("mamba", None), ("falcon-h1", None)],
+)
+def test_before_the_first_request_steps_and_transfers_are_measured_with_any_model(
+    family: str, layout: Layout | None, models: Path
+) -> None:
+    changes: dict[str, object] = {} if layout is None else {"layout": layout, "n_cells": 1024}
+    with closing(open_small(models / f"{family}.gguf", **changes)) as engine:
+        costs, gate = StepCosts(0.4), CostGate(engine.model.cell_bytes)
+        assumed = gate.figures()
+        rehearse(engine, costs, gate)
+        measured = gate.figures()
+        assert measured.prefill_tokens_per_second == costs.tokens_per_second != assumed.prefill_tokens_per_second
+        assert measured.save_bytes_per_second != assumed.save_bytes_per_second
+        assert measured.restore_bytes_per_second != assumed.restore_bytes_per_second
+        assert not any(engine._context.length(sequence) for sequence in range(engine.shape.n_seqs))
 
 
 def test_a_copied_prefix_is_the_prefix(hand: Hand) -> None:

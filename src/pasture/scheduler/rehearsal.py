@@ -9,12 +9,13 @@ tenths of a second with a small model. Engine thread, while nobody holds a cell.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
+from typing import Protocol
 
 from pasture.core.errors import EngineError
 from pasture.core.ports import Clock, Engine
-from pasture.core.storage import Store
-from pasture.core.values import Layout, Outcome, Remove, Restore, Save, SeqId, StepPlan, StepResult, Work
+from pasture.core.values import Layout, Outcome, Remove, Restore, Save, SeqId, StepPlan, StepResult, Transfer, Work
 from pasture.scheduler.costs import Load, StepCosts
 
 WARM_UP_TOKENS = 8
@@ -27,8 +28,15 @@ _SEQUENCE = SeqId(0)
 _EMPTY = Remove(_SEQUENCE, 0, None)
 
 
-def rehearse(engine: Engine, costs: StepCosts, store: Store, clock: Clock = perf_counter) -> None:
-    """Measure, and tell `costs` and `store`. Raises EngineError where the engine fails, whose cells nobody knows then."""
+class Learner(Protocol):
+    """Who decides about transfers: a store, or its gate."""
+
+    def observe(self, transfers: Sequence[Transfer]) -> None: ...
+    def observe_prefill(self, tokens_per_second: float) -> None: ...
+
+
+def rehearse(engine: Engine, costs: StepCosts, learner: Learner, clock: Clock = perf_counter) -> None:
+    """Measure, and tell `costs` and `learner`. Raises EngineError where the engine fails, whose cells nobody knows then."""
     shape = engine.shape
     most = min(shape.n_batch, shape.cells_per_sequence)
     n_tokens = min(WARM_UP_TOKENS, most)
@@ -42,12 +50,12 @@ def rehearse(engine: Engine, costs: StepCosts, store: Store, clock: Clock = perf
     if result.decode_seconds > 0:
         attended = 0 if shape.layout is Layout.STREAMS else n_tokens**2 // 2
         costs.observe(shape, Load(0, n_tokens, attended, n_tokens, n_tokens), 0, result.decode_seconds)
-        store.observe_prefill(costs.tokens_per_second)
+        learner.observe_prefill(costs.tokens_per_second)
     for is_second in (False, True):
         saved = engine.execute(StepPlan((Save(_SEQUENCE, 0, n_tokens, 0), _EMPTY), ()))
         restored = engine.execute(StepPlan((Restore(_SEQUENCE, (saved.saved[0],)),), ()))
         if is_second:
-            store.observe((*saved.transfers, *restored.transfers))
+            learner.observe((*saved.transfers, *restored.transfers))
     engine.execute(StepPlan((_EMPTY,), ()))
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from pasture.core.storage import Store
 from pasture.core.values import Layout, Outcome, PoolShape, Request, RequestId, SamplingParams, StepPlan, StepResult
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.scheduler.costs import StepCosts
@@ -36,18 +35,9 @@ class Timed(FakeEngine):
         return replace(super().execute(plan), decode_seconds=SECONDS_A_TOKEN * plan.n_tokens)
 
 
-class Listening:
-    """In place of a store: what it is told of goes to a gate."""
-
-    def __init__(self, gate: CostGate) -> None:
-        self.observe = gate.observe
-        self.observe_prefill = gate.observe_prefill
-
-
 def rehearsed(engine: FakeEngine) -> tuple[StepCosts, CostGate]:
     costs, gate = StepCosts(0.4), CostGate(engine.model.cell_bytes)
-    store: Store = Listening(gate)  # type: ignore[assignment]  # the part of it that is asked for
-    rehearse(engine, costs, store)
+    rehearse(engine, costs, gate)
     return costs, gate
 
 
@@ -75,7 +65,7 @@ def test_where_moving_loses_the_gate_is_closed_from_the_start() -> None:
 
 def test_a_very_slow_model_computes_no_more_than_the_warm_up() -> None:
     engine, times = Timed(), iter([0.0, 60.0])
-    rehearse(engine, StepCosts(0.4), Listening(CostGate()), clock=lambda: next(times))  # type: ignore[arg-type]  # as above
+    rehearse(engine, StepCosts(0.4), CostGate(), clock=lambda: next(times))
     assert engine.n_computed == WARM_UP_TOKENS
 
 
