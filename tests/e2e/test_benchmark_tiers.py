@@ -10,7 +10,7 @@ import pytest
 
 from pasture.bench import restart
 from pasture.bench.options import BenchOptions
-from pasture.bench.tiers import FAST_CONVERSATIONS, FAST_TOKENS, WITH, too_fast
+from pasture.bench.tiers import FAST_CONVERSATIONS, FAST_TOKENS, WITH, WITHOUT, too_fast
 from pasture.cli.tiers import fast_service
 
 
@@ -25,7 +25,11 @@ def test_after_a_restart_conversations_are_found_again(tmp_path: Path, capsys: p
 
 
 async def test_where_fetching_loses_the_gate_refuses() -> None:
-    with closing(fast_service(WITH)) as service:
-        outcome = await too_fast(service, WITH, seed=1)
-    assert outcome.refusals > 0
-    assert outcome.computed_tokens > FAST_CONVERSATIONS * FAST_TOKENS, "more than once: what was not fetched was computed"
+    outcomes = []
+    for side in (WITH, WITHOUT):
+        with closing(fast_service(side)) as service:
+            outcomes.append(await too_fast(service, side, seed=1))
+    tiered, bare = outcomes
+    assert tiered.refusals > 0
+    assert tiered.computed_tokens > FAST_CONVERSATIONS * FAST_TOKENS, "more than once: what was not fetched was computed"
+    assert bare.computed_tokens - tiered.computed_tokens < FAST_TOKENS, "not even to find out was a conversation fetched"
