@@ -1,6 +1,6 @@
 """Frames over a TCP connection between two machines of a cluster, and how both ends prove that they belong to it.
 
-    u32 bytes of JSON, u64 bytes of payload, the JSON object, the payload
+    u32 bytes of the frame, u64 bytes of payload, the frame (see `messages`), the payload
 
 Before the first frame both ends answer the other's challenge with an HMAC under the cluster's key; who cannot is dropped before
 a byte of his is read as a frame. The connection itself is not encrypted: it belongs on a private network. Event loop only.
@@ -12,58 +12,57 @@ import asyncio
 import hmac
 import secrets
 import struct
+from collections.abc import Callable
 from hashlib import blake2b
+from typing import Generic, TypeVar
 
-import orjson
-
-from pasture.cluster.plain import Plain
+from pasture.cluster.messages import BadFrame, Frame, FromReplica, ToReplica, encode, from_replica, to_replica
 
 _HEAD = struct.Struct("<IQ")
 _CHALLENGE_BYTES = 32
 _PROOF_BYTES = 32
-_GREETING = b"pasture cluster 1\n"
-MAX_JSON_BYTES = 64 << 20
+_GREETING = b"pasture cluster 2\n"
+MAX_FRAME_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 36
 GREETING_SECONDS = 5.0
 
-Message = dict[str, Plain]
+Received = TypeVar("Received")
 
 
 class NotOfThisCluster(Exception):
     """The other end speaks another language, or does not have the key."""
 
 
-class Wire:
+class Wire(Generic[Received]):
     """One connection after the greeting."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, decode: Callable[[bytes], Received]) -> None:
         self._reader = reader
         self._writer = writer
+        self._decode = decode
 
-    def send(self, message: Message, payload: bytes = b"") -> None:
+    def send(self, frame: Frame, payload: bytes = b"") -> None:
         """Queue a frame; nothing happens on a connection that is closed."""
         if self._writer.is_closing():
             return
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"{len(payload)} bytes are too many for one frame")
-        body = orjson.dumps(message)
+        body = encode(frame)
         self._writer.write(_HEAD.pack(len(body), len(payload)) + body)
         if payload:
             self._writer.write(payload)
 
-    async def receive(self) -> tuple[Message, bytes]:
+    async def receive(self) -> tuple[Received, bytes]:
         """The next frame. Raises ConnectionError at the end, and for a frame that is none."""
         try:
-            n_json, n_payload = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
-            if n_json > MAX_JSON_BYTES or n_payload > MAX_PAYLOAD_BYTES:
-                raise ConnectionError(f"a frame of {n_json} and {n_payload} bytes")
-            message = orjson.loads(await self._reader.readexactly(n_json))
+            n_bytes, n_payload = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
+            if n_bytes > MAX_FRAME_BYTES or n_payload > MAX_PAYLOAD_BYTES:
+                raise ConnectionError(f"a frame of {n_bytes} and {n_payload} bytes")
+            frame = self._decode(await self._reader.readexactly(n_bytes))
             payload = await self._reader.readexactly(n_payload) if n_payload else b""
-        except (asyncio.IncompleteReadError, orjson.JSONDecodeError, OSError) as error:
+        except (asyncio.IncompleteReadError, BadFrame, OSError) as error:
             raise ConnectionError(str(error)) from error
-        if not isinstance(message, dict):
-            raise ConnectionError("a frame without an object")
-        return message, payload
+        return frame, payload
 
     @property
     def unsent_bytes(self) -> int:
@@ -78,7 +77,7 @@ class Wire:
         self._writer.transport.abort()
 
 
-async def connect(host: str, port: int, key: bytes) -> Wire:
+async def connect(host: str, port: int, key: bytes) -> Wire[FromReplica]:
     """A connection to a server of the same cluster. Raises ConnectionError or NotOfThisCluster, within seconds."""
     try:
         async with asyncio.timeout(GREETING_SECONDS):
@@ -90,10 +89,10 @@ async def connect(host: str, port: int, key: bytes) -> Wire:
                 raise
     except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
         raise ConnectionError(f"{host} port {port}: {error or type(error).__name__}") from error
-    return Wire(reader, writer)
+    return Wire(reader, writer, from_replica)
 
 
-async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> Wire | None:
+async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> Wire[ToReplica] | None:
     """The server's side of `connect`; None, and the connection dropped, for a stranger."""
     try:
         async with asyncio.timeout(GREETING_SECONDS):
@@ -101,7 +100,7 @@ async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key
     except (OSError, TimeoutError, asyncio.IncompleteReadError, NotOfThisCluster):
         writer.transport.abort()
         return None
-    return Wire(reader, writer)
+    return Wire(reader, writer, to_replica)
 
 
 async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes, *, mine: bytes, theirs: bytes) -> None:

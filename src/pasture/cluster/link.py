@@ -12,49 +12,42 @@ import asyncio
 import itertools
 from array import array
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from pasture.cluster.frames import Message, NotOfThisCluster, Wire, connect
+from pasture.cluster import messages
+from pasture.cluster.frames import NotOfThisCluster, Wire, connect
 from pasture.cluster.members import Identity, Member
-from pasture.cluster.plain import Plain, from_plain, to_plain
-from pasture.core.errors import PastureError
-from pasture.core.values import Finish, Namespace, Request, TokenEvent, TokenLogprobs, Usage, Whereabouts
+from pasture.core.values import Namespace, Request, TokenEvent, Whereabouts
 
 SILENCE_SECONDS = 5.0
 """without a word from a replica, which reports twice a second, before it counts as dead"""
 ACKNOWLEDGE_EVENTS = 64
 """read so many before the replica is told"""
 
-OnNews = Callable[[Message, bytes], None]
+OnNews = Callable[[messages.News, bytes], None]
+_Answer = TypeVar("_Answer", messages.Located, messages.Counted, messages.Done)
+_Waiting = asyncio.Queue[TokenEvent | tuple[messages.Answer, bytes] | None]
+"""what comes for one call or stream; None: the connection has ended"""
 
 
 class ReplicaLost(Exception):
     """The replica cannot be reached any more; what was under way there is lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Who has the KV of a prompt's beginning, for a replica that should fetch it first."""
-
-    member: Member
-    n_tokens: int
-
-
 class Link:
     """An open connection to one start of one replica."""
 
-    def __init__(self, wire: Wire, member: Member, identity: Identity, on_news: OnNews | None) -> None:
+    def __init__(self, wire: Wire[messages.FromReplica], member: Member, identity: Identity, on_news: OnNews | None) -> None:
         self.member = member
         self.identity = identity
         self._wire = wire
         self._on_news = on_news
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Queue[tuple[Message, bytes] | TokenEvent | None]] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self.closed = asyncio.Event()
         self._reading = asyncio.create_task(self._read())
         if on_news is not None:
-            wire.send({"op": "watch"})
+            wire.send(messages.Watch())
 
     def close(self) -> None:
         """Everything under way here is lost."""
@@ -62,140 +55,123 @@ class Link:
         self._end()
 
     async def generate(
-        self, request: Request, session: str | None, uncached_tokens: int, source: Source | None = None
+        self, request: Request, session: str | None, uncached_tokens: int, source: messages.Source | None = None
     ) -> AsyncGenerator[TokenEvent, None]:
         """As `Service.generate`; raises ReplicaLost too.
 
         `session`: what the router knows the conversation by; `uncached_tokens`: what it expects the replica to compute.
         """
-        message: Message = {
-            "op": "generate",
-            "request": to_plain(replace(request, prompt=())),
-            "session": session,
-            "uncached_tokens": uncached_tokens,
-            "source": to_plain(source),
-        }
-        number, answers = self._begin(message, array("i", request.prompt).tobytes())
+        number = next(self._numbers)
+        answers = self._begin(messages.Generate(number, request, session, uncached_tokens, source))
         unacknowledged, ended = 0, False
         try:
             while not ended:
                 answer = await answers.get()
-                if isinstance(answer, tuple):
+                if not isinstance(answer, TokenEvent):
                     ended = True
-                    raise _error(answer[0])
-                if answer is None:
-                    ended = True
-                    raise ReplicaLost(self.member.replica)
+                    raise self._failure(answer)
                 ended = answer.finish is not None
                 unacknowledged += 1
                 if unacknowledged == ACKNOWLEDGE_EVENTS:
-                    self._wire.send({"op": "ack", "id": number, "n": unacknowledged})
+                    self._wire.send(messages.Acknowledge(number, unacknowledged))
                     unacknowledged = 0
                 yield answer
         finally:
             del self._waiting[number]
             if not ended:
-                self._wire.send({"op": "cancel", "id": number})
+                self._wire.send(messages.Cancel(number))
 
     async def locate(self, namespace: Namespace, tokens: array[int], *, deep: bool = False) -> Whereabouts:
-        answer, _ = await self._call("locate", namespace, tokens, deep=deep)
-        return from_plain(Whereabouts, answer["value"])
+        answer, _ = await self._call(messages.Located, messages.Locate(next(self._numbers), namespace, tokens.tobytes(), deep))
+        return answer.found
 
     async def export(self, namespace: Namespace, tokens: array[int]) -> bytes:
-        _, payload = await self._call("export", namespace, tokens)
-        return payload
+        _, exported = await self._call(messages.Done, messages.Export(next(self._numbers), namespace, tokens.tobytes()))
+        return exported
 
     async def restore(self, namespace: Namespace, tokens: array[int], exported: bytes, session: str | None = None) -> int:
         """As `Service.restore`, of nothing too. `session`: is at home there from now on, and all ingresses are told."""
-        answer, _ = await self._call("restore", namespace, tokens, exported, session=session)
-        return from_plain(int, answer["value"])
+        call = messages.Restore(next(self._numbers), namespace, tokens.tobytes(), session)
+        answer, _ = await self._call(messages.Counted, call, exported)
+        return answer.counts["tokens"]
 
     async def pin(self, namespace: Namespace, tokens: array[int]) -> int:
         """The number to give to `unpin`."""
-        answer, _ = await self._call("pin", namespace, tokens)
-        return from_plain(int, answer["value"])
+        answer, _ = await self._call(messages.Done, messages.Pin(next(self._numbers), namespace, tokens.tobytes()))
+        return answer.id
 
     def unpin(self, pin: int) -> None:
-        self._wire.send({"op": "unpin", "pin": pin})
+        self._wire.send(messages.Unpin(pin))
 
     def anticipate(self, namespace: Namespace, tokens: array[int], *, typing: bool) -> None:
-        self._wire.send({"op": "anticipate", "namespace": namespace, "typing": typing}, tokens.tobytes())
+        self._wire.send(messages.Anticipate(namespace, tokens.tobytes(), typing))
 
     async def prefetch(self, namespace: Namespace, tokens: array[int]) -> None:
-        await self._call("prefetch", namespace, tokens)
+        await self._call(messages.Done, messages.Prefetch(next(self._numbers), namespace, tokens.tobytes()))
 
     async def verify(self) -> None:
-        await self._call("verify")
+        await self._call(messages.Done, messages.Verify(next(self._numbers)))
 
-    async def hand_over(self, members: list[Member]) -> Message:
+    async def hand_over(self, members: list[Member]) -> dict[str, int]:
         """Have it take nothing new, finish what runs, and carry its conversations to these; returns what came of it."""
-        answer, _ = await self._call("hand_over", members=to_plain(members))
-        return from_plain(dict, answer["value"])
+        answer, _ = await self._call(messages.Counted, messages.HandOver(next(self._numbers), tuple(members)))
+        return answer.counts
 
     def ask_snapshot(self) -> None:
-        self._wire.send({"op": "snapshot"})
+        self._wire.send(messages.AskSnapshot())
 
     # Inside
 
-    async def _call(
-        self,
-        op: str,
-        namespace: Namespace | None = None,
-        tokens: array[int] | None = None,
-        payload: bytes = b"",
-        **more: Plain,
-    ) -> tuple[Message, bytes]:
-        data = b"" if tokens is None else tokens.tobytes()
-        number, answers = self._begin({"op": op, "namespace": namespace, "n": len(data), **more}, data + payload)
+    async def _call(self, kind: type[_Answer], call: messages.Call, payload: bytes = b"") -> tuple[_Answer, bytes]:
+        answers = self._begin(call, payload)
         try:
             answer = await answers.get()
         finally:
-            del self._waiting[number]
-        if answer is None:
-            raise ReplicaLost(self.member.replica)
-        assert isinstance(answer, tuple)
-        if answer[0]["op"] == "error":
-            raise _error(answer[0])
-        return answer
+            del self._waiting[call.id]
+        if isinstance(answer, tuple) and isinstance(answer[0], kind):
+            return answer[0], answer[1]
+        raise self._failure(answer)
 
-    def _begin(self, message: Message, payload: bytes) -> tuple[int, asyncio.Queue[tuple[Message, bytes] | TokenEvent | None]]:
+    def _begin(self, frame: messages.Generate | messages.Call, payload: bytes = b"") -> _Waiting:
         if self.closed.is_set():
             raise ReplicaLost(self.member.replica)
-        number = next(self._numbers)
-        answers = self._waiting[number] = asyncio.Queue()
-        self._wire.send(message | {"id": number}, payload)
-        return number, answers
+        answers: _Waiting = asyncio.Queue()
+        self._waiting[frame.id] = answers
+        self._wire.send(frame, payload)
+        return answers
+
+    def _failure(self, answer: TokenEvent | tuple[messages.Answer, bytes] | None) -> Exception:
+        """What it means that this came in place of what was asked for."""
+        if isinstance(answer, tuple) and isinstance(answer[0], messages.Failed):
+            return answer[0].error
+        return ReplicaLost(self.member.replica)
 
     async def _read(self) -> None:
         try:
             while True:
                 silence = SILENCE_SECONDS if self._on_news is not None else None
                 async with asyncio.timeout(silence):
-                    message, payload = await self._wire.receive()
-                self._take(message, payload)
+                    frame, payload = await self._wire.receive()
+                self._take(frame, payload)
         except (ConnectionError, TimeoutError):
             pass
         finally:
             self._end()
 
-    def _take(self, message: Message, payload: bytes) -> None:
-        op = message["op"]
-        if op == "events":
-            events = message["events"]
-            assert isinstance(events, list)
-            for event in events:
-                assert isinstance(event, list)
-                number = event[0]
-                assert isinstance(number, int)
-                if number in self._waiting:
-                    self._waiting[number].put_nowait(event_from_plain(event))
-        elif op in ("result", "error"):
-            number = message["id"]
-            assert isinstance(number, int)
-            if number in self._waiting:
-                self._waiting[number].put_nowait((message, payload))
-        elif self._on_news is not None:
-            self._on_news(message, payload)
+    def _take(self, frame: messages.FromReplica, payload: bytes) -> None:
+        match frame:
+            case messages.Events():
+                for event in frame.events:
+                    if event.id in self._waiting:
+                        self._waiting[event.id].put_nowait(event.value)
+            case messages.Located() | messages.Counted() | messages.Done() | messages.Failed():
+                if frame.id in self._waiting:
+                    self._waiting[frame.id].put_nowait((frame, payload))
+            case messages.Delta() | messages.Snapshot() | messages.Homes() | messages.Statistics() | messages.Pulled():
+                if self._on_news is not None:
+                    self._on_news(frame, payload)
+            case messages.Hello():
+                raise ConnectionError("a second greeting")
 
     def _end(self) -> None:
         if not self.closed.is_set():
@@ -213,36 +189,10 @@ async def open_link(member: Member, key: bytes, on_news: OnNews | None = None) -
         raise ReplicaLost(f"{member.replica}: {error}") from error
     try:
         hello, _ = await asyncio.wait_for(wire.receive(), SILENCE_SECONDS)
-        if (hello.get("replica"), hello.get("epoch")) != (member.replica, member.epoch):
-            raise ReplicaLost(f"{member.replica} has restarted")
-        return Link(wire, member, from_plain(Identity, hello["identity"]), on_news)
-    except (ConnectionError, TimeoutError, ValueError, KeyError) as error:
+    except (ConnectionError, TimeoutError) as error:
         wire.close()
         raise ReplicaLost(f"{member.replica}: {error}") from error
-    except ReplicaLost:
+    if not isinstance(hello, messages.Hello) or (hello.replica, hello.epoch) != (member.replica, member.epoch):
         wire.close()
-        raise
-
-
-def event_to_plain(number: int, event: TokenEvent) -> list[Plain]:
-    """Short, because there is one a token; what ends the list with nothing is left away."""
-    plain: list[Plain] = [number, event.token, to_plain(event.logprobs), to_plain(event.finish), to_plain(event.usage)]
-    while plain[-1] is None and len(plain) > 2:
-        plain.pop()
-    return plain
-
-
-def event_from_plain(plain: list[Plain]) -> TokenEvent:
-    _, token, logprobs, finish, usage = [*plain, None, None, None][:5]
-    with suppress(ValueError):
-        return TokenEvent(
-            None if token is None else from_plain(int, token),
-            None if logprobs is None else from_plain(TokenLogprobs, logprobs),
-            None if finish is None else from_plain(Finish, finish),
-            None if usage is None else from_plain(Usage, usage),
-        )
-    raise ConnectionError("an event that is none")
-
-
-def _error(message: Message) -> PastureError:
-    return from_plain(PastureError, message["error"])
+        raise ReplicaLost(f"{member.replica} has restarted")
+    return Link(wire, member, hello.identity, on_news)

@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pasture.cluster.frames import Message
+from pasture.cluster import messages
 from pasture.cluster.link import Link, ReplicaLost, open_link
 from pasture.cluster.members import Directory, Member
-from pasture.cluster.plain import from_plain
+from pasture.cluster.messages import News
 from pasture.cluster.pulling import PullCosts
 from pasture.cluster.router import Router
 from pasture.cluster.values import Capacity, Delta, Load, ReplicaId, SessionKey, Snapshot
@@ -113,9 +113,9 @@ class Links:
     async def _open(self, member: Member) -> None:
         holder: list[Link] = []
 
-        def on_news(message: Message, payload: bytes) -> None:
+        def on_news(news: News, payload: bytes) -> None:
             if holder:
-                self._news(holder[0], message, payload)
+                self._news(holder[0], news, payload)
 
         try:
             link = await open_link(member, self._key, on_news)
@@ -153,34 +153,32 @@ class Links:
 
     # News
 
-    def _news(self, link: Link, message: Message, payload: bytes) -> None:
+    def _news(self, link: Link, news: News, payload: bytes) -> None:
         member = link.member
         if self.open.get(member.replica) is not link:
             return
-        op = message["op"]
-        if op == "statistics":
-            found = from_plain(ServiceStatistics, message["statistics"])
-            self.statistics[member.replica] = found
-            rate = found.store.prefill_tokens_per_second
-            self._costs.observe_prefill(rate)
-            self.router.join(member.replica, member.epoch, Capacity(max(1.0, rate)))
-        elif op == "homes":
-            for session, key in from_plain(tuple[tuple[str, str | None], ...], message["homes"]):
-                block = None if key is None else BlockKey(bytes.fromhex(key))
-                self._on_home(SessionKey(session), block, member.replica)
-        elif op == "pulled":
-            self._costs.observe(from_plain(int, message["n_bytes"]), from_plain(float, message["seconds"]))
-        elif op in ("delta", "snapshot"):
-            load = Load(from_plain(int, message["uncached_tokens"]))
-            number, keys = from_plain(int, message["number"]), _keys(payload)
-            event: Delta | Snapshot
-            if op == "delta":
-                n_stored = from_plain(int, message["n_stored"])
-                event = Delta(member.replica, member.epoch, number, keys[:n_stored], keys[n_stored:], load)
-            else:
-                event = Snapshot(member.replica, member.epoch, number, keys, load)
-            if self.router.observe(event) is not None:
-                link.ask_snapshot()
+        match news:
+            case messages.Statistics(found):
+                self.statistics[member.replica] = found
+                rate = found.store.prefill_tokens_per_second
+                self._costs.observe_prefill(rate)
+                self.router.join(member.replica, member.epoch, Capacity(max(1.0, rate)))
+            case messages.Homes(homes):
+                for session, key in homes:
+                    block = None if key is None else BlockKey(bytes.fromhex(key))
+                    self._on_home(SessionKey(session), block, member.replica)
+            case messages.Pulled(n_bytes, seconds):
+                self._costs.observe(n_bytes, seconds)
+            case messages.Delta(number, n_stored, uncached_tokens):
+                keys, load = _keys(payload), Load(uncached_tokens)
+                self._observe(link, Delta(member.replica, member.epoch, number, keys[:n_stored], keys[n_stored:], load))
+            case messages.Snapshot(number, uncached_tokens):
+                load = Load(uncached_tokens)
+                self._observe(link, Snapshot(member.replica, member.epoch, number, _keys(payload), load))
+
+    def _observe(self, link: Link, event: Delta | Snapshot) -> None:
+        if self.router.observe(event) is not None:
+            link.ask_snapshot()
 
 
 def _keys(payload: bytes) -> list[BlockKey]:

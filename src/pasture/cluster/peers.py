@@ -11,13 +11,13 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pasture.cluster.conversations import Conversation
-from pasture.cluster.frames import Message
-from pasture.cluster.link import Link, ReplicaLost, Source, open_link
+from pasture.cluster.link import Link, ReplicaLost, open_link
 from pasture.cluster.members import Member
+from pasture.cluster.messages import Source
 from pasture.cluster.ring import Ring
 from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core.errors import PastureError
@@ -75,7 +75,7 @@ class Peers:
             return None
         return Pulled(restored, len(exported), time.monotonic() - started) if restored else None
 
-    async def carry(self, conversations: Iterator[Conversation], members: list[Member]) -> Message:
+    async def carry(self, conversations: Iterator[Conversation], members: Sequence[Member]) -> dict[str, int]:
         """Give each conversation to one of `members`, the latest first; returns counts. Those who get it tell the routers."""
         ring, by_name = Ring(), {member.replica: member for member in members}
         ring.set_members(by_name)
@@ -93,7 +93,7 @@ class Peers:
                         break
 
         await asyncio.gather(*(worker() for _ in range(CARRIED_AT_ONCE)))
-        return dict(counts)
+        return counts
 
     async def _carry_one(self, conversation: Conversation, to: Member) -> tuple[int, int]:
         """(tokens, bytes) that it took in."""

@@ -19,9 +19,10 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from pasture.cluster.continuing import Continuing
-from pasture.cluster.link import Link, ReplicaLost, Source
+from pasture.cluster.link import Link, ReplicaLost
 from pasture.cluster.links import Links
 from pasture.cluster.members import Directory, vocabulary_mark
+from pasture.cluster.messages import Source
 from pasture.cluster.pulling import PullCosts
 from pasture.cluster.router import Router, RouterSettings, never_pull
 from pasture.cluster.sums import total

@@ -14,23 +14,22 @@ import asyncio
 import itertools
 import logging
 from array import array
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
+from pasture.cluster import messages
 from pasture.cluster.conversations import Conversations
-from pasture.cluster.frames import Message, Wire, accept
+from pasture.cluster.frames import Wire, accept
 from pasture.cluster.journal import Journal
-from pasture.cluster.link import Source, event_to_plain
 from pasture.cluster.members import Identity, Member
 from pasture.cluster.peers import Peers
-from pasture.cluster.plain import Plain, from_plain, to_plain
 from pasture.cluster.values import Load
 from pasture.core.errors import EngineError, PastureError
 from pasture.core.ports import Service
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
-from pasture.core.values import FinishReason, Namespace, Request, TokenEvent
+from pasture.core.values import FinishReason, Namespace, TokenEvent
 from pasture.tiers.trail import Trails
 
 log = logging.getLogger(__name__)
@@ -63,16 +62,16 @@ class ReplicaServer:
         fingerprint = bytes.fromhex(identity.fingerprint)
         self.conversations = Conversations(fingerprint)
         self.peers = Peers(service, key)
-        self.watchers: set[Wire] = set()
+        self.watchers: set[Wire[messages.ToReplica]] = set()
         self.uncached: dict[object, int] = {}
         """of what runs, the prompt tokens that are probably still to compute"""
-        self._homes: list[Plain] = []
+        self._homes: list[tuple[str, str | None]] = []
         """sessions that the ingresses have to hear of"""
         self._key = key
         self._trails = Trails(fingerprint)
         self._server: asyncio.Server | None = None
         self._reporting: asyncio.Task[None] | None = None
-        self._handed: asyncio.Task[Message] | None = None
+        self._handed: asyncio.Task[dict[str, int]] | None = None
 
     async def start(self, host: str, port: int = 0) -> int:
         """Listen; returns the port."""
@@ -101,15 +100,15 @@ class ReplicaServer:
         if session is not None:
             n_full = len(tokens) // BLOCK_TOKENS
             key = self._trails.of(namespace, tokens)[n_full - 1].key.hex() if n_full else None
-            self._homes.append([session, key])
+            self._homes.append((session, key))
 
-    async def hand_over(self, members: list[Member]) -> Message:
+    async def hand_over(self, members: Sequence[Member]) -> dict[str, int]:
         """Once, however often it is asked for."""
         if self._handed is None:
             self._handed = asyncio.create_task(self._hand_over(members))
         return await asyncio.shield(self._handed)
 
-    async def _hand_over(self, members: list[Member]) -> Message:
+    async def _hand_over(self, members: Sequence[Member]) -> dict[str, int]:
         await self.service.drain()
         return await self.peers.carry(self.conversations.latest_first(), members)
 
@@ -117,14 +116,7 @@ class ReplicaServer:
         wire = await accept(reader, writer, self._key)
         if wire is None:
             return
-        wire.send(
-            {
-                "op": "hello",
-                "replica": self.journal.replica,
-                "epoch": self.journal.epoch,
-                "identity": to_plain(self.identity),
-            }
-        )
+        wire.send(messages.Hello(self.journal.replica, self.journal.epoch, self.identity))
         await _Caller(self, wire).run()
 
     # News
@@ -148,32 +140,26 @@ class ReplicaServer:
 
     def _tell(self, *, with_statistics: bool) -> None:
         delta = self.journal.next_delta(self.load)
-        message: Message = {
-            "op": "delta",
-            "number": delta.number,
-            "n_stored": len(delta.stored),
-            "uncached_tokens": self.load.uncached_tokens,
-        }
+        frame = messages.Delta(delta.number, len(delta.stored), self.load.uncached_tokens)
         payload = b"".join((*delta.stored, *delta.removed))
         homes, self._homes = self._homes, []
         for wire in self.watchers:
             if wire.unsent_bytes <= MAX_UNSENT_BYTES:
-                wire.send(message, payload)
+                wire.send(frame, payload)
                 if homes:
-                    wire.send({"op": "homes", "homes": homes})
+                    wire.send(messages.Homes(homes))
         if with_statistics and self.watchers:
             self.tell_statistics(*self.watchers)
 
-    def tell_statistics(self, *wires: Wire) -> None:
+    def tell_statistics(self, *wires: Wire[messages.ToReplica]) -> None:
         found = self.service.statistics()
         found = replace(found, pool=replace(found.pool, prefixes=()))  # what people wrote stays on its machine
         for wire in wires:
-            wire.send({"op": "statistics", "statistics": to_plain(found)})
+            wire.send(messages.Statistics(found))
 
-    def tell_snapshot(self, wire: Wire) -> None:
+    def tell_snapshot(self, wire: Wire[messages.ToReplica]) -> None:
         snapshot = self.journal.snapshot(self.load)
-        message: Message = {"op": "snapshot", "number": snapshot.number, "uncached_tokens": self.load.uncached_tokens}
-        wire.send(message, b"".join(snapshot.blocks))
+        wire.send(messages.Snapshot(snapshot.number, self.load.uncached_tokens), b"".join(snapshot.blocks))
 
 
 class _Stream:
@@ -187,32 +173,22 @@ class _Stream:
 class _Caller:
     """One connection."""
 
-    def __init__(self, replica: ReplicaServer, wire: Wire) -> None:
+    def __init__(self, replica: ReplicaServer, wire: Wire[messages.ToReplica]) -> None:
         self._replica = replica
         self._wire = wire
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, _Stream] = {}
         self._pins: dict[int, Pin] = {}
-        self._outbox: list[Plain] = []
-        self._calls: dict[str, Callable[[Message, bytes], Coroutine[None, None, tuple[Plain, bytes]]]] = {
-            "locate": self._locate,
-            "export": self._export,
-            "restore": self._restore,
-            "pin": self._pin,
-            "prefetch": self._prefetch,
-            "verify": self._verify,
-            "hand_over": self._hand_over,
-        }
+        self._outbox: list[messages.Event] = []
 
     async def run(self) -> None:
         """Until the other end is gone; whatever it had under way ends then."""
         try:
             while True:
-                message, payload = await self._wire.receive()
-                self._take(message, payload)
+                self._take(*await self._wire.receive())
         except ConnectionError:
             pass
-        except (KeyError, ValueError, TypeError) as error:
+        except messages.BadFrame as error:
             log.warning("a frame that nobody understands; the connection is closed: %s", error)
         finally:
             self._replica.watchers.discard(self._wire)
@@ -222,35 +198,30 @@ class _Caller:
                 pin.release()
             self._wire.close()
 
-    def _take(self, message: Message, payload: bytes) -> None:
-        op, number = str(message["op"]), from_plain(int, message.get("id", 0))
-        if op == "generate":
-            request = replace(from_plain(Request, message["request"]), prompt=tuple(_tokens(payload)))
-            source = None if message["source"] is None else from_plain(Source, message["source"])
-            session = None if message["session"] is None else from_plain(str, message["session"])
-            uncached_tokens = from_plain(int, message["uncached_tokens"])
-            self._start(number, self._generate(number, request, session, uncached_tokens, source))
-        elif op == "cancel":
-            if number in self._tasks:
-                self._tasks[number].cancel()
-        elif op == "ack":
-            if stream := self._streams.get(number):
-                stream.unread -= from_plain(int, message["n"])
-                stream.read.set()
-        elif op == "watch":
-            self._replica.watchers.add(self._wire)
-            self._replica.tell_statistics(self._wire)
-            self._replica.tell_snapshot(self._wire)
-        elif op == "snapshot":
-            self._replica.tell_snapshot(self._wire)
-        elif op == "anticipate":
-            typing = message.get("typing") is True
-            self._replica.service.anticipate(_namespace(message), _tokens(payload), typing=typing)
-        elif op == "unpin":
-            if pin := self._pins.pop(from_plain(int, message["pin"]), None):
-                pin.release()
-        else:
-            self._start(number, self._answer(number, self._calls[op](message, payload)))
+    def _take(self, frame: messages.ToReplica, payload: bytes) -> None:
+        match frame:
+            case messages.Generate():
+                self._start(frame.id, self._generate(frame))
+            case messages.Cancel(number):
+                if number in self._tasks:
+                    self._tasks[number].cancel()
+            case messages.Acknowledge(number, n_events):
+                if stream := self._streams.get(number):
+                    stream.unread -= n_events
+                    stream.read.set()
+            case messages.Watch():
+                self._replica.watchers.add(self._wire)
+                self._replica.tell_statistics(self._wire)
+                self._replica.tell_snapshot(self._wire)
+            case messages.AskSnapshot():
+                self._replica.tell_snapshot(self._wire)
+            case messages.Anticipate(namespace, tokens, typing):
+                self._replica.service.anticipate(namespace, messages.unpack_tokens(tokens), typing=typing)
+            case messages.Unpin(number):
+                if pin := self._pins.pop(number, None):
+                    pin.release()
+            case _:
+                self._start(frame.id, self._answer(frame, payload))
 
     def _start(self, number: int, work: Coroutine[None, None, None]) -> None:
         task = self._tasks[number] = asyncio.create_task(work)
@@ -258,99 +229,81 @@ class _Caller:
 
     # Streams
 
-    async def _generate(
-        self, number: int, request: Request, session: str | None, uncached_tokens: int, source: Source | None
-    ) -> None:
-        replica, stream = self._replica, _Stream()
-        self._streams[number] = stream
-        replica.uncached[stream] = uncached_tokens
+    async def _generate(self, asked: messages.Generate) -> None:
+        replica, stream, request = self._replica, _Stream(), asked.request
+        self._streams[asked.id] = stream
+        replica.uncached[stream] = asked.uncached_tokens
         reply: list[int] = []
         try:
-            if source is not None and (pulled := await replica.peers.pull(request, source)):
-                self._wire.send({"op": "pulled", "n_bytes": pulled.n_bytes, "seconds": pulled.seconds})
+            if asked.source is not None and (pulled := await replica.peers.pull(request, asked.source)):
+                self._wire.send(messages.Pulled(pulled.n_bytes, pulled.seconds))
             async with aclosing(replica.service.generate(request)) as events:
                 async for event in events:
                     replica.uncached[stream] = 0
                     if event.token is not None:
                         reply.append(event.token)
                     if event.finish is not None and event.finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
-                        replica.at_home(request.namespace, array("i", [*request.prompt, *reply]), session)
-                    self._put(number, event)
+                        replica.at_home(request.namespace, array("i", [*request.prompt, *reply]), asked.session)
+                    self._put(asked.id, event)
                     stream.unread += 1
                     while stream.unread >= WINDOW_EVENTS:
                         stream.read.clear()
                         await stream.read.wait()
         except Exception as error:
-            self._fail(number, error)
+            self._fail(asked.id, error)
         finally:
-            del self._streams[number], replica.uncached[stream]
+            del self._streams[asked.id], replica.uncached[stream]
 
     def _put(self, number: int, event: TokenEvent) -> None:
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(event_to_plain(number, event))
+        self._outbox.append(messages.Event.of(number, event))
 
     def _flush(self) -> None:
         if self._outbox:
             events, self._outbox = self._outbox, []
-            self._wire.send({"op": "events", "events": events})
+            self._wire.send(messages.Events(events))
 
     def _fail(self, number: int, error: Exception) -> None:
         if not isinstance(error, PastureError):
             log.error("a request failed", exc_info=error)
             error = EngineError("the replica failed on this request")
         self._flush()
-        self._wire.send({"op": "error", "id": number, "error": to_plain(error)})
+        self._wire.send(messages.Failed(number, error))
 
     # Calls
 
-    async def _answer(self, number: int, call: Coroutine[None, None, tuple[Plain, bytes]]) -> None:
+    async def _answer(self, call: messages.Call, payload: bytes) -> None:
         try:
-            value, payload = await call
+            answer, behind = await self._called(call, payload)
         except Exception as error:
-            self._fail(number, error)
+            self._fail(call.id, error)
             return
-        self._wire.send({"op": "result", "id": number, "value": value}, payload)
+        self._wire.send(answer, behind)
         await self._wire.drained()
 
-    async def _locate(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        deep = message.get("deep") is True
-        return to_plain(await self._replica.service.locate(_namespace(message), _tokens(payload), deep=deep)), b""
+    async def _called(self, call: messages.Call, payload: bytes) -> tuple[messages.Answer, bytes]:
+        service = self._replica.service
+        match call:
+            case messages.Locate(number, namespace, tokens, deep):
+                return messages.Located(number, await service.locate(namespace, messages.unpack_tokens(tokens), deep=deep)), b""
+            case messages.Export(number, namespace, tokens):
+                return messages.Done(number), await service.export(namespace, messages.unpack_tokens(tokens))
+            case messages.Restore():
+                return messages.Counted(call.id, {"tokens": await self._restore(call, payload)}), b""
+            case messages.Pin(number, namespace, tokens):
+                self._pins[number] = await service.pin(namespace, messages.unpack_tokens(tokens))
+            case messages.Prefetch(_, namespace, tokens):
+                await service.prefetch(namespace, messages.unpack_tokens(tokens))
+            case messages.Verify():
+                await service.verify()
+            case messages.HandOver(number, members):
+                return messages.Counted(number, await self._replica.hand_over(members)), b""
+        return messages.Done(call.id), b""
 
-    async def _export(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        return None, await self._replica.service.export(_namespace(message), _tokens(payload))
-
-    async def _restore(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        n_bytes = from_plain(int, message["n"])
-        namespace, tokens = _namespace(message), _tokens(payload[:n_bytes])
-        exported, session = payload[n_bytes:], message.get("session")
-        restored = await self._replica.service.restore(namespace, tokens, exported) if exported else 0
-        if restored or session is not None:
-            self._replica.at_home(namespace, tokens, None if session is None else from_plain(str, session))
-        return restored, b""
-
-    async def _pin(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        number = from_plain(int, message["id"])
-        self._pins[number] = await self._replica.service.pin(_namespace(message), _tokens(payload))
-        return number, b""
-
-    async def _prefetch(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        await self._replica.service.prefetch(_namespace(message), _tokens(payload))
-        return None, b""
-
-    async def _verify(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        await self._replica.service.verify()
-        return None, b""
-
-    async def _hand_over(self, message: Message, payload: bytes) -> tuple[Plain, bytes]:
-        return await self._replica.hand_over(list(from_plain(tuple[Member, ...], message["members"]))), b""
-
-
-def _tokens(payload: bytes) -> array[int]:
-    tokens = array("i")
-    tokens.frombytes(payload)
-    return tokens
-
-
-def _namespace(message: Message) -> Namespace:
-    return Namespace(from_plain(str, message["namespace"]))
+    async def _restore(self, call: messages.Restore, exported: bytes) -> int:
+        tokens = messages.unpack_tokens(call.tokens)
+        restored = await self._replica.service.restore(call.namespace, tokens, exported) if exported else 0
+        if restored or call.session is not None:
+            self._replica.at_home(call.namespace, tokens, call.session)
+        return restored

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -50,7 +49,7 @@ class PrefixStatistics:
     """since anybody last used it; 0 while somebody runs on it"""
     hits: int
     """requests that found it in the live cache when they came"""
-    tokens: array[int] = field(repr=False)
+    tokens: Sequence[int] = field(repr=False)
     """a copy: what people wrote, so it goes nowhere but to an administrator"""
 
 
