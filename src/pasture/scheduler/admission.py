@@ -103,10 +103,14 @@ class Admission:
         return limit is None or needed + promised <= evictor.room_for(namespace)
 
     def n_waiting_of_one(self) -> int:
-        """How many wait for a first token where all are of one tenant; 0 of several: they do not wait for each other."""
+        """How many wait for a first token where one tenant alone has asked lately.
+
+        0 of several: they do not wait for each other, and who comes next, of another one, does not wait for a long step.
+        """
         running = self.running.values()
         tenants = {task.request.tenant for task in running} | {name for name, _ in self.waiting.weights()}
-        return len(self.waiting) + sum(not task.n_generated for task in running) if len(tenants) == 1 else 0
+        alone = len(tenants | self.usage.lately()) == 1
+        return len(self.waiting) + sum(not task.n_generated for task in running) if alone else 0
 
     def _eligible(self) -> list[Task]:
         now = self._clock()

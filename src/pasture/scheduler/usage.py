@@ -27,6 +27,8 @@ LITTLE = 0.2
 ROWS_ASIDE = 16
 """who stands aside has one of so many of its streams in each step, in turn"""
 FORGET = 1e-6
+LATELY_SECONDS = 0.01
+"""of use, as they count now: a request's second is less after five minutes"""
 
 
 class Usage:
@@ -51,6 +53,10 @@ class Usage:
         """Its tenant's use by weight, as a share of the engine's time."""
         remembered = MEMORY_SECONDS * (1 - math.exp(-max(LEAST_SECONDS, self._now - self._since) / MEMORY_SECONDS))
         return self._used.get(task.request.tenant, 0.0) / remembered / task.request.allowance.weight
+
+    def lately(self) -> set[str]:
+        """The tenants that have used the engine lately."""
+        return {tenant for tenant, used in self._used.items() if used > LATELY_SECONDS}
 
     def stands_aside(self, task: Task, others: list[Task]) -> bool:
         """Whether a task had better wait while others, whose tenants have used much less, are computed."""

@@ -120,6 +120,16 @@ def test_without_an_account_of_what_was_used_they_would_notice(monkeypatch: pyte
     assert greedy.p95 > 2 * usual.p95
 
 
+@pytest.mark.timeout(120)
+def test_who_seldom_asks_does_not_come_into_a_long_step_of_who_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.scheduler.test_neighbours.LOAD", 0.15)
+    remembered = serve(150.0)
+    monkeypatch.setattr("pasture.scheduler.usage.Usage.lately", lambda self: set())
+    forgotten = serve(150.0)
+    assert remembered.p95 < 0.9 * forgotten.p95
+    assert remembered.served > 0.9 * forgotten.served
+
+
 async def test_a_line_that_one_tenant_has_filled_has_a_place_for_another() -> None:
     engine = FakeEngine(PoolShape(2000, 4))
     service = LocalService(engine, still_store_for(engine, 1 << 20), SchedulerSettings(max_waiting=4))
