@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import secrets
 import struct
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from typing import Generic, TypeVar
 
 from pasture.cluster.messages import BadFrame, Frame, FromReplica, ToReplica, encode, from_replica, to_replica
 
+log = logging.getLogger(__name__)
+
 _HEAD = struct.Struct("<IQ")
 _CHALLENGE_BYTES = 32
 _PROOF_BYTES = 32
-_GREETING = b"pasture cluster 2\n"
+GREETING = b"pasture cluster 2\n"
 MAX_FRAME_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 36
 GREETING_SECONDS = 5.0
@@ -60,7 +63,10 @@ class Wire(Generic[Received]):
                 raise ConnectionError(f"a frame of {n_bytes} and {n_payload} bytes")
             frame = self._decode(await self._reader.readexactly(n_bytes))
             payload = await self._reader.readexactly(n_payload) if n_payload else b""
-        except (asyncio.IncompleteReadError, BadFrame, OSError) as error:
+        except BadFrame as error:
+            log.warning("a frame that nobody understands; the connection is closed: %s", error)
+            raise ConnectionError(str(error)) from error
+        except (asyncio.IncompleteReadError, OSError) as error:
             raise ConnectionError(str(error)) from error
         return frame, payload
 
@@ -105,8 +111,8 @@ async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key
 
 async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes, *, mine: bytes, theirs: bytes) -> None:
     challenge = secrets.token_bytes(_CHALLENGE_BYTES)
-    writer.write(_GREETING + challenge)
-    if await reader.readexactly(len(_GREETING)) != _GREETING:
+    writer.write(GREETING + challenge)
+    if await reader.readexactly(len(GREETING)) != GREETING:
         raise NotOfThisCluster("the other end is no pasture of this version")
     other = await reader.readexactly(_CHALLENGE_BYTES)
     writer.write(_proof(key, mine, other, challenge))

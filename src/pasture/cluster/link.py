@@ -135,9 +135,9 @@ class Link:
     def _begin(self, frame: messages.Generate | messages.Call, payload: bytes = b"") -> _Waiting:
         if self.closed.is_set():
             raise ReplicaLost(self.member.replica)
+        self._wire.send(frame, payload)
         answers: _Waiting = asyncio.Queue()
         self._waiting[frame.id] = answers
-        self._wire.send(frame, payload)
         return answers
 
     def _failure(self, answer: TokenEvent | tuple[messages.Answer, bytes] | None) -> Exception:

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from pasture.cluster import frames, messages
 from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.values import ReplicaId
 from pasture.core.errors import NoReplica, PromptTooLong, RequestError
@@ -26,7 +27,7 @@ from pasture.core.values import (
 )
 from pasture.engine.fake import END_TOKEN, FakeEngine, expected_reply
 from pasture.engine.paced import Pace, PacedEngine
-from tests.cluster_support import GREEDY, Fleet, collect, fleet, request, until, usual
+from tests.cluster_support import GREEDY, KEY, Fleet, collect, fleet, request, until, usual
 
 PROMPT = tuple(i % 250 for i in range(200))
 SLOW = Pace(0.005, 0.0)
@@ -218,11 +219,12 @@ async def test_statistics_are_those_of_all() -> None:
         assert len(ids) == len(set(ids))
 
 
-async def test_strangers_are_not_heard() -> None:
+@pytest.mark.parametrize("greeting", [frames.GREETING, b"pasture cluster 0\n"], ids=["no key", "another version"])
+async def test_strangers_are_not_heard(greeting: bytes) -> None:
     async with fleet() as made:
         port = made.replicas["r0"].member.port
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"pasture cluster 1\n" + bytes(64))
+        writer.write(greeting + bytes(64))
         heard = b""
         with contextlib.suppress(ConnectionError):
             while part := await reader.read(1 << 16):
@@ -231,6 +233,23 @@ async def test_strangers_are_not_heard() -> None:
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", messages.encode(messages.Done(1))], ids=["nothing", "noise", "an answer"])
+async def test_a_frame_that_nobody_understands_ends_its_connection_and_no_other(
+    body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with fleet() as made:
+        member = made.replicas["r0"].member
+        wire = await frames.connect(member.host, member.port, KEY)
+        wire._writer.write(len(body).to_bytes(4, "little") + bytes(8) + body)
+        assert isinstance((await wire.receive())[0], messages.Hello)
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(wire.receive(), 10)
+        wire.close()
+        assert "a frame that nobody understands" in caplog.text
+        await collect(made.service, request("a", PROMPT, 4))
+        assert len(made.service.links.open) == 2
 
 
 async def test_locate_pin_and_release() -> None:
