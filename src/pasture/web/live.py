@@ -13,10 +13,10 @@ from collections.abc import AsyncGenerator, Callable
 import orjson
 
 from pasture.core.ports import Clock
-from pasture.core.statistics import SchedulerStatistics, ServiceStatistics
+from pasture.core.statistics import PoolStatistics, SchedulerStatistics, ServiceStatistics
 from pasture.web.happenings import Happening, between
 from pasture.web.latency import Recent
-from pasture.web.snapshot import Latencies, Rates, draw
+from pasture.web.snapshot import Latencies, Rates, draw, rows
 
 TICK_SECONDS = 0.5
 MAX_HAPPENINGS = 40
@@ -48,6 +48,9 @@ class Live:
         self._happenings: deque[tuple[int, float, Happening]] = deque(maxlen=MAX_HAPPENINGS)
         self._n_happened = 0
         self._json = b""
+        self._pool: PoolStatistics | None = None
+        self._rows: dict[str, orjson.Fragment] = {}
+        """of `_pool`, which stays the same while nothing runs"""
         self._more: dict[str, Callable[[], object]] = {}
 
     def add(self, name: str, value: Callable[[], object]) -> None:
@@ -79,7 +82,11 @@ class Live:
             self._note(self._seen, statistics)
         self._seen, self._seen_at = statistics, now
         latencies = Latencies(self._first_token.percentiles(), self._inter_token.percentiles())
+        if statistics.pool is not self._pool:
+            self._pool = statistics.pool
+            self._rows = {name: orjson.Fragment(orjson.dumps(value)) for name, value in rows(statistics.pool).items()}
         picture = draw(statistics, latencies, self._rates(now, statistics.scheduler))
+        picture |= self._rows
         picture["model"] = self._model_name()
         picture["happenings"] = [
             [number, round(now - moment, 1), happening.kind, happening.amount, happening.unit, happening.text]

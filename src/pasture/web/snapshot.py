@@ -47,7 +47,7 @@ class Rates:
 
 
 def draw(statistics: ServiceStatistics, latencies: Latencies, rates: Rates) -> Json:
-    """All of it. The caller adds what happened."""
+    """All but the pool's `rows`. The caller adds them, and what happened."""
     return {
         "uptime_seconds": round(statistics.uptime_seconds, 1),
         "draining": statistics.draining,
@@ -61,7 +61,22 @@ def draw(statistics: ServiceStatistics, latencies: Latencies, rates: Rates) -> J
         "pool": _pool(statistics),
         "tiers": [_tier(tier) for tier in statistics.store.tiers],
         "gate": _gate(statistics.store),
-        **_rows(statistics.pool),
+    }
+
+
+def rows(pool: PoolStatistics) -> Json:
+    """Namespaces, sequences and prefixes, the largest of many."""
+    numbers: dict[Namespace, int] = {}
+    for namespace in (*(row.namespace for row in pool.namespaces), *(prefix.namespace for prefix in pool.prefixes)):
+        numbers.setdefault(namespace, len(numbers) + 1)
+    busiest = sorted(pool.namespaces, key=lambda row: -(row.hit_tokens + row.missed_tokens))[:MAX_NAMESPACES]
+    largest = pool.sequences
+    if len(largest) > MAX_SEQUENCES:
+        largest = tuple(sorted(largest, key=lambda sequence: -sequence.n_tokens)[:MAX_SEQUENCES])
+    return {
+        "namespaces": [_namespace(row, numbers[row.namespace]) for row in busiest],
+        "sequences": [_sequence(sequence) for sequence in largest],
+        "prefixes": [_prefix(prefix, numbers[prefix.namespace]) for prefix in pool.prefixes],
     }
 
 
@@ -135,21 +150,6 @@ def _tier(tier: TierStatistics) -> Json:
 
 def _gate(store: StoreStatistics) -> Json:
     return {"restore_bytes_per_second": store.restore_bytes_per_second, "refusals": dict(store.gate_refusals)}
-
-
-def _rows(pool: PoolStatistics) -> Json:
-    numbers: dict[Namespace, int] = {}
-    for namespace in (*(row.namespace for row in pool.namespaces), *(prefix.namespace for prefix in pool.prefixes)):
-        numbers.setdefault(namespace, len(numbers) + 1)
-    busiest = sorted(pool.namespaces, key=lambda row: -(row.hit_tokens + row.missed_tokens))[:MAX_NAMESPACES]
-    largest = pool.sequences
-    if len(largest) > MAX_SEQUENCES:
-        largest = tuple(sorted(largest, key=lambda sequence: -sequence.n_tokens)[:MAX_SEQUENCES])
-    return {
-        "namespaces": [_namespace(row, numbers[row.namespace]) for row in busiest],
-        "sequences": [_sequence(sequence) for sequence in largest],
-        "prefixes": [_prefix(prefix, numbers[prefix.namespace]) for prefix in pool.prefixes],
-    }
 
 
 def _namespace(row: NamespaceStatistics, number: int) -> list[int]:

@@ -129,6 +129,30 @@ def test_percentiles_are_of_the_last_minute() -> None:
     assert found["inter_token"] is None
 
 
+def test_of_many_times_the_last_count() -> None:
+    growing, clock = Growing(), Hands()
+    live, _, between = live_of(growing, clock)
+    for number in range(10_000):
+        between.add(float(number))
+    found = picture(live)["latency"]["inter_token"]
+    assert found["count"] == 4096
+    assert found["p50"] == 10_000 - 2048
+
+
+def test_the_pool_is_drawn_anew_when_it_has_changed() -> None:
+    growing, clock = Growing(), Hands()
+    live, _, _ = live_of(growing, clock)
+    before = picture(live)["sequences"]
+    clock.now += 1
+    assert picture(live)["sequences"] == before
+    (one, *others) = growing.value.pool.sequences
+    changed = (dataclasses.replace(one, n_tokens=one.n_tokens + 1), *others)
+    growing.value = dataclasses.replace(growing.value, pool=dataclasses.replace(growing.value.pool, sequences=changed))
+    clock.now += 1
+    after = picture(live)["sequences"]
+    assert [row[2] for row in after] == [before[0][2] + 1, *(row[2] for row in before[1:])]
+
+
 def test_a_thousand_sequences_are_cut_to_the_longest() -> None:
     growing, clock = Growing(), Hands()
     (one, *_) = growing.value.pool.sequences
