@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pasture.bench.measure import Figures
-from pasture.bench.results import Report, Run
+from pasture.bench.results import Report, Run, Summary
 
 Number = int | float | None
 
@@ -69,13 +69,20 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_figures_table(report))
     left_out = [summary for summary in report.summaries if summary not in report.best]
     for summary in left_out:
-        console.print(f"not shown, slower: {summary.label}, wall {seconds(summary.median.wall_seconds)}", highlight=False)
+        console.print(f"not shown, {_why_left_out(summary)}", highlight=False)
     for run in report.runs:
         print_errors(run, console)
     if report.users_within_slo:
         console.print(_users_table(report))
     if report.memory:
         console.print(_memory_table(report))
+
+
+def _why_left_out(summary: Summary) -> str:
+    """Errors count before time: who refuses half of the requests is soon done."""
+    if summary.median.errors:
+        return f"failed {_whole(summary.median.errors)} of its requests: {summary.label}"
+    return f"slower: {summary.label}, wall {seconds(summary.median.wall_seconds)}"
 
 
 def print_errors(run: Run, console: Console) -> None:

@@ -85,6 +85,12 @@ def test_the_table_shows_ratios_and_names_what_it_leaves_out() -> None:
     assert "not shown, slower: llama-server (unified), wall 50.0 s" in text
 
 
+def test_who_failed_is_not_called_slower() -> None:
+    text = printed(report(OURS, UNIFIED, run("llama-server", "llama-server (broken)", 1.0, error="no")))
+    assert "not shown, failed 1 of its requests: llama-server (broken)" in text
+    assert "slower" not in text
+
+
 def test_errors_users_and_memory_are_told() -> None:
     text = printed(report(OURS, run("isolated", "isolated", 20.0, error="HTTP 400: too long"), with_extras=True))
     assert "HTTP 400: too long" in text
