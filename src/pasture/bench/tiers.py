@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,8 +115,7 @@ def ratios(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """One row a workload."""
-    runs = max((sum((o.workload, o.side) == (n, WITH) for o in outcomes) for n in {o.workload for o in outcomes}), default=0)
-    made = Table(title="wall with and without tiers" + (f", medians of {runs} alternated runs" if runs > 1 else ""))
+    made = Table(title="wall with and without tiers, medians of alternated runs")
     for heading in ("workload", "without", "with", "ratio", "computed without", "computed with", "refused", "errors"):
         made.add_column(heading, justify="left" if heading == "workload" else "right")
     for name, ratio in ratios(outcomes).items():
@@ -131,6 +131,8 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             f"{max(o.refusals for o in ours):,}",
             str(sum(o.errors for o in ours)),
         )
+    pairs = Counter(outcome.workload for outcome in outcomes if outcome.side == WITH)
+    made.caption = "pairs of runs: " + "; ".join(f"{name} {n}" for name, n in pairs.items())
     return made
 
 

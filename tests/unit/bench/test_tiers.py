@@ -40,7 +40,8 @@ def test_whoever_went_first_goes_second_next() -> None:
 
 def test_the_table_has_a_row_a_workload() -> None:
     text = shown(RUNS)
-    assert "medians of 3 alternated runs" in text
+    assert "medians of alternated runs" in text
+    assert "team 3" in text
     assert "1.00x" in text
     assert "1.50x" in text
     assert " 7 " in text
