@@ -12,7 +12,7 @@ they lie in memory. Errors of pasture's own arrive as what they were. Values and
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ from pasture.core import errors
 from pasture.core.errors import PastureError, QueueFull, RequestError
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.values import Finish, Namespace, Request, TokenEvent, TokenLogprobs, Usage, Whereabouts
+
+_Frame = TypeVar("_Frame")
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
@@ -80,46 +82,36 @@ class Unpin(Frame, frozen=True, tag=True):
     """the id of the call that pinned"""
 
 
-class Locate(Frame, frozen=True, tag=True):
-    """Answered by `Located`."""
+class OfTokens(Frame, frozen=True):
+    """A call about the KV of these tokens."""
 
     id: int
     namespace: Namespace
     tokens: bytes
+
+
+class Locate(OfTokens, frozen=True, tag=True):
+    """Answered by `Located`."""
+
     deep: bool
 
 
-class Export(Frame, frozen=True, tag=True):
+class Export(OfTokens, frozen=True, tag=True):
     """Answered by `Done`, and the export behind it."""
 
-    id: int
-    namespace: Namespace
-    tokens: bytes
 
-
-class Restore(Frame, frozen=True, tag=True):
+class Restore(OfTokens, frozen=True, tag=True):
     """An export is behind it, or nothing. Answered by `Counted`: the tokens that were taken in."""
 
-    id: int
-    namespace: Namespace
-    tokens: bytes
     session: str | None
 
 
-class Pin(Frame, frozen=True, tag=True):
+class Pin(OfTokens, frozen=True, tag=True):
     """Answered by `Done`; kept until `Unpin`, or until the connection ends."""
 
-    id: int
-    namespace: Namespace
-    tokens: bytes
 
-
-class Prefetch(Frame, frozen=True, tag=True):
+class Prefetch(OfTokens, frozen=True, tag=True):
     """Answered by `Done`."""
-
-    id: int
-    namespace: Namespace
-    tokens: bytes
 
 
 class Verify(Frame, frozen=True, tag=True):
@@ -239,16 +231,17 @@ def encode(frame: Frame) -> bytes:
 
 def to_replica(data: bytes) -> ToReplica:
     """Raises BadFrame."""
-    try:
-        return _to_replica.decode(data)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise BadFrame(str(error)) from error
+    return _decoded(_to_replica, data)
 
 
 def from_replica(data: bytes) -> FromReplica:
     """Raises BadFrame."""
+    return _decoded(_from_replica, data)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_Frame], data: bytes) -> _Frame:
     try:
-        return _from_replica.decode(data)
+        return decoder.decode(data)
     except (msgspec.DecodeError, ValueError) as error:
         raise BadFrame(str(error)) from error
 

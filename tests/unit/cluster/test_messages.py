@@ -167,6 +167,6 @@ def test_an_error_that_is_none_of_ours(error: object) -> None:
         messages.from_replica(msgspec.msgpack.encode(["Failed", 1, error]))
 
 
-def test_what_people_wrote_does_not_travel() -> None:
+def test_what_has_no_business_in_a_frame() -> None:
     with pytest.raises((TypeError, NotImplementedError)):
         messages.encode(messages.Failed(1, array("i", [1])))  # type: ignore[arg-type]
