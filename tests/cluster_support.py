@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.serving import ReplicaServer
 from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core.ports import Service
-from pasture.core.values import Finish, PoolShape, Request, RequestId, SamplingParams, TokenEvent
+from pasture.core.values import Finish, PoolShape, Request, RequestId, SamplingParams, StepPlan, StepResult, TokenEvent
 from pasture.engine.fake import FakeEngine
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
@@ -46,6 +47,25 @@ class MemoryDirectory:
 
     async def members(self) -> Sequence[Member]:
         return self._register.members()
+
+
+class TiringEngine(FakeEngine):
+    """Dawdles after so many steps, so that a reply is under way for as long as a test needs, however slow the machine.
+
+    Whoever waits for the end of a step, to close the service, waits a fifth of a second at most.
+    """
+
+    def __init__(self, n_quick_steps: int) -> None:
+        super().__init__(PoolShape(8192, 64))
+        self._n_quick_steps = n_quick_steps
+        self.rested = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.works:
+            self._n_quick_steps -= 1
+            if self._n_quick_steps < 0 and not self.rested:
+                time.sleep(0.2)
+        return super().execute(plan)
 
 
 class Replica:
@@ -101,6 +121,12 @@ class Fleet:
     async def settled(self, n_replicas: int) -> None:
         """Wait until so many replicas take requests."""
         await until(lambda: len(self.service.router.replicas()) == n_replicas)
+
+    def rest(self) -> None:
+        """From now on no engine dawdles."""
+        for replica in self.replicas.values():
+            if isinstance(replica.engine, TiringEngine):
+                replica.engine.rested = True
 
     async def restart(self, name: str, engine: FakeEngine) -> None:
         """The replica again, empty, as another start."""

@@ -20,26 +20,19 @@ from pasture.core.values import (
     Constraint,
     ConstraintKind,
     FinishReason,
-    PoolShape,
     Request,
     RequestId,
     SamplingParams,
 )
-from pasture.engine.fake import END_TOKEN, FakeEngine, expected_reply
-from pasture.engine.paced import Pace, PacedEngine
-from tests.cluster_support import GREEDY, KEY, Fleet, collect, fleet, request, until, usual
+from pasture.engine.fake import END_TOKEN, expected_reply
+from tests.cluster_support import GREEDY, KEY, Fleet, TiringEngine, collect, fleet, request, until, usual
 
 PROMPT = tuple(i % 250 for i in range(200))
-SLOW = Pace(0.005, 0.0)
 SEEDED = SamplingParams(seed=5)
 
 
-def slow() -> FakeEngine:
-    return PacedEngine(PoolShape(8192, 64), SLOW)
-
-
-async def serving(made: Fleet, name: str) -> str:
-    """Which replica the request runs on."""
+async def serving(made: Fleet) -> str:
+    """Which replica the one request runs on."""
 
     def busy() -> list[str]:
         return [name for name, replica in made.replicas.items() if replica.service.statistics().scheduler.decoding]
@@ -57,7 +50,7 @@ async def test_a_reply_is_what_one_machine_would_have_answered() -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 async def test_a_stream_goes_on_when_its_replica_dies(params: SamplingParams) -> None:
-    async with fleet(slow(), slow(), slow()) as made:
+    async with fleet(TiringEngine(45), TiringEngine(45), TiringEngine(45)) as made:
         tokens: list[int] = []
         died: list[str] = []
         usages = []
@@ -68,8 +61,10 @@ async def test_a_stream_goes_on_when_its_replica_dies(params: SamplingParams) ->
                 if event.usage is not None:
                     usages.append(event.usage)
                 if len(tokens) in (30, 70) and len(died) < 2:
-                    died.append(await serving(made, "a"))
+                    died.append(await serving(made))
                     await made.replicas[died[-1]].die()
+                    if len(died) == 2:
+                        made.rest()
         assert len(set(died)) == 2
         assert tokens == expected_reply(PROMPT, 120, params)
         assert event.finish is not None
@@ -84,7 +79,7 @@ async def test_a_stream_goes_on_when_its_replica_dies(params: SamplingParams) ->
 async def test_a_bound_reply_goes_on_in_its_form_when_its_replica_dies() -> None:
     form = Constraint(ConstraintKind.REGEX, "([a-z]{5} ){12}", "guided_regex")
     params, ends = SamplingParams(seed=5, constraint=form), frozenset({END_TOKEN})
-    async with fleet(slow(), slow()) as made:
+    async with fleet(TiringEngine(40), TiringEngine(40)) as made:
         tokens: list[int] = []
         asked = replace(request("a", PROMPT, 120, params), stop_tokens=ends)
         async with aclosing(made.service.generate(asked)) as events:
@@ -92,8 +87,9 @@ async def test_a_bound_reply_goes_on_in_its_form_when_its_replica_dies() -> None
                 if event.token is not None:
                     tokens.append(event.token)
                 if len(tokens) == 20 and len(made.service.router.replicas()) == 2:
-                    await made.replicas[await serving(made, "a")].die()
+                    await made.replicas[await serving(made)].die()
                     await made.settled(1)
+                    made.rest()
         assert event.finish is not None
         assert event.finish.reason is FinishReason.STOP
         assert tokens == expected_reply(PROMPT, 120, params, ends)
@@ -104,12 +100,14 @@ async def test_a_bound_reply_goes_on_in_its_form_when_its_replica_dies() -> None
 
 
 async def test_a_replica_that_is_only_closed_loses_nobody_either() -> None:
-    async with fleet(slow(), slow()) as made:
+    async with fleet(TiringEngine(20), TiringEngine(20)) as made:
         asking = asyncio.create_task(collect(made.service, request("a", PROMPT, 60)))
-        name = await serving(made, "a")
+        name = await serving(made)
         await asyncio.to_thread(made.replicas[name].service.close)
+        made.rest()
         tokens, _ = await asking
         assert tokens == expected_reply(PROMPT, 60, GREEDY)
+        assert made.service.survived == 1
 
 
 async def test_without_any_replica_the_answer_is_503_and_says_so() -> None:
@@ -122,14 +120,15 @@ async def test_without_any_replica_the_answer_is_503_and_says_so() -> None:
 
 
 async def test_a_request_waits_for_a_replica_that_comes_back() -> None:
-    async with fleet(slow()) as made:
+    async with fleet(TiringEngine(20)) as made:
         asking = asyncio.create_task(collect(made.service, request("a", PROMPT, 60)))
-        await serving(made, "a")
+        await serving(made)
         await made.replicas["r0"].die()
         await made.settled(0)
-        await made.restart("r0", slow())
+        await made.restart("r0", usual())
         tokens, _ = await asking
         assert tokens == expected_reply(PROMPT, 60, GREEDY)
+        assert made.service.survived == 1
 
 
 async def test_nothing_is_credited_to_the_dead() -> None:
@@ -155,7 +154,7 @@ async def test_the_requests_own_faults_are_the_clients() -> None:
 
 
 async def test_what_its_client_leaves_is_ended_on_the_replica() -> None:
-    async with fleet(slow()) as made:
+    async with fleet(TiringEngine(20)) as made:
         async with aclosing(made.service.generate(request("a", PROMPT, 5000))) as events:
             async for event in events:
                 if event.token is not None:
