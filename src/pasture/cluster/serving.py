@@ -1,6 +1,7 @@
 """The far end of a link: a replica's service over TCP, for the ingresses and for its peers.
 
-    generate        a task a stream; what all streams of a connection got in one turn of the loop leaves as one frame
+    generate        a task a stream; what all streams of a connection got in one turn of the loop leaves as one frame, and a
+                    stream's first event and its last at once
     watch           from then on the connection hears of blocks and load (ten times a second) and of statistics (twice)
     hand_over       nothing new is taken, what runs may finish, every conversation is carried to those who stay
 
@@ -240,11 +241,13 @@ class _Caller:
             async with aclosing(replica.service.generate(request)) as events:
                 async for event in events:
                     replica.uncached[stream] = 0
+                    self._put(asked.id, event)
+                    if event.finish is not None or not reply:
+                        self._flush()  # somebody waits for it
                     if event.token is not None:
                         reply.append(event.token)
                     if event.finish is not None and event.finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
                         replica.at_home(request.namespace, array("i", [*request.prompt, *reply]), asked.session)
-                    self._put(asked.id, event)
                     stream.unread += 1
                     while stream.unread >= WINDOW_EVENTS:
                         stream.read.clear()
