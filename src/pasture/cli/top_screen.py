@@ -35,15 +35,21 @@ class SheetTable(DataTable[Text]):
     def fill(self, snapshot: Json) -> None:
         """New numbers in the rows that are there, so that who scrolled stays where they were."""
         rows = sorted(self._sheet.rows(snapshot), key=lambda row: row[self._column].order, reverse=self._descending)
+        for index in range(len(rows), self.row_count):
+            self.remove_row(str(index))
+        changed: dict[int, list[tuple[int, Text]]] = {}
         for index, row in enumerate(rows):
             cells = [Text(cell.text, justify="left" if isinstance(cell.order, str) else "right") for cell in row]
             if index >= self.row_count:
                 self.add_row(*cells, key=str(index))
                 continue
-            for column, cell in enumerate(cells):
-                self.update_cell(str(index), str(column), cell, update_width=True)
-        for index in range(len(rows), self.row_count):
-            self.remove_row(str(index))
+            for column, (old, new) in enumerate(zip(self.get_row(str(index)), cells, strict=True)):
+                if old.plain != new.plain:
+                    changed.setdefault(column, []).append((index, new))
+        for column, updates in changed.items():
+            widest = max(updates, key=lambda update: update[1].cell_len)  # for others the whole column would be measured again
+            for update in updates:
+                self.update_cell(str(update[0]), str(column), update[1], update_width=update is widest)
 
     def sort_by(self, column: int) -> None:
         """By this column, largest first; the other way round when it is that already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from textual.widgets import DataTable, Static, TabbedContent
 
 from pasture.cli.top_screen import Screen, SheetTable
@@ -32,7 +33,7 @@ class Server:
 
 
 def screen(server: Server) -> Screen:
-    return Screen(server.now, server.look, URL, interval_seconds=0.02)
+    return Screen(server.now, server.look, URL, interval_seconds=0.3)
 
 
 def column(table: DataTable[Any], index: int) -> list[str]:
@@ -68,6 +69,31 @@ async def test_who_scrolled_stays_where_they_were() -> None:
         while server.asked < asked + 2:
             await pilot.pause(0.02)
         assert (app._table().cursor_row, app._table().scroll_offset.y) == (30, top)
+
+
+async def test_columns_are_as_wide_as_what_they_show_and_measured_once_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    app = screen(server)
+    measured = 0
+    whole = SheetTable.get_column
+
+    def get_column(table: SheetTable, key: Any) -> Any:
+        nonlocal measured
+        measured += 1
+        return whole(table, key)
+
+    async with app.run_test(size=SIZE) as pilot:
+        for factor in (10**6, 1):
+            asked, measured = server.asked, 0
+            monkeypatch.setattr(SheetTable, "get_column", get_column)
+            server.now = server.now | {"sequences": [[n, "idle", factor * (n + 1), n, 1.5 * factor, None] for n in range(60)]}
+            while server.asked < asked + 2:
+                await pilot.pause(0.02)
+            table = app._table()
+            assert measured <= len(table.ordered_columns), "textual walks over the whole column each time"
+            monkeypatch.undo()
+            for index, shown in enumerate(table.ordered_columns):
+                assert shown.content_width == max(len(str(shown.label)), *map(len, column(table, index)))
 
 
 async def test_every_table_of_a_cluster_shows() -> None:
