@@ -1,4 +1,4 @@
-// The dashboard: one snapshot after the other, drawn whole. lit-html touches only what differs.
+// The dashboard: one snapshot after the other, drawn whole, a piece a frame. lit-html touches only what differs.
 
 import { html, nothing, render, svg } from "./lit-html.js";
 import { PoolPicture, colourOf, holdersOf, ownerOf, treeOf } from "./pool.js";
@@ -17,9 +17,36 @@ const view = { state: "starting", snapshot: null, tree: null, selected: null, te
 const history = { generated: [], first: [], inter: [] };
 let picture = null;
 let spokenAt = 0;
+let pieces = [];
+let frame = 0;
 
+/** The page now, because somebody did something; the rest of it in the next frames. */
 function draw() {
+  drawPage();
+  drawByFrames(drawList, drawPicture);
+}
+
+/** One of these a frame, so that none is long; what was left to draw of an older snapshot is not drawn any more. */
+function drawByFrames(...drawings) {
+  pieces = drawings;
+  frame ||= requestAnimationFrame(drawNext);
+}
+
+function drawNext() {
+  pieces.shift()();
+  frame = pieces.length ? requestAnimationFrame(drawNext) : 0;
+}
+
+function drawPage() {
   render(template(), page);
+}
+
+function drawList() {
+  const list = page.querySelector(".sequences > div");
+  if (list) render(view.listed ? sequenceTable(view.snapshot.sequences) : nothing, list);
+}
+
+function drawPicture() {
   const canvas = page.querySelector("canvas");
   if (!canvas || !view.snapshot) return;
   picture ??= new PoolPicture(canvas);
@@ -33,7 +60,8 @@ function onSnapshot(snapshot) {
   push(history.generated, snapshot.rates.generated);
   push(history.first, snapshot.latency.first_token?.p50 ?? null);
   push(history.inter, snapshot.latency.inter_token?.p50 ?? null);
-  draw();
+  if (picture) drawByFrames(drawPicture, drawPage, drawList);
+  else draw();
   if (Date.now() - spokenAt > SPEAK_EVERY) {
     spokenAt = Date.now();
     speak(summary(snapshot));
@@ -288,7 +316,7 @@ const namespaces = ({ namespaces: rows, pool: p }) => rows.length < 2 ? nothing 
 
 const sequences = ({ sequences: rows }) => html`
   <details class="sequences" @toggle=${(event) => { view.listed = event.target.open; draw(); }}><summary>${plural(rows.length, "sequence")} in the live cache</summary>
-    ${view.listed ? sequenceTable(rows) : nothing}
+    <div></div>
   </details>`;
 
 const sequenceTable = (rows) => html`<div class="scroll" tabindex="0" role="region" aria-label="Sequences"><table>
