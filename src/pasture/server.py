@@ -103,7 +103,7 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
         closing(start_service(settings)) as service,
     ):
         api = replace(api, tracing=tracing)
-        _settle()
+        settle()
         state.keep_sweeping(min(SWEEP_SECONDS, settings.session_idle / SWEEPS))
         run(
             create_app(service, replace(api, admin_port=None if admin is None else admin.getsockname()[1]), state=state),
@@ -115,7 +115,7 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
         )
 
 
-def _settle() -> None:
+def settle() -> None:
     """What was loaded until now stays until the end: nothing looks through it again, least of all while the process ends."""
     gc.collect()
     gc.freeze()

@@ -45,14 +45,22 @@ class Link:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
         self.closed = asyncio.Event()
-        self._reading = asyncio.create_task(self._read())
+        self._loop = asyncio.get_running_loop()
+        self._silence: asyncio.TimerHandle | None = None
         if on_news is not None:
             wire.send(messages.Watch())
+            self._listen_for_silence()
+        wire.listen(self._take, self.close)
 
     def close(self) -> None:
         """Everything under way here is lost."""
-        self._reading.cancel()
-        self._end()
+        if not self.closed.is_set():
+            self.closed.set()
+            self._wire.close()
+            if self._silence is not None:
+                self._silence.cancel()
+            for answers in self._waiting.values():
+                answers.put_nowait(None)
 
     async def generate(
         self, request: Request, session: str | None, uncached_tokens: int, source: messages.Source | None = None
@@ -146,17 +154,13 @@ class Link:
             return answer[0].error
         return ReplicaLost(self.member.replica)
 
-    async def _read(self) -> None:
-        try:
-            while True:
-                silence = SILENCE_SECONDS if self._on_news is not None else None
-                async with asyncio.timeout(silence):
-                    frame, payload = await self._wire.receive()
-                self._take(frame, payload)
-        except (ConnectionError, TimeoutError):
-            pass
-        finally:
-            self._end()
+    def _listen_for_silence(self) -> None:
+        """Who has said nothing for too long counts as dead; looked at again when that could be so at the earliest."""
+        ends_at = self._wire.heard_at + SILENCE_SECONDS
+        if ends_at <= self._loop.time():
+            self.close()
+        else:
+            self._silence = self._loop.call_at(ends_at, self._listen_for_silence)
 
     def _take(self, frame: messages.FromReplica, payload: bytes) -> None:
         match frame:
@@ -171,14 +175,7 @@ class Link:
                 if self._on_news is not None:
                     self._on_news(frame, payload)
             case messages.Hello():
-                raise ConnectionError("a second greeting")
-
-    def _end(self) -> None:
-        if not self.closed.is_set():
-            self.closed.set()
-            self._wire.close()
-            for answers in self._waiting.values():
-                answers.put_nowait(None)
+                self.close()  # a second one
 
 
 async def open_link(member: Member, key: bytes, on_news: OnNews | None = None) -> Link:

@@ -42,6 +42,8 @@ class Links:
         self.router = router
         self.open: dict[ReplicaId, Link] = {}
         self.statistics: dict[ReplicaId, ServiceStatistics] = {}
+        self.fingerprint = b""
+        """of the model and format that most replicas have: prompts are looked up under its keys"""
         self._directory = directory
         self._key = key
         self._costs = costs
@@ -64,12 +66,6 @@ class Links:
             opening.cancel()
         for link in self.open.values():
             link.close()
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Of the model and format that most replicas have: prompts are looked up under its keys."""
-        common = Counter(link.identity.fingerprint for link in self.open.values()).most_common(1)
-        return bytes.fromhex(common[0][0]) if common else b""
 
     def others_than(self, fingerprint: str) -> frozenset[ReplicaId]:
         """Who computes with something else, and cannot go on with what was begun with this."""
@@ -129,6 +125,7 @@ class Links:
             return
         holder.append(link)
         self.open[member.replica] = link
+        self._count_fingerprints()
         self.router.join(member.replica, member.epoch, Capacity(1000.0))
         if member.draining:
             self.router.drain(member.replica)
@@ -146,10 +143,15 @@ class Links:
         replica = link.member.replica
         if self.open.get(replica) is link:
             del self.open[replica]
+            self._count_fingerprints()
             self.statistics.pop(replica, None)
             self.router.leave(replica)
             log.warning("%s is gone", replica)
             self._changed.set()
+
+    def _count_fingerprints(self) -> None:
+        common = Counter(link.identity.fingerprint for link in self.open.values()).most_common(1)
+        self.fingerprint = bytes.fromhex(common[0][0]) if common else b""
 
     # News
 

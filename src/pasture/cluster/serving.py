@@ -22,7 +22,7 @@ from typing import Protocol
 
 from pasture.cluster import messages
 from pasture.cluster.conversations import Conversations
-from pasture.cluster.frames import Wire, accept
+from pasture.cluster.frames import Wire, serve
 from pasture.cluster.journal import Journal
 from pasture.cluster.members import Identity, Member
 from pasture.cluster.peers import Peers
@@ -76,7 +76,7 @@ class ReplicaServer:
 
     async def start(self, host: str, port: int = 0) -> int:
         """Listen; returns the port."""
-        self._server = await asyncio.start_server(self._serve, host, port)
+        self._server = await serve(host, port, self._key, self._welcome)
         self._reporting = asyncio.create_task(self._report())
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
@@ -113,12 +113,9 @@ class ReplicaServer:
         await self.service.drain()
         return await self.peers.carry(self.conversations.latest_first(), members)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        wire = await accept(reader, writer, self._key)
-        if wire is None:
-            return
+    def _welcome(self, wire: Wire[messages.ToReplica]) -> None:
         wire.send(messages.Hello(self.journal.replica, self.journal.epoch, self.identity))
-        await _Caller(self, wire).run()
+        _Caller(self, wire)
 
     # News
 
@@ -172,7 +169,7 @@ class _Stream:
 
 
 class _Caller:
-    """One connection."""
+    """One connection, until the other end is gone; whatever it had under way ends then."""
 
     def __init__(self, replica: ReplicaServer, wire: Wire[messages.ToReplica]) -> None:
         self._replica = replica
@@ -181,23 +178,14 @@ class _Caller:
         self._streams: dict[int, _Stream] = {}
         self._pins: dict[int, Pin] = {}
         self._outbox: list[messages.Event] = []
+        wire.listen(self._take, self._end)
 
-    async def run(self) -> None:
-        """Until the other end is gone; whatever it had under way ends then."""
-        try:
-            while True:
-                self._take(*await self._wire.receive())
-        except ConnectionError:
-            pass
-        except messages.BadFrame as error:
-            log.warning("a frame that nobody understands; the connection is closed: %s", error)
-        finally:
-            self._replica.watchers.discard(self._wire)
-            for task in self._tasks.values():
-                task.cancel()
-            for pin in self._pins.values():
-                pin.release()
-            self._wire.close()
+    def _end(self) -> None:
+        self._replica.watchers.discard(self._wire)
+        for task in self._tasks.values():
+            task.cancel()
+        for pin in self._pins.values():
+            pin.release()
 
     def _take(self, frame: messages.ToReplica, payload: bytes) -> None:
         match frame:

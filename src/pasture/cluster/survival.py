@@ -61,6 +61,8 @@ class Story:
         if event.token is not None:
             self.sent.append(event.token)
         finish = event.finish
+        if finish is None and event.usage is None:
+            return event
         if (usage := event.usage if finish is None else finish.usage) is not None:
             self._note(usage.phases)
         if finish is not None:

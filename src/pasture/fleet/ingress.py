@@ -25,7 +25,7 @@ from pasture.core.values import ModelInfo
 from pasture.engine.fake import FakeEngine
 from pasture.fleet.loops import LoopThread
 from pasture.fleet.routes import cluster_routes, picture
-from pasture.server import api_settings, open_state, start_engine
+from pasture.server import api_settings, open_state, settle, start_engine
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class RunningIngress:
         self._serving = asyncio.run_coroutine_threadsafe(self._serve(listeners), self._loop.loop)
         if not listening.wait(START_SECONDS):
             raise EngineError("the ingress does not listen")
+        settle()
 
     def check(self) -> None:
         """Raises EngineError when it does not serve any more."""

@@ -21,7 +21,7 @@ from pasture.cluster.values import Epoch, ReplicaId
 from pasture.config import Settings
 from pasture.core.errors import EngineError
 from pasture.fleet.loops import LoopThread
-from pasture.server import service_over, start_engine
+from pasture.server import service_over, settle, start_engine
 from pasture.tiers.eviction import PolicyMaker
 from pasture.tiers.watching import watched
 
@@ -53,6 +53,7 @@ class RunningReplica:
         port = self._loop.call(self._server.start(host))
         self.member = Member(journal.replica, journal.epoch, host, port, platform.node(), os.getpid())
         asyncio.run_coroutine_threadsafe(self._keep_joining(), self._loop.loop)
+        settle()
 
     def check(self) -> None:
         """Raises EngineError when it cannot serve any more, and should be replaced."""

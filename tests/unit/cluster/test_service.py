@@ -241,7 +241,7 @@ async def test_a_frame_that_nobody_understands_ends_its_connection_and_no_other(
     async with fleet() as made:
         member = made.replicas["r0"].member
         wire = await frames.connect(member.host, member.port, KEY)
-        wire._writer.write(len(body).to_bytes(4, "little") + bytes(8) + body)
+        wire.write(len(body).to_bytes(4, "little") + bytes(8) + body)
         assert isinstance((await wire.receive())[0], messages.Hello)
         with pytest.raises(ConnectionError):
             await asyncio.wait_for(wire.receive(), 10)
