@@ -29,6 +29,8 @@ MIN_PROMPT_TOKENS = 32
 """prefill never stops altogether: a full house of streams must not shut out newcomers"""
 QUIET_FACTOR = 2.0
 """a step without streams may take this many targets: long enough to compute well, short enough to let newcomers in"""
+BRIEF_FACTOR = 0.5
+"""of the target, for a step that somebody who comes now should not wait for: a tile, where that takes as long"""
 MOST_PATIENCE = 3.0
 """targets that a step may take at most, where this many times as many of a tenant wait for their first token as stream"""
 BUSY_FACTOR = 2.0
@@ -159,16 +161,16 @@ class StepCosts:
         tiled = self._streams.predict((0.0, 0.0, tile, 0.0))
         return tile - n_tokens if tiled < row_by_row * PAD_GAIN else 0
 
-    def step(self, shape: PoolShape, streams: Load, prompt: Load, n_waiting: int = 0) -> int:
+    def step(self, shape: PoolShape, streams: Load, prompt: Load, n_waiting: int = 0, *, brief: bool = False) -> int:
         """How many prompt tokens a step with `streams` should take, in their batch or in one of its own.
 
         `prompt` is a first token of the prompt that goes next: its cells, and (distinct) those of it and the streams together.
         `n_waiting` of the streams' tenant wait for a first token. A longer step computes prompts in fewer tiles, so where they
-        are more than the streams, the whole of them gains more from it than the streams lose.
+        are more than the streams, the whole of them gains more from it than the streams lose. `brief`: see `BRIEF_FACTOR`.
         """
         alone = self.expected_seconds(shape, streams) if streams.rows else 0.0
         patience = min(MOST_PATIENCE, max(1.0 if streams.rows else QUIET_FACTOR, n_waiting / max(1, streams.rows)))
-        target = max(self._target * patience, alone * BUSY_FACTOR)
+        target = self._target * BRIEF_FACTOR if brief else max(self._target * patience, alone * BUSY_FACTOR)
         together = self._grow(shape, streams, prompt, target, apart=False)
         if not streams.rows or not shape.can_pad or shape.layout is Layout.STREAMS:
             return together

@@ -240,9 +240,9 @@ class Scheduler:
                 may_start = self.places.swap_out_unread(self._planned)
                 continue
             if budget is None:
-                budget = self._budget_tokens = self.shaper.prompt_share(
-                    self._streams_beside(task, works), task, self.admission.n_waiting_of_one()
-                )
+                beside, brief = self._streams_beside(task, works), self.admission.usage.is_much(task)
+                n_waiting = self.admission.n_waiting_of_one()
+                budget = self._budget_tokens = self.shaper.prompt_share(beside, task, n_waiting, brief=brief)
             n = min(self._chunk(task, budget), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return

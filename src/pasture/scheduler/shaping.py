@@ -20,11 +20,12 @@ class StepShaper:
         self.costs = StepCosts(itl_target_seconds)
         self._pool = pool
 
-    def prompt_share(self, streams: Sequence[Work], prompt: Task, n_waiting: int) -> int:
+    def prompt_share(self, streams: Sequence[Work], prompt: Task, n_waiting: int, *, brief: bool = False) -> int:
         """How many prompt tokens to put beside the streams, if `prompt` goes next; it has its sequence.
 
         `n_waiting` of the streams' tenant wait for a first token: a reason to compute more of one long prompt at a time, but
-        none to compute several short ones together, whose first tokens would all come later.
+        none to compute several short ones together, whose first tokens would all come later. `brief`: somebody who comes now
+        would go before this prompt, and should find a short step.
         """
         assert prompt.sequence is not None
         pool = self._pool
@@ -33,7 +34,7 @@ class StepShaper:
         joined = pool.distinct_cells([*sequences, prompt.sequence]) if pool.cells_are_shared else own
         load = Load(0, 1, own, joined, own)
         beside = self._load(streams, len(streams))
-        share = self.costs.step(pool.shape, beside, load)
+        share = self.costs.step(pool.shape, beside, load, brief=brief)
         if prompt.remaining <= share or not n_waiting:
             return share
         return max(share, min(prompt.remaining, self.costs.step(pool.shape, beside, load, n_waiting)))

@@ -5,6 +5,7 @@
 Turns in the waiting line are fair among those who are in line at the moment; somebody who comes now and then would still find
 the machine full of what somebody else sent before. So whoever has used much more than another stands aside while that one has
 a prompt to be computed: its own prompts wait, and few of its streams are in each step. As it does, the difference goes away.
+While that one has none, its prompts are computed in short steps: whoever comes next waits for the end of one.
 Little use is no use: below `LITTLE` of the engine nobody stands aside. Engine thread.
 """
 
@@ -37,6 +38,7 @@ class Usage:
         self._now = self._since = clock()
         self._used: dict[str, float] = {}
         """tenant -> seconds, as they count at `_now`"""
+        self._weights: dict[str, float] = {}
         self._turn = 0
 
     def charge(self, rows: Sequence[tuple[Task, int]], seconds: float) -> None:
@@ -48,15 +50,25 @@ class Usage:
         for task, n in rows:
             tenant = task.request.tenant
             self._used[tenant] = self._used.get(tenant, 0.0) + seconds * n / n_rows
+            self._weights[tenant] = task.request.allowance.weight
+        if len(self._weights) > len(self._used):
+            self._weights = {tenant: self._weights[tenant] for tenant in self._used}
 
     def of(self, task: Task) -> float:
         """Its tenant's use by weight, as a share of the engine's time."""
-        remembered = MEMORY_SECONDS * (1 - math.exp(-max(LEAST_SECONDS, self._now - self._since) / MEMORY_SECONDS))
-        return self._used.get(task.request.tenant, 0.0) / remembered / task.request.allowance.weight
+        return self._share(task.request.tenant, task.request.allowance.weight)
 
     def lately(self) -> set[str]:
         """The tenants that have used the engine lately."""
         return {tenant for tenant, used in self._used.items() if used > LATELY_SECONDS}
+
+    def is_much(self, task: Task) -> bool:
+        """Whether its tenant has used so much more than another has lately that whoever comes next should not wait for long."""
+        if len(self._used) < 2:
+            return False
+        others = self.lately() - {task.request.tenant}
+        least = min((self._share(tenant, self._weights[tenant]) for tenant in others), default=math.inf)
+        return self.of(task) >= max(LITTLE, MUCH_MORE * least)
 
     def stands_aside(self, task: Task, others: list[Task]) -> bool:
         """Whether a task had better wait while others, whose tenants have used much less, are computed."""
@@ -88,6 +100,10 @@ class Usage:
         self._turn = (self._turn + n) % len(aside)
         chosen = {id(task) for task in (aside + aside)[self._turn : self._turn + n]}
         return [task for task in streams if id(task) in chosen or self.of(task) < most]
+
+    def _share(self, tenant: str, weight: float) -> float:
+        remembered = MEMORY_SECONDS * (1 - math.exp(-max(LEAST_SECONDS, self._now - self._since) / MEMORY_SECONDS))
+        return self._used.get(tenant, 0.0) / remembered / weight
 
     def _most(self, tasks: Iterable[Task]) -> float:
         """Use from which on somebody stands aside for one of these tasks; infinite for none."""

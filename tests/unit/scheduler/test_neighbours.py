@@ -19,6 +19,7 @@ from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
+from pasture.scheduler.usage import Usage
 from tests.store_support import still_store_for
 
 N_TENANTS = 8
@@ -60,11 +61,12 @@ def arrivals(times: float, rng: Random) -> list[tuple[float, int]]:
     return sorted(found)
 
 
-def serve(times: float) -> Outcome:
+def serve(times: float, itl_target_seconds: float = 0.4) -> Outcome:
     """`times`: its share, that tenant 0 sends."""
     rng, now = Random(1), 0.0
     engine = FakeEngine(PoolShape(32768, 128, tile_tokens=64))
-    scheduler = Scheduler(engine, SchedulerSettings(max_running=64), still_store_for(engine, 1 << 28), lambda: now)
+    settings = SchedulerSettings(max_running=64, itl_target_seconds=itl_target_seconds)
+    scheduler = Scheduler(engine, settings, still_store_for(engine, 1 << 28), lambda: now)
     coming, waiting, outcome = arrivals(times, rng), dict[RequestId, Task](), Outcome([], 0)
     while now < SECONDS:
         while coming and coming[0][0] <= now:
@@ -128,6 +130,33 @@ def test_who_seldom_asks_does_not_come_into_a_long_step_of_who_always_does(monke
     forgotten = serve(150.0)
     assert remembered.p95 < 0.9 * forgotten.p95
     assert remembered.served > 0.9 * forgotten.served
+
+
+@pytest.mark.timeout(120)
+def test_who_comes_finds_short_steps_of_who_used_much_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.scheduler.test_neighbours.LOAD", 0.15)
+    short = serve(150.0, itl_target_seconds=0.8)
+    monkeypatch.setattr("pasture.scheduler.usage.Usage.is_much", lambda self, task: False)
+    long = serve(150.0, itl_target_seconds=0.8)
+    assert sum(short.first_token_seconds) < 0.95 * sum(long.first_token_seconds)
+    assert short.served > 0.9 * long.served
+
+
+def test_much_is_much_more_than_another_has_used_lately_by_weight() -> None:
+    now = 0.0
+    usage = Usage(lambda: now)
+    busy, calm = (Task(_request(number, number, Random(number)), 0.0, lambda: False) for number in (1, 2))
+    usage.charge([(busy, 64)], 30.0)
+    assert not usage.is_much(busy), "of one alone"
+    now = 60.0
+    usage.charge([(calm, 64)], 5.0)
+    assert usage.is_much(busy)
+    assert not usage.is_much(calm)
+    heavy = Task(replace(busy.request, allowance=Allowance(weight=20.0)), 0.0, lambda: False)
+    assert not usage.is_much(heavy)
+    now = 600.0
+    usage.charge([(busy, 64)], 30.0)
+    assert not usage.is_much(busy), "the other has not been there for long"
 
 
 async def test_a_line_that_one_tenant_has_filled_has_a_place_for_another() -> None:

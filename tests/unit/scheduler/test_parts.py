@@ -187,6 +187,14 @@ def test_a_step_may_take_longer_where_more_wait_than_stream() -> None:
     assert quiet[0] < quiet[1]
 
 
+def test_a_step_that_nobody_should_wait_for_is_a_tile_however_long_the_streams_take() -> None:
+    costs, nobody, crowd = learnt(0.8), Load(0, 0, 0, 0, 0), Load(60, 0, 600_000, 12_000, 0)
+    for streams in (nobody, crowd):
+        long, brief = (costs.step(UNIFIED, streams, prompt(1000, 13_000), brief=brief) for brief in (False, True))
+        assert brief < long
+    assert learnt(0.2).step(UNIFIED, nobody, prompt(1000, 1000), brief=True) == 64
+
+
 def test_streams_over_other_cells_than_the_prompt_get_a_batch_of_their_own() -> None:
     costs = learnt()
     few = Load(2, 0, 2 * 500, 1000, 0)
