@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from pasture.cluster import frames, messages
+from pasture.cluster.link import Link
 from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.values import ReplicaId
 from pasture.core.errors import NoReplica, PromptTooLong, RequestError
@@ -249,6 +250,26 @@ async def test_a_frame_that_nobody_understands_ends_its_connection_and_no_other(
         assert "a frame that nobody understands" in caplog.text
         await collect(made.service, request("a", PROMPT, 4))
         assert len(made.service.links.open) == 2
+
+
+async def test_a_replica_that_says_nothing_is_lost_unless_bytes_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pasture.cluster.link.SILENCE_SECONDS", 1.0)
+    ends: list[frames.Wire[messages.ToReplica]] = []
+    server = await frames.serve("127.0.0.1", 0, KEY, ends.append)
+    async with fleet(usual()) as made:
+        identity = made.replicas["r0"].server.identity
+    wires = [await frames.connect("127.0.0.1", server.sockets[0].getsockname()[1], KEY) for _ in range(2)]
+    await until(lambda: len(ends) == 2)
+    silent, slow = (Link(wire, made.replicas["r0"].member, identity, lambda *_: None) for wire in wires)
+    body = messages.encode(messages.Done(1))
+    ends[1].write(len(body).to_bytes(4, "little") + (1 << 20).to_bytes(8, "little") + body)
+    for _ in range(30):
+        ends[1].write(b"part of what is behind the frame")
+        await asyncio.sleep(0.1)
+    assert silent.closed.is_set()
+    assert not slow.closed.is_set()
+    slow.close()
+    server.close()
 
 
 async def test_locate_pin_and_release() -> None:
