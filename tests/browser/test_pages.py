@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from pasture.bench.client import Endpoint
 from pasture.bench.drive import Target, play
@@ -238,12 +238,16 @@ def test_a_fork_costs_no_cell_and_its_reply_reuses_what_both_have(browser: Brows
         seen.check()
 
 
-def test_typing_tells_the_server_what_will_be_asked(browser: Browser, server: Server) -> None:
+def test_typing_tells_the_server_with_every_word_what_will_be_asked(browser: Browser, server: Server) -> None:
     with watched(browser, server, "/chat", key="root") as seen:
-        with seen.page.expect_request("**/v1/chat/prefetch") as hinted:
-            seen.page.get_by_label("Message to Chat 1").fill("How many sheep ")
-        assert hinted.value.post_data_json == {"messages": [], "draft": "How many sheep "}
-        answer = hinted.value.response()
+        hints: list[Request] = []
+        seen.page.on("request", lambda request: hints.append(request) if request.url.endswith("/v1/chat/prefetch") else None)
+        field = seen.page.get_by_label("Message to Chat 1")
+        field.press_sequentially("How many sheep?", delay=120)
+        expect(field).to_have_value("How many sheep?")
+        drafts = ["H", "How ", "How many ", "How many sheep?"]
+        assert [hint.post_data_json for hint in hints] == [{"messages": [], "draft": draft} for draft in drafts]
+        answer = hints[-1].response()
         assert answer is not None
         assert answer.status == 202
 

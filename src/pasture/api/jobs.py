@@ -32,8 +32,8 @@ from pasture.text.tool_calls import Dialect
 
 _HERE = "\ue000"
 """stands where a prompt is cut: a private character, which no template trims"""
-_WHOLE_WORDS = re.compile(r".*\S(?=\s)", re.DOTALL)
-"""a tokeniser may read the word that is being typed differently once it is complete"""
+_WHOLE_WORDS = re.compile(r".*(?:\S(?=\s)|[.!?]\Z)", re.DOTALL)
+"""a tokeniser may read the word that is being typed differently once it is complete; after a full stop it may be sent so"""
 
 _SEEDS = 2**32 - 1  # the largest 32-bit seed means "any" to the engine
 
@@ -117,7 +117,7 @@ class Jobs:
     ) -> tuple[int, ...]:
         """The next prompt as far as it is known: a conversation as its next turn will show it, and what its user has typed.
 
-        Ends with the last word of `draft` that is complete. Raises RequestError.
+        Ends with the last word or sentence of `draft` that is complete. Raises RequestError.
         """
         typed = _WHOLE_WORDS.match(draft.lstrip())
         question = {"role": "user", "content": (typed[0] if typed else "") + _HERE}

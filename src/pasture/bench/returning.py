@@ -4,7 +4,7 @@
     every run         a server that finds them there, with RAM for `ram_for` of them and live cells for fewer still
     every user        thinks (log-normal, median `think`, logarithms `spread` apart), types, asks, reads, thinks ...
 
-While they type, users send what a chat front end sends: a hint at the first letter and one every second, with the draft so
+While they type, users send what the chat page sends: a hint at the first letter and with every complete word, with the draft so
 far (`--no-hints`: nobody does). Hints go to both sides; the one with prefetch off answers and ignores them. Everybody is in the
 middle of a pause when a run begins, and the first part of it is not counted. The disk's blocks are put out of the operating
 system's cache first: that would be RAM for all. One event loop, in the caller's thread.
@@ -43,8 +43,8 @@ SHORTEST_THINK_SECONDS = 2.0
 TYPING_SHARE = 0.5
 """of a pause, its end, in which the next message is typed"""
 LONGEST_TYPING_SECONDS = 20.0
-HINT_SECONDS = 1.0
-"""between two hints of one user"""
+HINT_SECONDS = 0.1
+"""between two hints of one user, at least"""
 UNCOUNTED_SHARE = 0.2
 """of a run, its beginning: RAM fills with what the run itself brings"""
 PREPARED_AT_ONCE = 8
@@ -80,11 +80,13 @@ def pauses(rng: Random, median_seconds: float, spread: float) -> Iterator[Pause]
 
 
 def drafts(question: str, typing_seconds: float) -> Iterator[tuple[float, str]]:
-    """Hints while a question is typed evenly: seconds after the first letter, and the text at that time."""
-    at = 0.0
-    while at < typing_seconds:
-        yield at, question[: max(1, int(len(question) * at / typing_seconds))]
-        at += HINT_SECONDS
+    """Hints while a question is typed: seconds after the first letter, and the text. Keys come evenly; the last one sends."""
+    next_at = 0.0
+    for n, letter in enumerate(question):
+        at = typing_seconds * n / len(question)
+        if at >= next_at and (n == 0 or letter.isspace() or letter in ".!?"):
+            yield at, question[: n + 1]
+            next_at = at + HINT_SECONDS
 
 
 @dataclass(slots=True)

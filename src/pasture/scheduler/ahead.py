@@ -35,8 +35,8 @@ PIECE_TOKENS = 16
 """of one step when less than a tile is missing: its rows cost each the same, and somebody may come"""
 MIN_MISSING_TOKENS = 8
 """fewer are computed along with the next prompt"""
-MIN_TYPED_TOKENS = 3
-"""the same where somebody is typing that prompt"""
+MIN_TYPED_TOKENS = 1
+"""the same where somebody is typing that prompt, and will wait for every one of them"""
 _NOBODY = RequestId("ahead")
 
 

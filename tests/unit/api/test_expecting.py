@@ -90,8 +90,10 @@ async def test_a_hint_is_answered_with_what_is_known_and_what_of_it_is_live(conn
     assert answer["tokens"] == len(typed)
 
 
-@pytest.mark.parametrize(("typed", "known"), [("", ""), ("Hel", ""), ("Hello ", "Hello"), ("  Hello you", "Hello")])
-async def test_a_word_counts_when_it_is_complete(connect: Connect, typed: str, known: str) -> None:
+@pytest.mark.parametrize(
+    ("typed", "known"), [("", ""), ("Hel", ""), ("Hello ", "Hello"), ("  Hello you", "Hello"), ("Are you?", "Are you?")]
+)
+async def test_a_word_counts_when_it_or_its_sentence_is_complete(connect: Connect, typed: str, known: str) -> None:
     service = StubService()
     system = {"role": "system", "content": "Be kind."}
     await connect(service).post(HINT, json={"messages": [system], "draft": typed})

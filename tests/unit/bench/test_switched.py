@@ -62,11 +62,9 @@ def test_typing_ends_a_pause_and_does_not_take_for_ever() -> None:
         assert pause.typing_seconds <= pause.think_seconds + 1e-9
 
 
-def test_drafts_grow_evenly_from_the_first_letter_on() -> None:
-    question = "x" * 100
-    found = list(drafts(question, 10.0))
-    assert [at for at, _ in found] == [float(i) for i in range(10)]
-    assert [len(draft) for _, draft in found] == [1, *range(10, 100, 10)]
+def test_drafts_grow_by_words_from_the_first_letter_on_and_sending_is_a_key_too() -> None:
+    assert list(drafts("Why not so?", 11.0)) == [(0.0, "W"), (3.0, "Why "), (7.0, "Why not "), (10.0, "Why not so?")]
+    assert [draft for _, draft in drafts("a b c d e f g h", 0.6)] == ["a", "a b ", "a b c d ", "a b c d e f "]
 
 
 def test_sessions_have_nothing_in_common_but_their_first_words() -> None:

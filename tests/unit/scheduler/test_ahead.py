@@ -147,6 +147,9 @@ def test_what_is_typed_is_computed_even_when_little_is_missing(bench: Bench) -> 
     bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:104]), typing=True)
     bench.run()
     assert bench.scheduler.ahead.computed_tokens == 4
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:105]), typing=True)
+    bench.run()
+    assert bench.scheduler.ahead.computed_tokens == 5
 
 
 def test_a_prompt_that_did_not_come_is_forgotten(bench: Bench) -> None:

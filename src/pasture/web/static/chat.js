@@ -149,12 +149,16 @@ const column = (chat) => html`
     </form>
   </section>`;
 
-const HINT_MS = 1000;
+const HINT_MS = 100;
 
-/** Tells the server what is being typed, at the first letter and then every second, so that it is ready when it is sent. */
+/** A draft up to its last complete word or sentence: what the server makes ready of it. */
+const complete = (draft) => draft.match(/^[^]*(?:\S(?=\s)|[.!?]$)/)?.[0] ?? "";
+
+/** Tells the server what is being typed, at the first letter and with every complete word, so that it is ready when it is sent. */
 function typing(chat, field) {
-  if (chat.hinting || chat.leaving || !field.value.trim() || field.value === chat.hinted) return;
-  chat.hinted = field.value;
+  const known = complete(field.value);
+  if (chat.hinting || chat.leaving || !field.value.trim() || known === chat.hinted) return;
+  chat.hinted = known;
   ask("v1/chat/prefetch", { body: { messages: prompt(chat), draft: field.value } }).catch(() => {}); // it is only a hint
   chat.hinting = setTimeout(() => {
     chat.hinting = null;
@@ -173,6 +177,7 @@ function send(chat) {
   const text = field.value;
   if (chat.leaving || !text.trim()) return;
   field.value = "";
+  chat.hinted = null;
   say(chat, text);
 }
 
