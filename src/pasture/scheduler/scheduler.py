@@ -223,6 +223,7 @@ class Scheduler:
 
     def _fill(self, works: list[Work]) -> None:
         budget: int | None = None
+        brief = False
         started = [t for t in self.running.values() if not t.decoding and not t.paused and t not in self._planned]
         may_start = True
         while budget is None or budget > 0:
@@ -243,7 +244,7 @@ class Scheduler:
                 beside, brief = self._streams_beside(task, works), self.admission.usage.is_much(task)
                 n_waiting = self.admission.n_waiting_of_one()
                 budget = self._budget_tokens = self.shaper.prompt_share(beside, task, n_waiting, brief=brief)
-            n = min(self._chunk(task, budget), self.pool.unlocked_cells - taken, self._room_in_stream(task))
+            n = min(self._chunk(task, budget, brief=brief), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return
             n = min(n, self._room_within_limit(task, works))
@@ -260,13 +261,17 @@ class Scheduler:
         aside = self.admission.usage.aside_for(task, streams)
         return [work for stream, work in zip(streams, works[: self._n_streams], strict=True) if stream not in aside]
 
-    def _chunk(self, task: Task, budget: int) -> int:
-        """Tokens of a prompt for this step; in streams no rest is left that would be shorter than a tile."""
+    def _chunk(self, task: Task, budget: int, *, brief: bool) -> int:
+        """Tokens of a prompt for this step; in streams no rest is left that would be shorter than a tile.
+
+        In a `brief` step, none that would be shorter than half a tile: a longer one is filled up.
+        """
         n = min(budget, task.remaining)
         if task.save_at is not None:
             return min(n, task.save_at - task.computed)
         shape = self.pool.shape
-        if shape.layout is Layout.STREAMS and task.remaining - n <= shape.tile_tokens:
+        least = shape.tile_tokens // 2 if brief and shape.can_pad else shape.tile_tokens
+        if shape.layout is Layout.STREAMS and task.remaining - n <= least:
             n = min(task.remaining, shape.n_batch - len(self._planned))
         return n
 

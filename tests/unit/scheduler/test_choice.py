@@ -12,6 +12,7 @@ from pasture.scheduler.resting import Resting
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
+from pasture.scheduler.usage import Usage
 from tests.store_support import store_for
 
 
@@ -54,3 +55,13 @@ def test_in_streams_no_rest_shorter_than_a_tile_is_left() -> None:
     scheduler.submit(task("a", 100))
     (work,) = scheduler.schedule().works
     assert len(work.tokens) == 100
+
+
+@pytest.mark.parametrize(("prompt", "chunk"), [(100, 65), (97, 97)])
+def test_in_a_short_step_a_rest_of_half_a_tile_is_left(monkeypatch: pytest.MonkeyPatch, prompt: int, chunk: int) -> None:
+    monkeypatch.setattr(Usage, "is_much", lambda self, task: True)
+    engine = FakeEngine(PoolShape(4096, 4, Layout.STREAMS, tile_tokens=64, can_pad=True))
+    scheduler = Scheduler(engine, SchedulerSettings(itl_target_seconds=0.01), store_for(engine), lambda: 0.0)
+    scheduler.submit(task("a", prompt))
+    (work,) = scheduler.schedule().works
+    assert len(work.tokens) == chunk
