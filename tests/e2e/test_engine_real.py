@@ -7,6 +7,7 @@ TOLERANCE.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pasture.core.errors import ModelError, RequestError, ShuttingDown
-from pasture.core.values import Layout, SamplingParams, Segment, SeqId, StepPlan, Work
+from pasture.core.values import Layout, Outcome, SamplingParams, Segment, SeqId, StepPlan, Work
 from pasture.engine import probe_model
 from pasture.engine.expand import expand_weights
 from pasture.engine.llama import LlamaEngine
@@ -124,6 +125,31 @@ def test_sharing_saving_and_rebuilding_keep_the_answer(hand: Hand, tokens: list[
     hand.remove(1, 120)
     hand.engine.rebuild(shared, Layout.UNIFIED, 4)
     assert np.array_equal(hand.look(1, tail, 120), expected)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_step_that_is_interrupted_leaves_everything_as_it_was(hand: Hand, tokens: list[int], layout: Layout) -> None:
+    engine = hand.engine
+    if layout is Layout.STREAMS:
+        engine.rebuild([], layout, 4)
+    head, rest = tokens[:32], tokens[32:]
+    for sequence in range(3):
+        hand.feed(sequence, head, 0)
+    expected = [hand.look(2, rest[:1], 32), hand.look(2, rest[1:], 33)]
+    works = Work(SeqId(1), rest[:1], 32, None), Work(SeqId(0), rest, 32, None)
+    for n_apart in (0, 1) if layout is Layout.UNIFIED else (0,):
+        timer = threading.Timer(0.1, engine.interrupt, (True,))
+        timer.start()
+        result = engine.execute(StepPlan((), works, n_apart))
+        engine.interrupt(False)
+        timer.join()
+        assert result.outcome is Outcome.INTERRUPTED
+        assert result.decode_seconds > 0.05
+        assert not result.lost
+    assert np.array_equal(hand.look(1, rest[:1], 32), expected[0])
+    assert np.array_equal(hand.look(1, rest[1:], 33), expected[1])
+    hand.feed(0, rest[:1], 32)
+    assert np.array_equal(hand.look(0, rest[1:], 33), expected[1])
 
 
 def test_a_reply_does_not_depend_on_its_neighbours(hand: Hand, tokens: list[int]) -> None:

@@ -147,7 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # The engine
 
-    @rule(outcomes=st.lists(st.sampled_from([Outcome.FAILED, Outcome.NO_ROOM]), min_size=1, max_size=2))
+    @rule(outcomes=st.lists(st.sampled_from([Outcome.FAILED, Outcome.NO_ROOM, Outcome.INTERRUPTED]), min_size=1, max_size=2))
     def fail(self, outcomes: list[Outcome]) -> None:
         self.engine.fail_next(*outcomes)
         self.engine_failed = True

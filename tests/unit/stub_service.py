@@ -245,6 +245,7 @@ _SCHEDULER = SchedulerStatistics(
     prefill_tokens_per_second=330.0,
     layout_moves_total=0,
     ahead_tokens_total=0,
+    interrupted_steps_total=0,
     shifts_total=0,
     invariant_failures_total=0,
 )

@@ -87,6 +87,10 @@ class Engine(Protocol):
         """Operations in order, then one batch. Raises EngineError when an operation is impossible (a bug of the planner)."""
         ...
 
+    def interrupt(self, wanted: bool) -> None:
+        """While `wanted`, `execute` does not go on with works, as soon as the backend can stop: INTERRUPTED. Any thread."""
+        ...
+
     @property
     def codec(self) -> SlabCodec:
         """Slabs as bytes, for the stores."""

@@ -110,6 +110,8 @@ class SchedulerStatistics:
     """computed while nobody asked for anything, for prompts that were expected"""
     generated_tokens_total: int
     steps_total: int
+    interrupted_steps_total: int
+    """given up for a request that came: what they had computed was computed again"""
     step_seconds_total: float
     decode_seconds_total: float
     """inside llama_decode; step_seconds_total - decode_seconds_total is pasture's own share"""

@@ -450,6 +450,8 @@ class Outcome(StrEnum):
     """operations were carried out, no work was; the sequences are as they were"""
     FAILED = "failed"
     """operations were carried out; every sequence in the works was cut back to its `start` (or is in `lost`)"""
+    INTERRUPTED = "interrupted"
+    """as FAILED, because somebody asked for it: nothing is wrong"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,9 @@ KV_TYPES: dict[str, int] = {
 }
 """name -> ggml type number, for the types llama.cpp takes as `-ctk` and `-ctv`"""
 
+ABORTED = 2
+"""llama_decode's answer where it was told to stop"""
+
 ROTATION_SWITCH = "LLAMA_ATTN_ROT_DISABLE"
 """environment variable: 1 makes the library store quantised K and V without the Hadamard rotation it gives them otherwise"""
 
@@ -67,6 +70,8 @@ LOAD_MMAP_MLOCK = 3
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
 """ggml_log_level -> ours, one step quieter: what matters to a user we raise or say ourselves"""
 _ERROR_LEVEL = 4
+
+_STRLEN = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
 
 logger = logging.getLogger("pasture.llama")
 
@@ -138,6 +143,24 @@ def without_rotation() -> Iterator[None]:
 def ggml_function(*names: str) -> Any | None:
     """The first of these ggml functions that the loaded libraries export; untyped: its arguments must be ctypes values."""
     return next((getattr(lib._lib, name) for name in names if hasattr(lib._lib, name)), None)
+
+
+class Brake:
+    """Stops decodes from another thread.
+
+    llama.cpp asks a C function between two operations whether to go on. One written in Python would have every one of them
+    wait for the interpreter, so it is C's own `strlen` of a text of no character, or of one: any thread may write that.
+    """
+
+    def __init__(self) -> None:
+        self._text = ctypes.create_string_buffer(2)
+
+    def set(self, stops: bool) -> None:
+        self._text[0] = b"!" if stops else b"\0"
+
+    def watch(self, context: Handle) -> None:
+        """Have this context's decodes end with `ABORTED` while the brake is set. It must live as long as the context."""
+        lib.llama_set_abort_callback(context, _STRLEN, self._text)
 
 
 def handle(address: object) -> Handle | None:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pasture.core.errors import DoesNotFit, EngineError, ModelError
 from pasture.core.values import Form, Layout, PoolShape
 from pasture.engine import bindings
-from pasture.engine.bindings import KV_TYPES, MAX_SEQUENCES, lib
+from pasture.engine.bindings import KV_TYPES, MAX_SEQUENCES, Brake, lib
 from pasture.engine.model import Model
 from pasture.engine.settings import CELL_PADDING, EngineSettings, default_threads
 
@@ -125,6 +125,10 @@ class Context:
             self.close()
             raise EngineError(f"asked for {self.shape}, llama.cpp made (cells, batch) = {real}")
         self._make_batch()
+
+    def heed(self, brake: Brake) -> None:
+        """Decodes end with `bindings.ABORTED` while it is set."""
+        brake.watch(self._handle)
 
     def _params(self, settings: EngineSettings, n_seq_max: int) -> Any:
         params = lib.llama_context_default_params()

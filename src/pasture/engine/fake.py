@@ -11,6 +11,7 @@ more cells with the same content: what its codec calls Q8_0 is smaller and loses
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -135,6 +136,7 @@ class FakeEngine:
         self._left: list[Cell] = []
         """taken, though nobody attends to them"""
         self._decodes_to_fail: list[Outcome] = []
+        self.interrupted = threading.Event()
         self._raw_cells = shape.n_cells
         self.codec = FakeCodec()
         self.transfer_seconds = 0.0
@@ -171,6 +173,9 @@ class FakeEngine:
         """The next decodes end with these outcomes instead of DONE."""
         self._decodes_to_fail.extend(outcomes)
 
+    def interrupt(self, wanted: bool) -> None:
+        (self.interrupted.set if wanted else self.interrupted.clear)()
+
     def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> FakeSampler:
         constraint = params.constraint
         guide = None if constraint is None else self._grammars.guide(constraint, prompt[len(prompt) - n_drawn :])
@@ -187,9 +192,11 @@ class FakeEngine:
             raise EngineError(f"{plan.n_tokens} tokens in a batch of {self._shape.n_batch}")
         lost: set[SeqId] = set()
         outcome = self._decodes_to_fail.pop(0) if plan.works and self._decodes_to_fail else Outcome.DONE
+        if plan.works and self.interrupted.is_set():
+            outcome = Outcome.INTERRUPTED
         if outcome is Outcome.DONE and not self._fits(plan.works, plan.pad_to):
             outcome = Outcome.NO_ROOM
-        if outcome is Outcome.FAILED:
+        if outcome in (Outcome.FAILED, Outcome.INTERRUPTED):
             for work in plan.works[: len(plan.works) // 2 + 1]:  # a part was computed, then cut back
                 if self._recurrent and work.start:
                     self._remove(Remove(work.sequence, 0, None))

@@ -51,6 +51,7 @@ from pasture.core.values import (
     Transfer,
     Work,
 )
+from pasture.engine.bindings import ABORTED, Brake
 from pasture.engine.blob import CacheKind, KvFormat, StateSlab
 from pasture.engine.blockcodec import LlamaCodec, kinds_in
 from pasture.engine.context import Context, Piece, on_host
@@ -86,6 +87,7 @@ class LlamaEngine:
         self._settings = settings
         self._kv_format = kv_format
         self._state_format = state_format
+        self._brake = Brake()
         self._use(context)
         self._on_host = on_host(settings)
         self._closed = False
@@ -125,6 +127,10 @@ class LlamaEngine:
         transfers = tuple(filter(None, [self._carry_out(operation, saved) for operation in plan.operations]))
         result = self._compute(plan, saved) if plan.works else StepResult(Outcome.DONE, {}, saved, 0.0)
         return replace(result, transfers=transfers) if transfers else result
+
+    def interrupt(self, wanted: bool) -> None:
+        """See `pasture.core.ports.Engine.interrupt`."""
+        self._brake.set(wanted)
 
     def logits_after(self, sequence: SeqId, tokens: Sequence[int], start: int) -> Logits:
         """Compute tokens of one sequence; the raw logits after each of them, `(n_tokens, n_vocab) float32`, a copy.
@@ -247,6 +253,7 @@ class LlamaEngine:
 
     def _use(self, context: Context) -> None:
         self._context = context
+        context.heed(self._brake)
         self._transfer: PartTransfer | StateTransfer = (
             StateTransfer(context)
             if self._kv_format is None
@@ -343,6 +350,8 @@ class LlamaEngine:
         if code == _INVALID_BATCH:
             raise EngineError("llama_decode refused the batch as invalid: a token or a position is impossible")
         outcome = Outcome.NO_ROOM if code == _NO_SLOT and not lost else Outcome.FAILED
+        if code == ABORTED:
+            outcome = Outcome.INTERRUPTED
         return StepResult(outcome, {}, saved, decode_seconds, lost=lost)
 
     def _cut_back(self, work: Work) -> bool:

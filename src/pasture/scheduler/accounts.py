@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pasture.core.values import FinishReason, StepResult
+from pasture.core.values import FinishReason, Outcome, StepResult
 
 
 @dataclass(slots=True)
@@ -19,6 +19,7 @@ class Accounts:
     """prompt tokens put through the model"""
     generated_tokens: int = 0
     steps: int = 0
+    interrupted_steps: int = 0
     step_seconds: float = 0.0
     decode_seconds: float = 0.0
     sample_seconds: float = 0.0
@@ -30,6 +31,7 @@ class Accounts:
     def record_step(self, seconds: float, result: StepResult) -> None:
         """The engine thread's time for one step, from the look into the inbox to the last event."""
         self.steps += 1
+        self.interrupted_steps += result.outcome is Outcome.INTERRUPTED
         self.step_seconds += seconds
         self.decode_seconds += result.decode_seconds
         self.sample_seconds += result.sample_seconds

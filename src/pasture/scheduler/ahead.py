@@ -4,9 +4,10 @@
     next()        ->  a step of its own: the first prompt that is not rising any more, restored and one piece further computed
     give_way()    ->  somebody asks: what is computed so far stays, idle
 
-A wrong guess costs nothing that anybody sees: a step is one tile at most, it never runs beside a request, and what it leaves
-behind is an idle sequence like any other, the first to go when room is needed. A prompt that goes on from one on the list takes
-its place: so grows the draft of somebody who types. Owns at most one running sequence. Engine thread.
+A wrong guess costs nothing that anybody sees: a step is one tile at most, it never runs beside a request, whoever comes
+interrupts it where the backend can stop, and what it leaves behind is an idle sequence like any other, the first to go when
+room is needed. A prompt that goes on from one on the list takes its place: so grows the draft of somebody who types. Owns at
+most one running sequence. Engine thread.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ class Ahead:
             self._pool.lose(sequence)
             self._current = None
             self._forget(prompt)
+        elif result.outcome is Outcome.INTERRUPTED:
+            self.give_way()
         else:
             self._leave(prompt)
 

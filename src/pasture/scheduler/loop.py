@@ -2,9 +2,9 @@
 
     inbox (submissions, cancellations)  ->  schedule -> execute -> commit  ->  publish (events, one call a step)
 
-Other threads talk to it through `submit`, `cancel`, `ask` and `stop`, and read `snapshot`, which is replaced whole. When
-nothing runs it carries out the operations that are left, checks the conservation law, compacts a fragmented cache, and
-sleeps.
+Other threads talk to it through `submit`, `cancel`, `ask` and `stop`, and read `snapshot`, which is replaced whole. A request
+that should not wait for the end of the step under way interrupts it; the next one is scheduled with it. When nothing runs the
+thread carries out the operations that are left, checks the conservation law, compacts a fragmented cache, and sleeps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pasture.core.errors import EngineError, InvariantBroken, PastureError, Shut
 from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import PoolStatistics, SchedulerStatistics
 from pasture.core.storage import Store
-from pasture.core.values import FinishReason, RequestId, StepPlan
+from pasture.core.values import FinishReason, Outcome, RequestId, StepPlan, StepResult
 from pasture.scheduler.keeper import LayoutKeeper
 from pasture.scheduler.rehearsal import rehearse
 from pasture.scheduler.scheduler import Delivery, Scheduler
@@ -65,6 +65,8 @@ class EngineLoop:
         self._stopping = False
         self._nudged = False
         """since the thread last slept; under the lock of `_wake`"""
+        self._in_peace: frozenset[str] | None = None
+        """while a step runs, what the scheduler says of it; under the lock of `_wake`"""
         self._tidy = True
         self._snapshot_at = clock()
         self._draw_seconds = 0.0
@@ -146,6 +148,8 @@ class EngineLoop:
                 return False
             self._inbox.append(item)
             self._wake.notify()
+            if isinstance(item, Task) and self._interrupts(item):
+                self._engine.interrupt(True)
             return True
 
     # On the engine thread
@@ -223,14 +227,34 @@ class EngineLoop:
         if not plan.works and not plan.operations:
             self._deliver(self._scheduler.take_events())
             return False
-        result = self._engine.execute(plan)
+        result = self._execute(plan)
         events = self._scheduler.commit(plan, result)
         self._tidy = False
         if plan.works:
             self._scheduler.accounts.record_step(self._clock() - started, result)
-            self._keeper.observe(plan, result)
+            if result.outcome is not Outcome.INTERRUPTED:
+                self._keeper.observe(plan, result)
         self._deliver(events)
         return True
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan; a request that should not wait for its end interrupts it, where there is such a one."""
+        if self._scheduler.in_peace is None:
+            return self._engine.execute(plan)
+        with self._wake:
+            self._in_peace = self._scheduler.in_peace
+            if any(isinstance(item, Task) and self._interrupts(item) for item in self._inbox):
+                self._engine.interrupt(True)
+        try:
+            return self._engine.execute(plan)
+        finally:
+            with self._wake:
+                self._in_peace = None
+                self._engine.interrupt(False)
+
+    def _interrupts(self, task: Task) -> bool:
+        """Whether the step under way is one that this request had better not wait for. Under the lock of `_wake`."""
+        return self._in_peace is not None and task.request.tenant not in self._in_peace
 
     def _follow_traffic(self) -> None:
         """Give the pool the layout and the form that suit who runs and waits, when the keeper says so."""

@@ -83,6 +83,8 @@ class Scheduler:
         """of the tasks planned"""
         self._budget_tokens = 0
         self._step_at = 0.0
+        self.in_peace: frozenset[str] | None = None
+        """the tenants whose requests let the step end that was scheduled last; others' interrupt it (None: nobody's do)"""
 
     # Requests come and go
 
@@ -110,8 +112,9 @@ class Scheduler:
         """The next step. A plan without works still has operations to carry out."""
         self._expire()
         self._step_at = self._clock()
-        self._planned, self._n_streams = [], 0
+        self._planned, self._n_streams, self.in_peace = [], 0, None
         if not self._tasks and (plan := self.ahead.next()) is not None:
+            self.in_peace = frozenset() if self.pool.cuttable else None
             return plan
         self.ahead.give_way()
         if self._suspects:
@@ -150,6 +153,8 @@ class Scheduler:
         self.resting.saved(result.saved)
         if plan.works and not self._planned:
             self.ahead.book(plan, result)
+        elif result.outcome is Outcome.INTERRUPTED:
+            self._begin_lost_again(result)
         elif result.outcome is Outcome.DONE:
             self._book(plan, result)
             self._suspects = [task for task in self._suspects if task not in self._planned]
@@ -244,6 +249,8 @@ class Scheduler:
                 beside, brief = self._streams_beside(task, works), self.admission.usage.is_much(task)
                 n_waiting = self.admission.n_waiting_of_one()
                 budget = self._budget_tokens = self.shaper.prompt_share(beside, task, n_waiting, brief=brief)
+                if brief and self.pool.cuttable:
+                    self.in_peace = self.admission.usage.heavy(task)
             n = min(self._chunk(task, budget, brief=brief), self.pool.unlocked_cells - taken, self._room_in_stream(task))
             if n <= 0:
                 return
@@ -420,9 +427,7 @@ class Scheduler:
     def _recover(self, result: StepResult) -> None:
         """Nothing was computed. Try the tasks one by one: who fails alone is ended, the others go on."""
         tasks = [task for task in self._planned if task.request.request_id in self._tasks]
-        for task in tasks:
-            if task.sequence is not None and task.sequence.id in result.lost:
-                self._restart(task)
+        self._begin_lost_again(result)
         if result.outcome is Outcome.NO_ROOM:
             self.pool.evict_idle("failure")
         if len(tasks) == 1:
@@ -432,6 +437,11 @@ class Scheduler:
             self._end(tasks[0], FinishReason.ERROR, EngineError("the engine could not compute this request"))
         elif not self._suspects:
             self._suspects = tasks
+
+    def _begin_lost_again(self, result: StepResult) -> None:
+        for task in self._planned:
+            if task.request.request_id in self._tasks and task.sequence is not None and task.sequence.id in result.lost:
+                self._restart(task)
 
     def _restart(self, task: Task) -> None:
         """Its sequence is gone from the engine: begin again, prompt and drawn tokens together."""
@@ -480,6 +490,7 @@ class Scheduler:
             ahead_tokens_total=self.ahead.computed_tokens,
             generated_tokens_total=accounts.generated_tokens,
             steps_total=accounts.steps,
+            interrupted_steps_total=accounts.interrupted_steps,
             step_seconds_total=accounts.step_seconds,
             decode_seconds_total=accounts.decode_seconds,
             sample_seconds_total=accounts.sample_seconds,

@@ -5,7 +5,7 @@
 Turns in the waiting line are fair among those who are in line at the moment; somebody who comes now and then would still find
 the machine full of what somebody else sent before. So whoever has used much more than another stands aside while that one has
 a prompt to be computed: its own prompts wait, and few of its streams are in each step. As it does, the difference goes away.
-While that one has none, its prompts are computed in short steps: whoever comes next waits for the end of one.
+While that one has none, its prompts are computed in short steps, which whoever comes next, and has used little, may interrupt.
 Little use is no use: below `LITTLE` of the engine nobody stands aside. Engine thread.
 """
 
@@ -69,6 +69,11 @@ class Usage:
         others = self.lately() - {task.request.tenant}
         least = min((self._share(tenant, self._weights[tenant]) for tenant in others), default=math.inf)
         return self.of(task) >= max(LITTLE, MUCH_MORE * least)
+
+    def heavy(self, task: Task) -> frozenset[str]:
+        """The tenants that have used too much to go before this task's: its own, and whoever used more than half as much."""
+        most = self.of(task) / MUCH_MORE
+        return frozenset(tenant for tenant in self._used if self._share(tenant, self._weights[tenant]) > most)
 
     def stands_aside(self, task: Task, others: list[Task]) -> bool:
         """Whether a task had better wait while others, whose tenants have used much less, are computed."""

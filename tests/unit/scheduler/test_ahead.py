@@ -112,6 +112,15 @@ def test_a_failing_engine_ends_the_attempt_and_nothing_else(bench: Bench) -> Non
     assert bench.reply == expected_reply(PROMPT, 4, GREEDY)
 
 
+def test_what_was_interrupted_goes_on_when_nobody_asks_any_more(bench: Bench) -> None:
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT))
+    assert bench.step()
+    bench.engine.fail_next(Outcome.INTERRUPTED)
+    bench.run()
+    assert bench.scheduler.ahead.computed_tokens == len(PROMPT)
+    assert not bench.scheduler.ahead.waiting
+
+
 def test_a_growing_draft_replaces_itself_and_leaves_nothing_beside_it(bench: Bench) -> None:
     for n_tokens in (150, 155, 163, 170):
         bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT[:n_tokens]), typing=True)

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 
 from pasture.core.errors import QueueFull
-from pasture.core.values import Allowance, Namespace, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import Allowance, Namespace, Outcome, PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import FakeEngine
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.service import LocalService
@@ -39,7 +39,7 @@ def step_seconds(n_rows: int) -> float:
 
 
 @dataclass
-class Outcome:
+class Served:
     first_token_seconds: list[float]
     """of the seven, after everything has settled"""
     served: int
@@ -61,13 +61,13 @@ def arrivals(times: float, rng: Random) -> list[tuple[float, int]]:
     return sorted(found)
 
 
-def serve(times: float, itl_target_seconds: float = 0.4) -> Outcome:
-    """`times`: its share, that tenant 0 sends."""
+def serve(times: float, itl_target_seconds: float = 0.4, *, interrupts: bool = True) -> Served:
+    """`times`: its share, that tenant 0 sends. `interrupts`: who comes may interrupt a step, as in the loop."""
     rng, now = Random(1), 0.0
     engine = FakeEngine(PoolShape(32768, 128, tile_tokens=64))
     settings = SchedulerSettings(max_running=64, itl_target_seconds=itl_target_seconds)
     scheduler = Scheduler(engine, settings, still_store_for(engine, 1 << 28), lambda: now)
-    coming, waiting, outcome = arrivals(times, rng), dict[RequestId, Task](), Outcome([], 0)
+    coming, waiting, outcome = arrivals(times, rng), dict[RequestId, Task](), Served([], 0)
     while now < SECONDS:
         while coming and coming[0][0] <= now:
             at, tenant = coming.pop(0)
@@ -81,6 +81,12 @@ def serve(times: float, itl_target_seconds: float = 0.4) -> Outcome:
             now = coming[0][0] if coming else SECONDS
             continue
         seconds = step_seconds(plan.n_tokens)
+        in_peace = scheduler.in_peace if interrupts else None
+        if in_peace is not None:
+            sooner = next((at for at, tenant in coming if at < now + seconds and str(tenant) not in in_peace), None)
+            if sooner is not None:
+                engine.fail_next(Outcome.INTERRUPTED)
+                seconds = sooner - now
         result = replace(engine.execute(plan), decode_seconds=seconds)
         now += seconds
         for task, event in scheduler.commit(plan, result):
@@ -135,11 +141,28 @@ def test_who_seldom_asks_does_not_come_into_a_long_step_of_who_always_does(monke
 @pytest.mark.timeout(120)
 def test_who_comes_finds_short_steps_of_who_used_much_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.unit.scheduler.test_neighbours.LOAD", 0.15)
-    short = serve(150.0, itl_target_seconds=0.8)
+    short = serve(150.0, itl_target_seconds=0.8, interrupts=False)
     monkeypatch.setattr("pasture.scheduler.usage.Usage.is_much", lambda self, task: False)
-    long = serve(150.0, itl_target_seconds=0.8)
+    long = serve(150.0, itl_target_seconds=0.8, interrupts=False)
     assert sum(short.first_token_seconds) < 0.95 * sum(long.first_token_seconds)
     assert short.served > 0.9 * long.served
+
+
+@pytest.mark.timeout(120)
+def test_who_comes_interrupts_a_step_of_who_used_much_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.scheduler.test_neighbours.LOAD", 0.15)
+    interrupted, waited_for = serve(150.0), serve(150.0, interrupts=False)
+    assert sum(interrupted.first_token_seconds) < 0.9 * sum(waited_for.first_token_seconds)
+    assert interrupted.served > 0.9 * waited_for.served
+
+
+def test_heavy_are_those_who_would_not_go_first() -> None:
+    usage = Usage(lambda: 60.0)
+    one, half, little = (Task(_request(0, tenant, Random(0)), 0.0, lambda: False) for tenant in range(3))
+    for task, seconds in ((one, 20.0), (half, 10.5), (little, 9.5)):
+        usage.charge([(task, 64)], seconds)
+    assert usage.heavy(one) == {"0", "1"}
+    assert usage.heavy(little) == {"0", "1", "2"}
 
 
 def test_much_is_much_more_than_another_has_used_lately_by_weight() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from pasture.core.errors import DeadlineExceeded, DoesNotFit, EngineError, PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.values import (
+    DEFAULT_NAMESPACE,
     Finish,
     FinishReason,
     Form,
@@ -27,6 +30,7 @@ from pasture.core.values import (
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+from pasture.scheduler.usage import Usage
 from tests.store_support import store_for
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -53,6 +57,21 @@ class GatedEngine(FakeEngine):
             self.n_failed_rebuilds += 1
             raise EngineError("out of order")
         return super().rebuild(segments, layout, n_seqs, form)
+
+
+class PatientEngine(FakeEngine):
+    """While `patient`, a step takes until somebody interrupts it, five seconds at most."""
+
+    def __init__(self) -> None:
+        super().__init__(SHAPE)
+        self.patient = False
+        self.begun = threading.Event()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.patient and plan.works:
+            self.begun.set()
+            self.interrupted.wait(5.0)
+        return super().execute(plan)
 
 
 def request(name: str, prompt: tuple[int, ...], max_tokens: int = 8, **fields: float) -> Request:
@@ -421,3 +440,35 @@ async def test_nothing_is_saved_where_nothing_can_be_kept() -> None:
     service.close()
     assert service.statistics().pool.evicted_cells
     assert saves == 0
+
+
+async def test_a_request_interrupts_what_is_computed_ahead() -> None:
+    engine = PatientEngine()
+    with served(engine) as service:
+        engine.patient = True
+        service.anticipate(DEFAULT_NAMESPACE, tuple(range(100)), typing=True)
+        assert await asyncio.to_thread(engine.begun.wait, 5.0)
+        engine.patient = False
+        tokens, _ = await asyncio.wait_for(collect(service, request("r", SYSTEM)), 4.0)
+        assert tokens == expected_reply(SYSTEM, 8, GREEDY)
+        assert service.statistics().scheduler.interrupted_steps_total == 1
+
+
+async def test_who_used_little_interrupts_a_step_of_who_used_much_and_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Usage, "is_much", lambda self, task: task.request.tenant == "greedy")
+    monkeypatch.setattr(Usage, "heavy", lambda self, task: frozenset({"greedy"}))
+    engine = PatientEngine()
+    with served(engine) as service:
+        engine.patient = True
+        prompts = (7, *SYSTEM), (8, *SYSTEM)
+        asked = [replace(request(f"g{i}", prompt), tenant="greedy") for i, prompt in enumerate(prompts)]
+        greedy = [asyncio.create_task(collect(service, asked[0]))]
+        assert await asyncio.to_thread(engine.begun.wait, 5.0)
+        greedy.append(asyncio.create_task(collect(service, asked[1])))
+        await asyncio.sleep(0.05)
+        assert not engine.interrupted.is_set()
+        engine.patient = False
+        tokens, _ = await asyncio.wait_for(collect(service, replace(request("c", SYSTEM), tenant="calm")), 4.0)
+        assert tokens == expected_reply(SYSTEM, 8, GREEDY)
+        assert [tokens for tokens, _ in await asyncio.gather(*greedy)] == [expected_reply(p, 8, GREEDY) for p in prompts]
+        assert service.statistics().scheduler.interrupted_steps_total == 1
