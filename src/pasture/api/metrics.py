@@ -113,7 +113,7 @@ def _scheduler(scheduler: SchedulerStatistics) -> Iterator[Metric]:
     yield _counter("pasture_computed_tokens", "Prompt tokens computed", scheduler.computed_tokens_total)
     yield _counter("pasture_generated_tokens", "Tokens generated", scheduler.generated_tokens_total)
     yield _counter("pasture_steps", "Engine steps", scheduler.steps_total)
-    yield _counter("pasture_steps_interrupted", "Given up for a request that came", scheduler.interrupted_steps_total)
+    yield _counter("pasture_interrupted_steps", "Given up for a request that came", scheduler.interrupted_steps_total)
     yield _counter("pasture_step_seconds", "Engine-thread time", scheduler.step_seconds_total)
     yield _counter("pasture_decode_seconds", "Of that, inside llama_decode", scheduler.decode_seconds_total)
     yield _counter("pasture_sample_seconds", "Of that, sampling", scheduler.sample_seconds_total)
