@@ -158,6 +158,10 @@ class Brake:
     def set(self, stops: bool) -> None:
         self._text[0] = b"!" if stops else b"\0"
 
+    @property
+    def is_set(self) -> bool:
+        return self._text[0] != b"\0"
+
     def watch(self, context: Handle) -> None:
         """Have this context's decodes end with `ABORTED` while the brake is set. It must live as long as the context."""
         lib.llama_set_abort_callback(context, _STRLEN, self._text)

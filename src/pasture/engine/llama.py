@@ -350,7 +350,7 @@ class LlamaEngine:
         if code == _INVALID_BATCH:
             raise EngineError("llama_decode refused the batch as invalid: a token or a position is impossible")
         outcome = Outcome.NO_ROOM if code == _NO_SLOT and not lost else Outcome.FAILED
-        if code == ABORTED:
+        if code == ABORTED and self._brake.is_set:
             outcome = Outcome.INTERRUPTED
         return StepResult(outcome, {}, saved, decode_seconds, lost=lost)
 
