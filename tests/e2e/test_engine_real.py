@@ -138,7 +138,7 @@ def test_a_step_that_is_interrupted_leaves_everything_as_it_was(hand: Hand, toke
     expected = [hand.look(2, rest[:1], 32), hand.look(2, rest[1:], 33)]
     works = Work(SeqId(1), rest[:1], 32, None), Work(SeqId(0), rest, 32, None)
     for n_apart in (0, 1) if layout is Layout.UNIFIED else (0,):
-        timer = threading.Timer(0.1, engine.interrupt, (True,))
+        timer = threading.Timer(0.03, engine.interrupt, (True,))
         timer.start()
         result = engine.execute(StepPlan((), works, n_apart))
         engine.interrupt(False)
