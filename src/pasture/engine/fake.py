@@ -174,7 +174,10 @@ class FakeEngine:
         self._decodes_to_fail.extend(outcomes)
 
     def interrupt(self, wanted: bool) -> None:
-        (self.interrupted.set if wanted else self.interrupted.clear)()
+        if wanted:
+            self.interrupted.set()
+        else:
+            self.interrupted.clear()
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int], n_drawn: int = 0) -> FakeSampler:
         constraint = params.constraint
