@@ -229,6 +229,7 @@ def scheduler_settings(settings: Settings) -> SchedulerSettings:
         rehearse=True,
         shift_to=Form.Q8_0 if settings.kv_compress == "auto" and Form.Q8_0 in allowed_forms(settings) else None,
         idle_live_seconds=None if settings.kv_ram == 0 and settings.kv_cache is None else settings.idle_live,
+        expire_seconds=settings.kv_expire or settings.session_idle,
     )
 
 

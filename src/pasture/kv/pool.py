@@ -242,12 +242,12 @@ class Pool:
         elif self.cells_are_shared and self.shape.can_pad:  # there are tiles, and all of a sequence shows
             self.placement.gather(sequence, self.free_cells, self.used_cells)
 
-    def drop(self, sequence: Sequence, reason: str | None = None, *, emptied: bool = False) -> None:
+    def drop(self, sequence: Sequence, reason: str | None = None, *, emptied: bool = False, unsaved: bool = False) -> None:
         """Forget a sequence; cells that nobody else holds become free. With a reason it counts as an eviction.
 
-        `emptied`: the engine has let go of its cells already.
+        `emptied`: the engine has let go of its cells already. `unsaved`: nobody is to keep what was in them.
         """
-        if reason is not None and sequence.idle and sequence.length and not emptied:
+        if reason is not None and sequence.idle and sequence.length and not emptied and not unsaved:
             self.before_eviction(sequence)
         before = self.used_cells
         if not sequence.idle:

@@ -31,6 +31,8 @@ PATIENCE_SHARE = 0.5
 """a prompt that has waited this share of the age bound counts as a quarter of its length"""
 HEADROOM_CELLS = 16
 """free cells a running request should find before another one starts or comes back"""
+MAX_RISING = 16
+"""requests looked up in slow tiers while every place is taken"""
 REPLY_GUESS_TOKENS = 64
 """what a reply is taken to need at admission; a longer one grows into free cells, or has the youngest swapped out"""
 
@@ -52,7 +54,10 @@ class Admission:
     def newcomers(self, n_running: int) -> list[Task]:
         """Waiting tasks that may start now, one a user."""
         self._followers.clear()
-        if not len(self.waiting) or n_running >= self._settings.max_running or not self._pool.has_sequence_to_give:
+        if not len(self.waiting):
+            return []
+        if n_running >= self._settings.max_running or not self._pool.has_sequence_to_give:
+            self._have_risen()
             return []
         return self._eligible()
 
@@ -111,6 +116,12 @@ class Admission:
         tenants = {task.request.tenant for task in running} | {name for name, _ in self.waiting.weights()}
         alone = len(tenants | self.usage.lately()) == 1
         return len(self.waiting) + sum(not task.n_generated for task in running) if alone else 0
+
+    def _have_risen(self) -> None:
+        """No place for anybody: what slow tiers have for those who will be next rises into RAM meanwhile."""
+        for task in self.waiting.next_of_each(MAX_RISING):
+            if not task.looked:
+                self._resting.look(task)
 
     def _eligible(self) -> list[Task]:
         now = self._clock()

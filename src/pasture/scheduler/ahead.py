@@ -29,7 +29,7 @@ MAX_ANTICIPATED = 64
 MAX_TYPING_SECONDS = 60.0
 """after which what was typed is not expected any more: its blocks are held in RAM until then"""
 MAX_LIFTED = 16
-"""prompts whose blocks are on their way into RAM, or held there for them"""
+"""prompts whose blocks are on their way into RAM, or held there for them; no more of them than the live cache has room for"""
 MIN_TILE_TOKENS = 64
 """of one step where the engine has no tiles"""
 PIECE_TOKENS = 16
@@ -100,13 +100,27 @@ class Ahead:
             most = Counter(other.namespace for other in self._prompts).most_common(1)[0][0]
             self._forget(next(other for other in self._prompts if other.namespace == most))
 
+    def came(self, namespace: Namespace, tokens: array[int]) -> None:
+        """A request with these tokens has its sequence: what was expected of it has come, and needs no more keeping."""
+        came = _Prompt(namespace, tokens, self._clock(), typing=False)
+        for prompt in [prompt for prompt in self._prompts if came.goes_on_from(prompt)]:
+            self._forget(prompt)
+
+    def expire(self) -> None:
+        """What was typed a while ago is not expected any more, however busy the server is."""
+        oldest = self._clock() - MAX_TYPING_SECONDS
+        for prompt in [prompt for prompt in self._prompts if prompt.typing and prompt.since < oldest]:
+            if self._current is not None and self._current[0] is prompt:
+                self.give_way()
+            self._forget(prompt)
+
     def next(self) -> StepPlan | None:
         """A step for the newest prompt that can be computed; None when there is none."""
-        self._expire()
         while (current := self._current or self._begin()) is not None:
             prompt, sequence = current
             n = self._piece(len(prompt.tokens) - sequence.length)
-            if not n or not self._pool.make_room(n):
+            within_limit = self._pool.evictor.keep_within(prompt.namespace, n)
+            if not n or not within_limit or not self._pool.make_room(n):
                 self._leave(prompt)
                 continue
             start = sequence.length
@@ -162,12 +176,27 @@ class Ahead:
 
     def _look(self, prompt: _Prompt) -> bool:
         """Have what slow tiers have of a prompt rise into RAM, once; False while too many others are held there."""
-        if not prompt.looked and sum(other.lift is not None for other in self._prompts) < MAX_LIFTED:
+        if not prompt.looked and self._may_lift(prompt):
             prompt.looked = True
             have = max(self._pool.lookup(prompt.namespace, prompt.tokens), self._reach(prompt))
             if len(prompt.tokens) - have >= MIN_RESTORE_TOKENS:
                 prompt.lift = self._resting.store.lift(prompt.namespace, prompt.tokens, have, self._wake)
         return prompt.looked
+
+    def _may_lift(self, prompt: _Prompt) -> bool:
+        """Whether there is a place for it; who has clearly more of them than others gives up its oldest for theirs."""
+        lifted = [other for other in self._prompts if other.lift is not None]
+        n_tokens = sum(len(other.tokens) for other in lifted) + len(prompt.tokens)
+        if len(lifted) < MAX_LIFTED and n_tokens <= self._pool.shape.n_cells:
+            return True
+        counts = Counter(other.namespace for other in lifted)
+        if not counts:
+            return False
+        most, n_most = counts.most_common(1)[0]
+        if n_most <= counts[prompt.namespace] + 1:
+            return False
+        self._let_go(next(other for other in lifted if other.namespace == most))
+        return self._may_lift(prompt)
 
     def _reach(self, prompt: _Prompt) -> int:
         return self._resting.store.reach(prompt.namespace, prompt.tokens)
@@ -183,14 +212,12 @@ class Ahead:
         self.give_way()
         self._forget(prompt)
 
-    def _expire(self) -> None:
-        oldest = self._clock() - MAX_TYPING_SECONDS
-        for prompt in [prompt for prompt in self._prompts if prompt.typing and prompt.since < oldest]:
-            if self._current is not None and self._current[0] is prompt:
-                self.give_way()
-            self._forget(prompt)
-
     def _forget(self, prompt: _Prompt) -> None:
         self._prompts.remove(prompt)
+        self._let_go(prompt)
+
+    @staticmethod
+    def _let_go(prompt: _Prompt) -> None:
         if prompt.lift is not None:
             prompt.lift.release()
+            prompt.lift = None

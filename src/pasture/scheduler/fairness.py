@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 
 from pasture.scheduler.task import Task
 
@@ -71,6 +71,12 @@ class FairQueue:
     def heads(self) -> Iterator[Task]:
         """Somebody of each tenant in line."""
         return (task for tenant in self._tenants.values() for task in islice(next(iter(tenant.users.values())).line, 1))
+
+    def next_of_each(self, most: int) -> list[Task]:
+        """The first in line of each user, so many at most: every tenant's first user, then their second ones."""
+        rows = zip_longest(*(islice(tenant.users.values(), most) for tenant in self._tenants.values()))
+        users = (user for row in rows for user in row if user is not None)
+        return [next(iter(user.line)) for user in islice(users, most)]
 
     def push(self, task: Task) -> None:
         tenant = self._tenants.setdefault(task.request.tenant, _Tenant())

@@ -4,7 +4,8 @@
 
 Other threads talk to it through `submit`, `cancel`, `ask` and `stop`, and read `snapshot`, which is replaced whole. A request
 that should not wait for the end of the step under way interrupts it; the next one is scheduled with it. When nothing runs the
-thread carries out the operations that are left, checks the conservation law, compacts a fragmented cache, and sleeps.
+thread carries out the operations that are left, checks the conservation law, compacts a fragmented cache, and sleeps until
+something comes or an idle conversation has been unused for too long.
 """
 
 from __future__ import annotations
@@ -222,6 +223,7 @@ class EngineLoop:
     def _step(self) -> bool:
         started = self._clock()
         self._follow_traffic()
+        self._scheduler.resting.expire()
         self._scheduler.resting.demote()
         plan = self._scheduler.schedule()
         if not plan.works and not plan.operations:
@@ -311,7 +313,8 @@ class EngineLoop:
                 self._nudged = False
                 return
             paused = self._scheduler.busy
-            woken = self._wake.wait(timeout=0.05 if paused else None if self._tidy else IDLE_SECONDS) or self._nudged
+            idle = self._scheduler.resting.expires_in() if self._tidy else IDLE_SECONDS
+            woken = self._wake.wait(timeout=0.05 if paused else idle) or self._nudged
             self._nudged = False
         if not woken and not paused and not self._tidy:
             self._housekeeping()

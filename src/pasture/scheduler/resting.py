@@ -2,6 +2,7 @@
 
     idle sequence evicted      what the store lacks of it is saved first, so eviction loses nothing that pays to keep
     idle sequence resting      demoted after a while: idle cells cost every step of everyone else
+    idle for very long         forgotten, and not saved: what the tiers have of it goes by the same time
     request swapped out        saved and pinned; it comes back through the same door as a new request
     request starting           live cells first, then what the store has in RAM, the rest is computed
     declared to be public      restored from the public namespace into cells of its own: what follows is nobody else's
@@ -22,6 +23,7 @@ from pasture.core.storage import BLOCK_TOKENS, Store
 from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, Slab
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
+from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
 
 MIN_RESTORE_TOKENS = 16
@@ -39,14 +41,13 @@ class _Saving:
 
 
 class Resting:
-    def __init__(
-        self, pool: Pool, store: Store, clock: Clock, idle_live_seconds: float | None, wake: Callable[[], None]
-    ) -> None:
+    def __init__(self, pool: Pool, store: Store, clock: Clock, settings: SchedulerSettings, wake: Callable[[], None]) -> None:
         """`wake` is called from other threads when a lift is done."""
         self.store = store
         self._pool = pool
         self._clock = clock
-        self._idle_live_seconds = idle_live_seconds
+        self._idle_live_seconds = settings.idle_live_seconds
+        self._expire_seconds = settings.expire_seconds
         self._wake = wake
         self._saving: dict[int, _Saving] = {}
         self._copied: dict[Sequence, int] = {}
@@ -102,12 +103,30 @@ class Resting:
         """Let the longest idle sequence leave the live cache, if it has rested long enough; False when none has."""
         if self._idle_live_seconds is None or not self._pool.shares:
             return False
-        idle = [sequence for sequence in self._pool.sequences.values() if sequence.idle]
-        oldest = min(idle, key=lambda sequence: sequence.tail.last_used, default=None)
+        oldest = self._oldest()
         if oldest is None or self._clock() - oldest.tail.last_used < self._idle_live_seconds:
             return False
         self._pool.drop(oldest, "idle")
         return True
+
+    def expire(self) -> None:
+        """Forget what nobody has used for too long. It is not saved: that would make it young again."""
+        while self.expires_in() == 0:
+            oldest = self._oldest()
+            assert oldest is not None
+            self._copied.pop(oldest, None)
+            self._pool.drop(oldest, "expired", unsaved=True)
+
+    def expires_in(self) -> float | None:
+        """Seconds until something idle has been unused for too long; None when nothing can come to that."""
+        oldest = self._oldest()
+        if oldest is None or self._expire_seconds is None:
+            return None
+        return max(0.0, oldest.tail.last_used + self._expire_seconds - self._clock())
+
+    def _oldest(self) -> Sequence | None:
+        idle = [sequence for sequence in self._pool.sequences.values() if sequence.idle]
+        return min(idle, key=lambda sequence: sequence.tail.last_used, default=None)
 
     def keep_everything(self) -> None:
         """Save whatever is live, before the end: for a store that outlives the process."""

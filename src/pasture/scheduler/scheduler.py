@@ -65,7 +65,7 @@ class Scheduler:
             shareable=engine.model.shareable,
             policy=POLICIES[settings.policy],
         )
-        self.resting = Resting(self.pool, store, clock, settings.idle_live_seconds, wake)
+        self.resting = Resting(self.pool, store, clock, settings, wake)
         self.ahead = Ahead(self.pool, self.resting, clock, wake)
         self.admission = Admission(self.pool, self.resting, settings, clock)
         self.waiting = self.admission.waiting
@@ -111,6 +111,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step. A plan without works still has operations to carry out."""
         self._expire()
+        self.ahead.expire()
         self._step_at = self._clock()
         self._planned, self._n_streams, self.in_peace = [], 0, None
         if not self._tasks and (plan := self.ahead.next()) is not None:
@@ -303,6 +304,7 @@ class Scheduler:
         if not self.places.enter(task):
             return False
         self.waiting.remove(task, charge)
+        self.ahead.came(request.namespace, task.tokens)
         task.leader = None
         if task.started_at is None:
             task.started_at = self._clock()

@@ -31,6 +31,8 @@ class SchedulerSettings:
     """a reader this far behind pauses its request"""
     idle_live_seconds: float | None = None
     """how long an idle conversation stays in the live cache before it rests in the store alone; None: until room is needed"""
+    expire_seconds: float | None = None
+    """how long what nobody uses stays in the live cache at all, be it that nobody needs the room; None: for ever"""
     shift_to: Form | None = None
     """what live cells are rewritten in when the pool stays short of them; None: never"""
     compact: bool = True

@@ -6,10 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from pasture.core.values import DEFAULT_NAMESPACE, Layout, Namespace, Outcome, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import (
+    DEFAULT_NAMESPACE,
+    Allowance,
+    Layout,
+    Namespace,
+    Outcome,
+    PoolShape,
+    Request,
+    RequestId,
+    SamplingParams,
+)
 from pasture.engine.fake import FakeEngine, expected_reply
 from pasture.kv.radix import token_array
-from pasture.scheduler.ahead import MAX_ANTICIPATED, MAX_TYPING_SECONDS
+from pasture.scheduler.ahead import MAX_ANTICIPATED, MAX_LIFTED, MAX_TYPING_SECONDS
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
@@ -28,6 +38,7 @@ class Bench:
         self.store = still_store_for(self.engine, 1 << 20)
         self.scheduler = Scheduler(self.engine, SchedulerSettings(check_invariants=True), self.store, lambda: self.now)
         self.reply: list[int] = []
+        self.n_asked = 0
 
     def step(self) -> bool:
         plan = self.scheduler.schedule()
@@ -36,8 +47,10 @@ class Bench:
                 self.reply.append(event.token)
         return bool(plan.works)
 
-    def ask(self, prompt: tuple[int, ...], namespace: Namespace = DEFAULT_NAMESPACE) -> Task:
-        task = Task(Request(RequestId("r"), prompt, 4, GREEDY, namespace=namespace), 0.0, lambda: False)
+    def ask(self, prompt: tuple[int, ...], namespace: Namespace = DEFAULT_NAMESPACE, user: str = "", n: int = 4) -> Task:
+        self.n_asked += 1
+        request = Request(RequestId(f"r{self.n_asked}"), prompt, n, GREEDY, namespace=namespace, user=user)
+        task = Task(request, 0.0, lambda: False)
         self.scheduler.submit(task)
         return task
 
@@ -178,3 +191,84 @@ def test_when_there_are_too_many_the_oldest_of_whoever_has_most_goes(bench: Benc
     task = bench.ask(PROMPT, Namespace("modest"))
     bench.run()
     assert task.cached_tokens == len(PROMPT) - 1
+
+
+class HeldLift:
+    """What rises at once and is held until it is let go of."""
+
+    def __init__(self, held: list[HeldLift]) -> None:
+        self.done = True
+        self._held = held
+        held.append(self)
+
+    def release(self) -> None:
+        if self in self._held:
+            self._held.remove(self)
+
+
+@pytest.fixture
+def held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[HeldLift]:
+    """Every lift that has not been released."""
+    held: list[HeldLift] = []
+    monkeypatch.setattr(bench.store, "lift", lambda *_: HeldLift(held))
+    return held
+
+
+def test_what_was_typed_is_let_go_of_after_a_while_however_busy_the_server_is(bench: Bench, held: list[HeldLift]) -> None:
+    bench.ask((7, *PROMPT))
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT), typing=True)
+    bench.step()
+    assert len(held) == 1
+    bench.now += MAX_TYPING_SECONDS + 1
+    bench.step()
+    assert not bench.scheduler.ahead.waiting
+    assert not held
+
+
+def test_what_was_kept_for_a_message_is_let_go_of_when_it_comes(bench: Bench, held: list[HeldLift]) -> None:
+    ahead = bench.scheduler.ahead
+    ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT), typing=True)
+    ahead.anticipate(DEFAULT_NAMESPACE, token_array((9, *PROMPT)), typing=True)
+    bench.ask((*PROMPT, 7))
+    bench.step()
+    assert len(held) == 1, "what another one types is still expected"
+    assert ahead.waiting
+
+
+def test_one_tenants_drafts_leave_places_for_anothers(bench: Bench, held: list[HeldLift]) -> None:
+    ahead = bench.scheduler.ahead
+    for number in range(MAX_LIFTED + 4):
+        ahead.anticipate(Namespace("many"), token_array((number, *range(30))), typing=True)
+    assert len(held) == MAX_LIFTED
+    oldest, newest = held[0], held[-1]
+    for number in range(3):
+        ahead.anticipate(Namespace("few"), token_array((number, *range(30))), typing=True)
+    assert len(held) == MAX_LIFTED
+    assert oldest not in held
+    assert newest in held
+    assert all(prompt.lift in held for prompt in ahead._prompts if prompt.namespace == "few")
+
+
+def test_no_more_is_held_ahead_than_the_live_cache_has_room_for(bench: Bench, held: list[HeldLift]) -> None:
+    for number in range(10):
+        bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array((number, *PROMPT)), typing=True)
+    assert len(held) == 1024 // (1 + len(PROMPT))
+
+
+def test_nothing_is_computed_ahead_beyond_its_tenants_limit(bench: Bench) -> None:
+    bench.scheduler.pool.evictor.shares.allow(DEFAULT_NAMESPACE, Allowance(live_cells=100))
+    bench.scheduler.ahead.anticipate(DEFAULT_NAMESPACE, token_array(PROMPT))
+    bench.run()
+    assert 0 < bench.scheduler.pool.used_cells <= 100
+    assert not bench.scheduler.ahead.waiting
+
+
+def test_while_every_place_is_taken_what_slow_tiers_have_of_the_next_ones_rises(held: list[HeldLift], bench: Bench) -> None:
+    for number in range(8):
+        bench.ask((100 + number, *PROMPT[:60]), user=str(number), n=50)
+        bench.step()
+    assert not held, "whoever has started let go"
+    waiting = [bench.ask((200 + number, *PROMPT), user=str(number)) for number in range(3)]
+    bench.step()
+    assert [task.sequence for task in waiting] == [None] * 3
+    assert len(held) == 3

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 
-from pasture.core.values import Namespace, PoolShape, RequestId, Save
+from pasture.core.values import Namespace, PoolShape, Request, RequestId, Save
 from pasture.engine.fake import FakeEngine
 from pasture.kv.pool import Pool
 from pasture.kv.radix import token_array
 from pasture.kv.sequence import Sequence
+from pasture.scheduler.loop import EngineLoop
 from pasture.scheduler.resting import Resting
+from pasture.scheduler.settings import SchedulerSettings
+from pasture.scheduler.task import Task
 from tests.store_support import store_for
 
 NAME = Namespace("tests")
@@ -22,7 +27,7 @@ NAME = Namespace("tests")
 def resting() -> Iterator[Resting]:
     engine = FakeEngine(PoolShape(1024, 1))
     with closing(store_for(engine)) as store:
-        yield Resting(Pool(engine.shape, clock=lambda: 0.0), store, lambda: 0.0, None, lambda: None)
+        yield Resting(Pool(engine.shape, clock=lambda: 0.0), store, lambda: 0.0, SchedulerSettings(), lambda: None)
 
 
 def rest(pool: Pool, first: int, n_tokens: int = 100, *, after: int = 0) -> Sequence:
@@ -67,3 +72,43 @@ def test_one_that_was_cut_back_and_grew_to_the_same_length_is_copied_again(resti
     after = rest(pool, 2000, after=50)
     assert (after, after.length) == (before, 100)
     assert copies(resting, pool) == 1
+
+
+def test_what_nobody_used_for_too_long_is_forgotten_and_not_saved() -> None:
+    engine, now = FakeEngine(PoolShape(1024, 8)), [0.0]
+    pool = Pool(engine.shape, clock=lambda: now[0])
+    with closing(store_for(engine)) as store:
+        settings = SchedulerSettings(idle_live_seconds=5.0, expire_seconds=100.0)
+        resting = Resting(pool, store, lambda: now[0], settings, lambda: None)
+        assert resting.expires_in() is None
+        rest(pool, 1000, after=50)
+        now[0] = 60.0
+        rest(pool, 2000, after=50)
+        assert resting.expires_in() == 40.0
+        now[0] = 100.0
+        resting.expire()
+        assert pool.used_cells == 100, "what somebody else shares stays with them"
+        assert resting.expires_in() == 60.0
+        now[0] = 1000.0
+        resting.expire()
+        assert not pool.used_cells
+        assert pool.evicted_cells["expired"] == 150
+        assert not any(isinstance(operation, Save) for operation in pool.operations())
+
+
+def test_a_server_that_nobody_asks_anything_forgets_too() -> None:
+    engine = FakeEngine(PoolShape(1024, 8))
+    store = store_for(engine)
+    finished = threading.Event()
+    loop = EngineLoop(engine, SchedulerSettings(expire_seconds=0.6), store, lambda _: finished.set())
+    loop.start()
+    try:
+        loop.submit(Task(Request(RequestId("r"), tuple(range(300)), 0), 0.0, lambda: False))
+        assert finished.wait(10.0)
+        assert loop.snapshot[0].used_cells == 300
+        deadline = time.monotonic() + 10.0
+        while loop.snapshot[0].used_cells and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert loop.snapshot[0].used_cells == 0
+    finally:
+        loop.stop()
