@@ -87,8 +87,8 @@ class GenerateOptions(TypedDict, total=False):
 
     max_tokens: int
     """at most; unless given, what the cache leaves for one conversation"""
-    stop: Sequence[str]
-    """texts that end the reply and are not part of it"""
+    stop: str | Sequence[str]
+    """text, or texts, that end the reply and are not part of it"""
     ignore_eos: bool
     """go on to max_tokens, whatever the model says"""
     sampling: SamplingParams

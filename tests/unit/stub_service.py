@@ -169,11 +169,12 @@ class StubService:
     def statistics(self) -> ServiceStatistics:
         return ServiceStatistics(MODEL, _POOL, _SCHEDULER, _STORE, 12.5, draining=self.drained)
 
-    async def drain(self) -> None:
+    async def drain(self) -> bool:
         self.drained = True
         self.ready = False
+        return True
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         self.closed = True
 
 

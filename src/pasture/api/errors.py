@@ -138,4 +138,6 @@ def _retry(error: PastureError) -> dict[str, str]:
         return {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))}
     if isinstance(error, ShuttingDown | NoReplica):
         return {"retry-after": "5"}
+    if isinstance(error, DeadlineExceeded):  # OpenAI's clients send it again by themselves otherwise, to the same end
+        return {"x-should-retry": "false"}
     return {}

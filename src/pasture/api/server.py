@@ -1,9 +1,9 @@
 """uvicorn around the app: TLS, the real port, and an end in two stages.
 
 The first SIGTERM or SIGINT drains: the service takes nothing new, readiness turns 503 while the sockets still listen, open
-streams finish, then the server stops. The second ends at once: the service is closed, which ends every stream, and
-connections are dropped. A drained server returns from `run` as after any other end, so the process exits with what its caller
-decides.
+streams finish, then the server stops; those that take longer than a drain may are ended. The second ends at once: the service
+is closed, which ends every stream and keeps nothing more, and connections are dropped. A drained server returns from `run` as
+after any other end, so the process exits with what its caller decides.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
 _SWEEP_TICKS = 50
 _LAST_WORDS_SECONDS = 1.0
+_LAST_BYTES_SECONDS = 10
+"""for connections whose replies have ended, and who reads them slowly"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class DrainingServer(uvicorn.Server):
             ssl_certfile=options.ssl_cert_file,
             ssl_keyfile=options.ssl_key_file,
             timeout_keep_alive=options.keep_alive_seconds,
+            timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
             log_level=_uvicorn_level(options.log_level),
             log_config=None,
             access_log=False,
@@ -104,6 +107,7 @@ class DrainingServer(uvicorn.Server):
         self._on_started = on_started
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._signalled = False
         self._loiterers = Loiterers(time.monotonic)
 
@@ -140,7 +144,7 @@ class DrainingServer(uvicorn.Server):
             self._draining = asyncio.ensure_future(self._drain())
             return
         _log.warning("second signal: ending at once")
-        self._service.close()
+        self._closing = asyncio.ensure_future(asyncio.to_thread(self._service.close, at_once=True))
         self.force_exit = self.should_exit = True
         # streams have a moment to say that the server has closed
         asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, self._drop_everything)
@@ -168,7 +172,9 @@ class DrainingServer(uvicorn.Server):
     async def _drain(self) -> None:
         _log.info("draining: nothing new is taken, open replies finish")
         try:
-            await self._service.drain()
+            if not await self._service.drain():
+                _log.warning("open replies take longer than a drain may: they are ended")
+                await asyncio.to_thread(self._service.close)
         finally:
             self.should_exit = True
 

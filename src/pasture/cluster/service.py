@@ -331,15 +331,16 @@ class ClusterService:
         """The sum over the replicas, as of their last reports."""
         return total(self._model, list(self.links.statistics.values()), draining=self._draining)
 
-    async def drain(self) -> None:
+    async def drain(self) -> bool:
         """This ingress takes nothing new and lets what runs through it finish."""
         self._draining = True
         if self._n_running:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), self._settings.drain_seconds)
+        return not self._n_running
 
-    def close(self) -> None:
-        """On its loop, or from another thread while that runs."""
+    def close(self, *, at_once: bool = False) -> None:
+        """On its loop, or from another thread while that runs. There is nothing here to keep, so it is always at once."""
         self._draining = True
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.links.close)

@@ -190,7 +190,7 @@ class Settings(BaseSettings):
         default=64, ge=1, le=254, description="Requests that generate at the same time; the others wait their turn."
     )
     max_queue: Annotated[int, Flag(("--max-queue",), SCHEDULING, "N")] = Field(
-        default=512, ge=0, description="Requests that may wait; the next one is told to come back later (429)."
+        default=512, ge=1, description="Requests that may wait; the next one is told to come back later (429)."
     )
     itl_target: Annotated[Seconds, Flag(("--itl-target",), SCHEDULING, "TIME")] = Field(
         default=0.4, description="The gap between two tokens of a stream that other people's long prompts may cause."
@@ -336,6 +336,11 @@ class Settings(BaseSettings):
             raise ValueError("peer_key_file holds keys at peers: give peer too")
         if self.chat_template is not None and self.chat_template_file is not None:
             raise ValueError("chat_template and chat_template_file are the same thing: give one of them")
+        if self.batch_size < self.max_running:
+            raise ValueError(
+                f"batch_size={self.batch_size}: a step has a token of each stream, and max_running={self.max_running} of them "
+                "may run: raise batch_size, or lower max_running"
+            )
         if self.flash_attn == "off" and self.cache_type_v not in ("f32", "f16", "bf16"):
             raise ValueError(
                 f"cache_type_v={self.cache_type_v} needs flash attention: set flash_attn to on, or cache_type_v to f16"

@@ -190,10 +190,14 @@ class Service(Protocol):
         ...
 
     def statistics(self) -> ServiceStatistics: ...
-    async def drain(self) -> None:
-        """Take nothing new, finish what runs."""
+    async def drain(self) -> bool:
+        """Take nothing new, finish what runs; False when the time for that was over, and something still runs."""
         ...
 
-    def close(self) -> None:
-        """End at once; requests that still run get a finish with reason `cancelled`."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End; requests that still run get a finish with reason `cancelled`.
+
+        Blocks until all is kept that outlives the process; `at_once`: nothing more is. Any thread; safe to call twice, also
+        while another call runs.
+        """
         ...

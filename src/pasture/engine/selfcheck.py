@@ -218,7 +218,7 @@ def _child() -> dict[str, object]:
     asked = json.loads(sys.stdin.read())
     asked["layout"] = Layout(asked["layout"])
     asked["tensor_split"] = tuple(asked["tensor_split"])
-    settings = replace(EngineSettings(**asked), n_cells=256, n_seqs=2, n_batch=256, use_mmap=True, use_mlock=False)
+    settings = replace(EngineSettings(**asked), n_cells=512, n_seqs=2, n_batch=256, use_mmap=True, use_mlock=False)
     try:
         engine = open_unchecked(settings)
         sampler = engine.sampler(SamplingParams(temperature=0), [])

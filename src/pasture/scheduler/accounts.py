@@ -29,7 +29,7 @@ class Accounts:
     invariant_failures: int = 0
 
     def record_step(self, seconds: float, result: StepResult) -> None:
-        """The engine thread's time for one step, from the look into the inbox to the last event."""
+        """The engine thread's time for one step, from the look into the inbox to the last event handed out."""
         self.steps += 1
         self.interrupted_steps += result.outcome is Outcome.INTERRUPTED
         self.step_seconds += seconds

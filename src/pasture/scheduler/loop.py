@@ -64,6 +64,9 @@ class EngineLoop:
         self._scheduler = Scheduler(engine, settings, store, clock, self.nudge)
         self._keeper = LayoutKeeper(engine, self._scheduler, clock)
         self._stopping = False
+        self._at_once = False
+        self._looked_at = clock()
+        """into the inbox: when the step began"""
         self._nudged = False
         """since the thread last slept; under the lock of `_wake`"""
         self._in_peace: frozenset[str] | None = None
@@ -135,10 +138,16 @@ class EngineLoop:
             self._nudged = True
             self._wake.notify()
 
-    def stop(self) -> None:
-        """End every request with reason `cancelled`, close the engine, join the thread."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """End every request with reason `cancelled`, close the engine, join the thread.
+
+        `at_once`: the step under way is interrupted, and what is live is not kept.
+        """
         with self._wake:
             self._stopping = True
+            self._at_once |= at_once
+            if at_once:
+                self._engine.interrupt(True)
             self._wake.notify()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -159,10 +168,13 @@ class EngineLoop:
         try:
             self._begin()
             while not self._stopping:
+                self._looked_at = self._clock()
                 self._read_inbox()
                 if not self.step():
                     self._rest()
-            self._keep_everything()
+            self._deliver(self._scheduler.cancel_all())
+            if not self._at_once:
+                self._keep_everything()
         except Exception:
             log.exception("the engine thread failed; every request is ended")
             raise
@@ -221,7 +233,6 @@ class EngineLoop:
             return True
 
     def _step(self) -> bool:
-        started = self._clock()
         self._follow_traffic()
         self._scheduler.resting.expire()
         self._scheduler.resting.demote()
@@ -232,11 +243,11 @@ class EngineLoop:
         result = self._execute(plan)
         events = self._scheduler.commit(plan, result)
         self._tidy = False
-        if plan.works:
-            self._scheduler.accounts.record_step(self._clock() - started, result)
-            if result.outcome is not Outcome.INTERRUPTED:
-                self._keeper.observe(plan, result)
+        if plan.works and result.outcome is not Outcome.INTERRUPTED:
+            self._keeper.observe(plan, result)
         self._deliver(events)
+        if plan.works:
+            self._scheduler.accounts.record_step(self._clock() - self._looked_at, result)
         return True
 
     def _execute(self, plan: StepPlan) -> StepResult:
@@ -252,7 +263,7 @@ class EngineLoop:
         finally:
             with self._wake:
                 self._in_peace = None
-                self._engine.interrupt(False)
+                self._engine.interrupt(self._at_once)
 
     def _interrupts(self, task: Task) -> bool:
         """Whether the step under way is one that this request had better not wait for. Under the lock of `_wake`."""

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pasture.core.ports import Clock
-from pasture.core.storage import BLOCK_TOKENS, Store
+from pasture.core.storage import Store
 from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, Slab
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
+from pasture.scheduler.branches import Branches
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
 
@@ -52,6 +53,7 @@ class Resting:
         self._saving: dict[int, _Saving] = {}
         self._copied: dict[Sequence, int] = {}
         """length at which an idle sequence was copied out last; its id says nothing, because the next to come gets it again"""
+        self._branches = Branches()
         pool.before_eviction = self._before_eviction
 
     # Out of the live cache
@@ -127,6 +129,11 @@ class Resting:
     def _oldest(self) -> Sequence | None:
         idle = [sequence for sequence in self._pool.sequences.values() if sequence.idle]
         return min(idle, key=lambda sequence: sequence.tail.last_used, default=None)
+
+    def start_over(self) -> None:
+        """The live cache was emptied: what was to be saved of it never will be."""
+        self._saving.clear()
+        self._copied.clear()
 
     def keep_everything(self) -> None:
         """Save whatever is live, before the end: for a store that outlives the process."""
@@ -220,8 +227,7 @@ class Resting:
         """Where a state that cannot be cut should be kept, because two prompts part behind it; None: nowhere ahead."""
         if self._pool.cuttable or not self._pool.shares:
             return None
-        common = self._pool.tree.match(task.request.namespace, task.tokens[:-1]).length
-        position = common // BLOCK_TOKENS * BLOCK_TOKENS
+        position = self._branches.part(task.request.namespace, task.tokens[:-1])
         return position if position > task.computed else None
 
     def _public_reach(self, task: Task) -> int:

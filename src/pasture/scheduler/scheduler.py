@@ -173,7 +173,14 @@ class Scheduler:
             self._end(task, reason, error)
         self._suspects, self._planned = [], []
         self.ahead.forget()
+        self.resting.start_over()
         self.pool.reset(self._engine.shape)
+        return self.take_events()
+
+    def cancel_all(self) -> list[Delivery]:
+        """The server ends: every task does, what was computed stays."""
+        for request_id in list(self._tasks):
+            self.cancel(request_id)
         return self.take_events()
 
     def end_too_long(self) -> None:

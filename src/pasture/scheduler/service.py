@@ -187,18 +187,19 @@ class LocalService:
         scheduler = dataclasses.replace(scheduler, rejected_total=self._n_rejected)
         return ServiceStatistics(self._model, pool, scheduler, store, time.monotonic() - self._started_at, self._draining)
 
-    async def drain(self) -> None:
+    async def drain(self) -> bool:
         """Take nothing new and wait for what runs, at most `drain_seconds`."""
         self._draining = True
         if self._channels:
             self._empty = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), self._settings.drain_seconds)
+        return not self._channels
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         self._draining = True
         self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._loop.stop()
+        self._loop.stop(at_once=at_once)
 
     async def _compile(self, request: Request) -> object | None:
         """What keeps the request's constraint at hand, if it has one. Raises RequestError for one that cannot be compiled."""

@@ -24,8 +24,8 @@ class StopStrings:
     first_characters: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, strings: Iterable[str]) -> StopStrings:
-        unique = tuple(dict.fromkeys(string for string in strings if string))
+    def of(cls, strings: str | Iterable[str]) -> StopStrings:
+        unique = tuple(dict.fromkeys(string for string in ((strings,) if isinstance(strings, str) else strings) if string))
         return cls(tuple((s, _borders(s)) for s in unique), frozenset(s[0] for s in unique))
 
     def __bool__(self) -> bool:

@@ -57,6 +57,11 @@ async def test_a_full_queue_says_when_to_come_back(connect: Connect) -> None:
     assert error_of(response) == {"message": "full", "type": "rate_limit_error", "param": None, "code": "queue_full"}
 
 
+async def test_what_took_too_long_is_not_to_be_sent_again(connect: Connect) -> None:
+    response = await connect(StubService(error=DeadlineExceeded("late"))).post(CHAT, json=chat_body())
+    assert response.headers["x-should-retry"] == "false"
+
+
 async def test_the_words_of_a_bug_are_not_shown(connect: Connect) -> None:
     response = await connect(StubService(error=ValueError("/secret/path"))).post(CHAT, json=chat_body())
     assert "secret" not in response.text

@@ -103,6 +103,8 @@ def test_a_flag_replaces_the_files_other_way_to_say_the_size() -> None:
         ({"ssl_key_file": "key.pem"}, "go together"),
         ({"flash_attn": "off", "cache_type_v": "q8_0"}, "needs flash attention"),
         ({"max_running": "256"}, "^--max-running: .*254"),
+        ({"max_queue": "0"}, "^--max-queue: "),
+        ({"batch_size": "32"}, "raise batch_size, or lower max_running"),
         ({"cache_type_k": "q3"}, "^--cache-type-k: "),
         ({"itl_target": "0"}, "^--itl-target: "),
         ({"kv_cell": "4096"}, "no setting kv_cell; did you mean kv_cells"),

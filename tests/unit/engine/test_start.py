@@ -12,6 +12,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from pasture.core.errors import ConfigError, DoesNotFit, ModelError
+from pasture.core.values import Layout
 from pasture.engine import bindings, heads, selfcheck
 from pasture.engine import settings as engine_settings
 from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
@@ -66,6 +67,10 @@ def test_a_mac_is_asked_for_its_cores_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_healthy_settings_stay(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     children(monkeypatch, "")
     assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True)
+
+
+def test_the_trial_runs_in_streams_as_well(settings: EngineSettings) -> None:
+    assert selfcheck._run_child(replace(settings, layout=Layout.STREAMS, use_extra_bufts=False)).death == ""
 
 
 def test_a_crash_turns_off_what_crashed_and_says_so(

@@ -472,3 +472,39 @@ async def test_who_used_little_interrupts_a_step_of_who_used_much_and_nobody_els
         assert tokens == expected_reply(SYSTEM, 8, GREEDY)
         assert [tokens for tokens, _ in await asyncio.gather(*greedy)] == [expected_reply(p, 8, GREEDY) for p in prompts]
         assert service.statistics().scheduler.interrupted_steps_total == 1
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_what_is_live_is_kept_unless_the_end_is_at_once(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(SHAPE)
+    store = store_for(engine)
+    monkeypatch.setattr(type(store), "persistent", True)
+    flushed: list[float] = []
+
+    def flush(seconds: float) -> bool:
+        flushed.append(seconds)
+        return True
+
+    monkeypatch.setattr(store, "flush", flush)
+    service = LocalService(engine, store, SchedulerSettings(check_invariants=True))
+    await collect(service, request("r", SYSTEM))
+    service.close(at_once=at_once)
+    assert bool(flushed) is not at_once
+
+
+async def test_at_the_end_readers_are_told_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = PatientEngine()
+    store = store_for(engine)
+    may_end = threading.Event()
+    monkeypatch.setattr(type(store), "persistent", True)
+    monkeypatch.setattr(store, "flush", lambda _: may_end.wait(10.0))
+    service = LocalService(engine, store, SchedulerSettings(check_invariants=True))
+    asked = asyncio.create_task(collect(service, request("r", SYSTEM, 4000)))
+    while not service.statistics().scheduler.generated_tokens_total:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    closing = asyncio.create_task(asyncio.to_thread(service.close))
+    _, finish = await asyncio.wait_for(asked, 5.0)
+    assert finish.reason is FinishReason.CANCELLED
+    assert not closing.done()
+    may_end.set()
+    await closing

@@ -46,3 +46,7 @@ def test_a_long_stop_string_that_almost_matches_everywhere() -> None:
     scanner = StopScanner(StopStrings.of(["a" * 100_000 + "b"]))
     assert "".join(scanner.push("a" * 1000).text for _ in range(150)) == "a" * 50_000
     assert scanner.push("b").stop == "a" * 100_000 + "b"
+
+
+def test_one_stop_string_is_not_its_characters() -> None:
+    assert StopStrings.of("END") == StopStrings.of(["END"])
