@@ -24,7 +24,7 @@ from pasture.core.errors import ConfigError
 from pasture.core.ports import Engine, Service
 from pasture.core.storage import Store
 from pasture.core.values import Form, Layout, ModelInfo, PoolShape, SamplingParams
-from pasture.engine import EngineSettings, open_engine, probe_model
+from pasture.engine import EngineSettings, OnProgress, open_engine, probe_model
 from pasture.engine.device import plan_pool
 from pasture.engine.fake import FakeEngine
 from pasture.engine.gguf_header import read_header
@@ -58,9 +58,9 @@ MIN_STREAM_CELLS = 2048
 Prepare = Callable[[Engine, Store], None]
 
 
-def start_service(settings: Settings) -> Service:
-    """Load the model and start its scheduler; ready when it returns. The caller closes it."""
-    return service_over(start_engine(settings), settings)
+def start_service(settings: Settings, on_loading: OnProgress | None = None) -> Service:
+    """Load the model and start its scheduler; ready when it returns. The caller closes it. `on_loading`: see `start_engine`."""
+    return service_over(start_engine(settings, on_loading), settings)
 
 
 def service_over(
@@ -86,8 +86,10 @@ def service_over(
     return LocalService(engine, store, scheduler_settings(settings))
 
 
-def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> None:
+def serve(settings: Settings, on_started: Callable[[str, Service], None], on_loading: OnProgress | None = None) -> None:
     """Serve HTTP until SIGINT or SIGTERM; what runs then may finish. `on_started` gets the URL once the server listens.
+
+    `on_loading`: see `start_engine`.
 
     Whatever can be wrong without the model is found out before the model is loaded; who connects meanwhile waits.
     """
@@ -100,7 +102,7 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None]) -> Non
         _admin_listener(settings) as admin,
         closing(open_state(settings, api.api_keys)) as state,
         closing(open_tracing(settings.otel_endpoint)) as tracing,
-        closing(start_service(settings)) as service,
+        closing(start_service(settings, on_loading)) as service,
     ):
         api = replace(api, tracing=tracing)
         settle()
@@ -264,10 +266,13 @@ def chat_template_of(settings: Settings) -> str | None:
     return settings.chat_template
 
 
-def start_engine(settings: Settings) -> Engine:
-    """The engine that the settings ask for; the calling thread's until it is given away."""
+def start_engine(settings: Settings, on_loading: OnProgress | None = None) -> Engine:
+    """The engine that the settings ask for; the calling thread's until it is given away.
+
+    `on_loading` hears the share of the model that is read, 0 to 1.
+    """
     if not settings.fake_engine:
-        return open_engine(engine_settings(settings))
+        return open_engine(engine_settings(settings), on_loading)
     n_cells = settings.kv_cells or DEFAULT_CELLS
     n_seqs = min(MAX_SEQUENCES, 2 * settings.max_running)
     if _start_layout(settings) is Layout.STREAMS:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn
 
 from pasture.cli.flags import with_settings
 from pasture.cli.output import err, remarks, set_up_logging
@@ -48,15 +49,18 @@ def serve(
     settings = configuration.settings
     prefixes = [prefix for file in warm or () for prefix in read_prefixes(file)]
     set_up_logging(settings.log_level, settings.log_format)
-    err().print(f"Loading {settings.model or 'the model'} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
-    with remarks() as found:
+    bar = Progress("[dim]{task.description}", BarColumn(), TaskProgressColumn(), console=err())
+    loading = bar.add_task(escape(f"Loading {Path(settings.model or 'the model').name}"), total=1.0)
+    with remarks() as found, bar:
 
         def on_started(url: str, service: Service) -> None:
+            bar.update(loading, completed=1.0)
+            bar.stop()
             err().print(banner(url, service, settings, found), highlight=False)
             if prefixes:
                 threading.Thread(target=_warm, args=(url, settings, prefixes), name="pasture-warm", daemon=True).start()
 
-        serve_forever(settings, on_started)
+        serve_forever(settings, on_started, lambda share: bar.update(loading, completed=share))
 
 
 def _warm(url: str, settings: Settings, prefixes: Sequence[Prefix]) -> None:

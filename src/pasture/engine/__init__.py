@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pasture.engine.probe import probe_model
-from pasture.engine.settings import EngineSettings
+from pasture.engine.settings import EngineSettings, OnProgress
 
 if TYPE_CHECKING:
     from pasture.engine.llama import LlamaEngine
 
-__all__ = ["EngineSettings", "open_engine", "probe_model"]
+__all__ = ["EngineSettings", "OnProgress", "open_engine", "probe_model"]
 
 
-def open_engine(settings: EngineSettings) -> LlamaEngine:
+def open_engine(settings: EngineSettings, on_progress: OnProgress | None = None) -> LlamaEngine:
     """See `pasture.engine.open.open_engine`."""
     from pasture.engine.open import open_engine as open_llama_engine
 
-    return open_llama_engine(settings)
+    return open_llama_engine(settings, on_progress)

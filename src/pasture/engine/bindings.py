@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NewType, cast
 
@@ -74,6 +74,19 @@ _ERROR_LEVEL = 4
 _STRLEN = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
 
 logger = logging.getLogger("pasture.llama")
+
+
+def progress_callback(on_progress: Callable[[float], None] | None) -> object | None:
+    """What the library calls while it reads a model; whoever gives it to the library holds it. None for nobody who hears."""
+    if on_progress is None:
+        return None
+
+    def hear(share: float, _: object) -> bool:
+        on_progress(share)
+        return True  # go on
+
+    callback: object = lib.llama_progress_callback(hear)
+    return callback
 
 
 class LibraryLog:

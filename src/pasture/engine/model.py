@@ -16,7 +16,7 @@ from pasture.engine import bindings
 from pasture.engine.bindings import Handle, lib
 from pasture.engine.gguf_header import GgufHeader, read_header
 from pasture.engine.probe import probe_model
-from pasture.engine.settings import EngineSettings
+from pasture.engine.settings import EngineSettings, OnProgress
 from pasture.engine.vocabulary import LlamaVocabulary
 
 _LOAD_MODES = {
@@ -52,8 +52,8 @@ class Model:
             lib.llama_model_free(self.handle)
 
 
-def load_model(settings: EngineSettings) -> Model:
-    """Load the file. Raises ModelError with the library's own reason where it cannot be."""
+def load_model(settings: EngineSettings, on_progress: OnProgress | None = None) -> Model:
+    """Load the file. `on_progress` hears the share that is read, 0 to 1. Raises ModelError with the library's own reason."""
     info = probe_model(settings.model_path, type_k=settings.type_k, type_v=settings.type_v)
     bindings.initialise()
     params = lib.llama_model_default_params()
@@ -64,6 +64,9 @@ def load_model(settings: EngineSettings) -> Model:
     if settings.tensor_split:
         shares = (ctypes.c_float * int(lib.llama_max_devices()))(*settings.tensor_split)
         params.tensor_split = shares
+    hears = bindings.progress_callback(on_progress)  # held until it is loaded
+    if hears is not None:
+        params.progress_callback = hears
     with bindings.library_log.errors() as reasons:
         handle = bindings.handle(lib.llama_model_load_from_file(settings.model_path.encode(), params))
         if handle is None:

@@ -23,7 +23,7 @@ from pasture.engine.memory import check_fits, plan_memory
 from pasture.engine.model import Model, load_model
 from pasture.engine.probe import probe_model
 from pasture.engine.selfcheck import examine
-from pasture.engine.settings import EngineSettings
+from pasture.engine.settings import EngineSettings, OnProgress
 from pasture.engine.stateblob import StateFormat, detect_state_format
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 2
 
 
-def open_engine(settings: EngineSettings) -> LlamaEngine:
-    """A loaded model with an empty cache.
+def open_engine(settings: EngineSettings, on_progress: OnProgress | None = None) -> LlamaEngine:
+    """A loaded model with an empty cache. `on_progress` hears the share of the file that is read, 0 to 1.
 
     Raises ModelError (a file that cannot be used) or DoesNotFit (too large for the free memory), both with one clear line.
     """
@@ -43,16 +43,18 @@ def open_engine(settings: EngineSettings) -> LlamaEngine:
         check_fits(plan, settings.n_cells)
     if settings.self_check:
         verdict = examine(settings)
-        return open_unchecked(verdict.apply(settings), verdict.reasons)
-    return open_unchecked(settings)
+        return open_unchecked(verdict.apply(settings), verdict.reasons, on_progress)
+    return open_unchecked(settings, on_progress=on_progress)
 
 
-def open_unchecked(settings: EngineSettings, slowed_by: tuple[str, ...] = ()) -> LlamaEngine:
+def open_unchecked(
+    settings: EngineSettings, slowed_by: tuple[str, ...] = (), on_progress: OnProgress | None = None
+) -> LlamaEngine:
     """Load and lay out, without the checks before: the child process of the self-check does this too.
 
     `slowed_by`: what the checks say makes it slow here; the model's info tells it.
     """
-    model = load_model(settings)
+    model = load_model(settings, on_progress)
     model.info = replace(model.info, slowed_by=slowed_by)
     try:
         n_seqs = min(settings.n_seqs, max_sequences(model, settings.layout))

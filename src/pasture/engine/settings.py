@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from subprocess import SubprocessError, run
@@ -11,6 +12,9 @@ from subprocess import SubprocessError, run
 from pasture.core.errors import ConfigError
 from pasture.core.values import Layout
 from pasture.engine.probe import row_bytes
+
+OnProgress = Callable[[float], None]
+"""hears how far something is, 0 to 1"""
 
 CELL_PADDING = 256
 """llama.cpp pads every stream's cells to this"""

@@ -16,6 +16,7 @@ from pasture.core.values import Layout
 from pasture.engine import bindings, heads, selfcheck
 from pasture.engine import settings as engine_settings
 from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
+from pasture.engine.model import load_model
 from pasture.engine.probe import probe_model
 from pasture.engine.selfcheck import Trial, examine, find_safe_settings
 from pasture.engine.settings import EngineSettings, default_threads
@@ -240,3 +241,10 @@ def test_weights_count_where_they_are_read(settings: EngineSettings) -> None:
     read = plan_memory(info, replace(settings, use_mmap=False), n_embd=64, available=MIB)
     assert read.fixed_bytes - mapped.fixed_bytes == info.n_bytes
     assert available_bytes() > 0
+
+
+def test_who_waits_for_a_model_hears_how_far_it_is(settings: EngineSettings) -> None:
+    heard: list[float] = []
+    load_model(replace(settings, use_extra_bufts=False), heard.append).close()
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
