@@ -14,7 +14,7 @@ from pasture.api.repairs import Repairs
 from pasture.api.settings import ApiSettings
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
-from pasture.sessions.values import Message, Session
+from pasture.sessions.values import Message, OpenSession
 from pasture.text.prompts import Prompts
 from pasture.web import Live
 
@@ -56,7 +56,7 @@ class Gateway:
     def repairs(self) -> Repairs:
         return Repairs(self.service, self.state, self.jobs, self.publics, sessions=self.settings.turn_ahead)
 
-    async def session_tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
+    async def session_tokens(self, session: OpenSession, messages: list[Message]) -> tuple[int, ...]:
         """A session's conversation as the model reads it."""
         return await self.jobs.tokens(messages, session.context)  # type: ignore[arg-type]  # JSON, from the database
 

@@ -20,7 +20,7 @@ from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
 from pasture.core.ports import Movable, Service
 from pasture.core.values import ModelInfo
 from pasture.sessions import portable
-from pasture.sessions.values import Message, Session, Tenant
+from pasture.sessions.values import Message, OpenSession, Session, Tenant
 
 MAX_TRAVELLING, MAX_TRAVELLING_OF_TENANT = 4, 2
 """files of sessions in memory at once"""
@@ -56,7 +56,7 @@ class Keepers:
                 raise RateLimited(message, retry_after_seconds=TRAVEL_RETRY_SECONDS) from None
             yield
 
-    async def tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
+    async def tokens(self, session: OpenSession, messages: list[Message]) -> tuple[int, ...]:
         """The conversation as the model reads it."""
         return await self._gateway.session_tokens(session, messages)
 

@@ -22,7 +22,7 @@ from pasture.core.ports import Service
 from pasture.core.storage import Pin
 from pasture.core.values import Namespace
 from pasture.sessions.state import State
-from pasture.sessions.values import Message, Session, Tenant
+from pasture.sessions.values import Message, OpenSession, Session, Tenant
 
 _log = logging.getLogger("pasture.api")
 
@@ -30,7 +30,7 @@ RAM_SHARE = 0.5
 LIFT_SECONDS = 5.0
 """for which a caller waits until what slow tiers have of his session is in RAM"""
 
-Tokens = Callable[[Session, list[Message]], Awaitable[tuple[int, ...]]]
+Tokens = Callable[[OpenSession, list[Message]], Awaitable[tuple[int, ...]]]
 """a conversation as the model reads it"""
 
 

@@ -128,11 +128,17 @@ class Session:
     """the session that it was forked from"""
     parent_messages: int
     """how many messages it has from there"""
-    context: Mapping[str, object] = field(default_factory=dict)
-    """what else its prompt is made from: tools, template variables"""
     metadata: Mapping[str, object] = field(default_factory=dict)
     """the client's own"""
     counters: Counters = Counters()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession(Session):
+    """One with all that its prompt is made from, which may be long: lists leave it out."""
+
+    context: Mapping[str, object] = field(default_factory=dict)
+    """besides what was said: tools, template variables"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,48 @@ async def test_a_name_makes_a_session_and_never_changes_a_prompt(client: httpx.A
     assert (only["name"], only["n_messages"], only["usage"]["requests"]) == ("mine", 2, 3)
 
 
+@pytest.mark.parametrize("by_header", [False, True])
+async def test_a_named_session_goes_on_with_new_messages_where_that_is_said(client: httpx.AsyncClient, by_header: bool) -> None:
+    body = {"session_mode": "append"} | ({} if by_header else {"prompt_cache_key": "mine"})
+    headers = {"x-session-id": "mine"} if by_header else {}
+    for message in (HI, MORE):
+        answer = await client.post(CHAT, json={"messages": [message], **body}, headers=headers)
+        assert answer.status_code == 200, answer.text
+    (only,) = (await client.get(SESSIONS)).json()["data"]
+    assert only["name"] == "mine"
+    assert await said(client, only["id"]) == [HI, HELLO, MORE, HELLO]
+    replaced = await client.post(CHAT, json={"messages": [MORE], "prompt_cache_key": "mine"})
+    assert replaced.status_code == 200
+    assert await said(client, only["id"]) == [MORE, HELLO], "who says nothing has sent the whole conversation"
+
+
+async def test_two_requests_do_not_begin_one_named_session(connect: Connect) -> None:
+    hold = asyncio.Event()
+    service = StubService(hold=hold)
+    client = connect(service)
+    body = {"messages": [HI], "prompt_cache_key": "mine", "session_mode": "append"}
+    first = asyncio.create_task(client.post(CHAT, json=body))
+    await asyncio.wait_for(service.begun.wait(), 10)
+    assert (await client.post(CHAT, json=body)).status_code == 409
+    hold.set()
+    assert (await first).status_code == 200
+    assert (await client.post(CHAT, json=body)).status_code == 200
+
+
+async def test_who_asks_for_a_named_session_hears_that_a_reply_cannot_be_kept() -> None:
+    service, state = StubService(), State(limits=Limits(max_transcript_bytes=400, max_sessions=1))
+    async with client_of(service, state) as client:
+        body = {"prompt_cache_key": "mine", "session_mode": "append"}
+        large = await client.post(CHAT, json={"messages": [{"role": "user", "content": "x" * 400}], **body})
+        assert (large.status_code, error_of(large)["code"]) == (429, "rate_limit_exceeded")
+        tools = [{"type": "function", "function": {"name": "look", "description": "x" * 400}}]
+        assert (await client.post(CHAT, json={"messages": [HI], "tools": tools, **body})).status_code == 429
+        assert not service.requests
+        await new_session(client)
+        assert (await client.post(CHAT, json={"messages": [HI], **body})).status_code == 429, "no room for another session"
+    state.close()
+
+
 async def test_two_requests_do_not_go_on_from_one_end(connect: Connect) -> None:
     hold = asyncio.Event()
     service = StubService(hold=hold)
@@ -212,6 +254,10 @@ async def test_what_is_not_there_is_said_in_one_shape(client: httpx.AsyncClient)
         (SESSIONS, {"messages": "x"}),
         (SESSIONS, {"nonsense": 1}),
         (SESSIONS, {"name": ""}),
+        (SESSIONS, {"metadata": {"k": {"deep": 1}}}),
+        (SESSIONS, {"metadata": {"k": "v" * 513}}),
+        (SESSIONS, {"metadata": {"k" * 65: "v"}}),
+        (SESSIONS, {"metadata": {str(i): "v" for i in range(17)}}),
         (f"{SESSIONS}/ID/fork", {"n": 0}),
         (f"{SESSIONS}/ID/fork", {"n": 1000}),
         (f"{SESSIONS}/ID/truncate", {}),
@@ -220,6 +266,7 @@ async def test_what_is_not_there_is_said_in_one_shape(client: httpx.AsyncClient)
         (f"{SESSIONS}/ID/copy", {}),
         (CHAT, {"messages": [HI], "session_id": "ID", "n": 2}),
         (CHAT, {"messages": [HI], "session_mode": "append"}),
+        (CHAT, {"messages": [HI], "session_mode": "append", "prompt_cache_key": "mine", "n": 2}),
         (CHAT, {"messages": [HI], "service_tier": "gold"}),
     ],
 )
