@@ -1,6 +1,6 @@
 """Sessions whose KV stays in RAM: pinned now, or before the server was restarted.
 
-    pin        slow tiers are asked, what there is comes to RAM and stays      go_on    the pin follows its conversation
+    pin        slow tiers are asked, what there is comes to RAM and stays      go_on, cut   the pin follows its conversation
     started    what the state says is pinned is brought back, one session after another, while nobody waits for it
 
 After a start no more than `RAM_SHARE` of the RAM budget is taken again, last used sessions first: with a smaller budget than
@@ -41,11 +41,13 @@ class Pinned:
         self._service = service
         self._state = state
         self._tokens = tokens
-        self._pins: dict[str, Pin] = {}
+        self._pins: dict[str, Pin | None] = {}
+        """session -> what keeps its KV; None: it has none yet"""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        return len(self._pins)
+        """How many sessions have KV that stays."""
+        return sum(pin is not None for pin in self._pins.values())
 
     async def pin(self, tenant: Tenant, session_id: str) -> Session:
         """The session does not expire, and what there is of its KV stays in RAM. Raises NotFound, RateLimited."""
@@ -66,7 +68,7 @@ class Pinned:
             pin.release()
 
     def went_on(self, tenant: Tenant, session_id: str) -> None:
-        """The conversation is longer now; returns at once."""
+        """The conversation is longer now, or was cut; returns at once."""
         if session_id in self._pins:
             self._soon(self._renew(tenant, session_id))
 
@@ -86,7 +88,7 @@ class Pinned:
             if tenant is None or session.session_id in self._pins:
                 continue
             if not self._room_for(session.n_tokens):
-                _log.warning("RAM is too small for all that is pinned: %d sessions are in it", len(self._pins))
+                _log.warning("RAM is too small for all that is pinned: %d sessions are in it", len(self))
                 return
             try:
                 await self._hold(tenant, session.session_id, None)
@@ -106,8 +108,6 @@ class Pinned:
             tokens = ()
         pin = await self._pin(tenant.namespace(self._state.share), tokens, patience_seconds) if tokens else None
         self.let_go(session_id)
-        if pin is None:
-            return
         self._pins[session_id] = pin
         with contextlib.suppress(NotFound):
             if (await asyncio.to_thread(self._state.sessions.get, tenant, session_id)).pinned:

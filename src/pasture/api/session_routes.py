@@ -110,6 +110,7 @@ def _branch_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
         body = await read_body(request, TruncateBody, limit)
         caller = caller_of(request, state)
         session = await keepers.truncate(caller, session_id, body.messages, body.tokens)
+        gateway.pinned.went_on(caller.tenant, session_id)
         return _json(keepers.describe(caller.tenant, session))
 
 
