@@ -93,7 +93,7 @@ class Keepers:
         return {"id": session_id, "object": "session.prefetch", "tokens": len(tokens), "cached_tokens": cached}
 
     async def _to_live(self, caller: Caller, tokens: tuple[int, ...]) -> int:
-        """Returns how many tokens did not have to be computed."""
+        """Returns how many tokens did not have to be computed. Raises what ended it early."""
         request, cached = self._gateway.jobs.prefill(tokens, caller), 0
         async with (
             self._gateway.state.gate.enter(caller.tenant) as passage,
@@ -103,6 +103,8 @@ class Keepers:
                 if event.finish is not None:
                     cached = event.finish.usage.cached_tokens
                     passage.tokens = len(tokens) - cached
+                    if event.finish.error is not None:
+                        raise event.finish.error
         return cached
 
     async def _to_ram(self, caller: Caller, tokens: tuple[int, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 from pasture.api import keepers
 from pasture.api.joining import whole
 from pasture.api.keepers import MAX_TRAVELLING_OF_TENANT
-from pasture.core.errors import RequestError
+from pasture.core.errors import DeadlineExceeded, EngineError, PastureError, RequestError, ShuttingDown
+from pasture.core.values import Finish, FinishReason, Request, TokenEvent, Usage
 from pasture.sessions.state import State
 from pasture.sessions.values import Limits, Tenant
 from tests.session_support import GREEDY, answer_to, assert_says_full, full, world
@@ -297,6 +298,20 @@ async def test_a_session_can_be_brought_into_ram_alone(client: httpx.AsyncClient
     assert [len(tokens) for tokens in service.lifted] == [answer["tokens"]]
     assert answer["cached_tokens"] == answer["tokens"], "what the stub has live"
     assert not service.requests, "nothing is computed for it"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(EngineError("broken"), 500), (ShuttingDown("closing"), 503), (DeadlineExceeded("late"), 408)]
+)
+async def test_what_was_not_brought_into_the_live_cache_is_not_said_to_be(
+    connect: Connect, error: PastureError, status: int
+) -> None:
+    async def failing(request: Request) -> AsyncGenerator[TokenEvent, None]:
+        yield TokenEvent(None, finish=Finish(FinishReason.ERROR, Usage(len(request.prompt), 3, 0), error))
+
+    client = connect(StubService(script=failing))
+    session_id = await new_session(client, SYSTEM, HI)
+    assert (await client.post(f"{SESSIONS}/{session_id}/prefetch")).status_code == status
 
 
 async def test_a_conversation_is_cut_at_a_message_or_a_token(client: httpx.AsyncClient) -> None:
