@@ -255,6 +255,16 @@ def test_what_a_prompt_is_made_from_has_no_more_room_than_what_is_said(state: St
     assert rows(state, "contexts") == 1, "one takes the other's place"
 
 
+def test_what_makes_way_takes_its_context_and_metadata_along(state: State, clock: Time) -> None:
+    tenant = state.tenants.create("small", max_sessions=2)
+    for i in range(6):
+        clock.now += 1
+        context = {"tools": [{"name": "first" if i < 4 else "second"}]}
+        state.sessions.go_on_named(tenant, f"n{i}", say("a"), n_tokens=1, used=USED, context=context)
+        check_books(state)
+    assert rows(state, "contexts") == 1
+
+
 def test_one_tenants_contexts_are_not_anothers(state: State, tenant: Tenant, other: Tenant) -> None:
     made = [state.sessions.create(one, context=TOOLS) for one in (tenant, other)]
     assert rows(state, "contexts") == 2
