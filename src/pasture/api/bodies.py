@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TypeVar
 
 import orjson
@@ -12,14 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pasture.api.disconnect import ClientGone
+from pasture.api.patience import patience
 from pasture.api.schemas import refuse_unsupported
 from pasture.core.errors import RequestError
-
-PATIENCE_SECONDS = 30.0
-SLOWEST_BYTES_PER_SECOND = 1 << 20
-"""a body has the patience, and the time that the largest one allowed takes at this rate"""
-TRICKLE_BYTES_PER_SECOND = 1 << 18
-"""and at no time more than the patience, and the time that what has come by then takes at this one"""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -44,14 +38,11 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
         raise _too_large(max_bytes)
     chunks: list[bytes] = []
     size = 0
-    loop = asyncio.get_running_loop()
-    overdue = loop.time() + PATIENCE_SECONDS
-    last = overdue + max_bytes / SLOWEST_BYTES_PER_SECOND
     try:
-        async with asyncio.timeout_at(overdue) as patience:
+        async with patience(max_bytes) as moved:
             async for chunk in request.stream():
                 size += len(chunk)
-                patience.reschedule(min(last, overdue + size / TRICKLE_BYTES_PER_SECOND))
+                moved(len(chunk))
                 if size > max_bytes:
                     raise _too_large(max_bytes)
                 chunks.append(chunk)

@@ -6,16 +6,15 @@ pieces, each when the one before it is gone.
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pasture.api.patience import patience
+
 PIECE_BYTES = 256 << 10
-PATIENCE_SECONDS = 30.0
-SLOWEST_BYTES_PER_SECOND = 1 << 20
-"""a client has the patience, and the time that the whole takes at this rate; then it is cut off"""
 
 
 class HeldFile(Response):
@@ -29,16 +28,18 @@ class HeldFile(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
             try:
-                async with asyncio.timeout(PATIENCE_SECONDS + len(self._data) / SLOWEST_BYTES_PER_SECOND):
-                    await self._send(send)
+                async with patience(len(self._data)) as moved:
+                    await self._send(send, moved)
             except TimeoutError:  # an answer that is not complete ends its connection
                 return
             finally:
                 del self._data
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, moved: Callable[[int], None]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         data = memoryview(self._data)
         for start in range(0, len(data), PIECE_BYTES):
-            await send({"type": "http.response.body", "body": data[start : start + PIECE_BYTES], "more_body": True})
+            piece = data[start : start + PIECE_BYTES]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            moved(len(piece))
         await send({"type": "http.response.body", "body": b"", "more_body": False})

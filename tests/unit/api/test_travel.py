@@ -10,7 +10,7 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from pasture.api import bodies, create_app, keepers, sending
+from pasture.api import create_app, keepers, patience, sending
 from pasture.api.keepers import MAX_TRAVELLING_OF_TENANT
 from pasture.core.errors import Conflict
 from pasture.core.values import Namespace
@@ -99,10 +99,10 @@ async def test_a_client_that_takes_an_export_too_slowly_is_cut_off(
 ) -> None:
     session_id = await new_session(client, SYSTEM, HI)
     with monkeypatch.context() as hasty:
-        hasty.setattr(sending, "PATIENCE_SECONDS", 0.02)
-        hasty.setattr(sending, "SLOWEST_BYTES_PER_SECOND", 1 << 40)
+        hasty.setattr(patience, "PATIENCE_SECONDS", 0.02)
         slow = [Download(transport, session_id) for _ in range(MAX_TRAVELLING_OF_TENANT)]
         for download in slow:
+            download.takes.release()
             await asyncio.wait_for(download.task, 10)
             assert not any(message.get("more_body") is False for message in download.sent)
     assert (await client.post(f"{SESSIONS}/{session_id}/export")).status_code == 200, "its place is another's"
@@ -122,7 +122,7 @@ async def test_an_export_arrives_whole_over_a_socket(monkeypatch: pytest.MonkeyP
 async def test_an_upload_that_hardly_comes_is_not_waited_for_as_long_as_a_large_one(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.02)
 
     async def trickle() -> AsyncIterator[bytes]:
         while True:
@@ -134,10 +134,10 @@ async def test_an_upload_that_hardly_comes_is_not_waited_for_as_long_as_a_large_
 
 
 async def test_what_comes_quickly_has_the_time_it_takes(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.0)
     session_id = await new_session(client, SYSTEM, HI)
     exported = (await client.post(f"{SESSIONS}/{session_id}/export")).content
-    monkeypatch.setattr(bodies, "TRICKLE_BYTES_PER_SECOND", len(exported) / 10)
+    monkeypatch.setattr(patience, "TRICKLE_BYTES_PER_SECOND", len(exported) / 10)
 
     async def quickly() -> AsyncIterator[bytes]:
         yield exported[:-1]
