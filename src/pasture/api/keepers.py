@@ -96,13 +96,13 @@ class Keepers:
         """Returns how many tokens did not have to be computed."""
         request, cached = self._gateway.jobs.prefill(tokens, caller), 0
         async with (
-            self._gateway.state.gate.enter(caller.tenant) as passage,
+            self._gateway.state.gate.enter(caller.tenant, tokens=len(tokens)) as passage,
             aclosing(self._service.generate(request)) as events,
         ):
             async for event in events:
                 if event.finish is not None:
                     cached = event.finish.usage.cached_tokens
-                    passage.tokens = len(tokens) - cached
+                    passage.pay(len(tokens) - cached)
         return cached
 
     async def _to_ram(self, caller: Caller, tokens: tuple[int, ...]) -> int:

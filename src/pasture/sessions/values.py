@@ -38,9 +38,9 @@ class Limits:
     max_priority: int = 0
     """the highest that its requests may have: -1 low, 0 normal, 1 high, which makes others wait"""
     max_concurrent: int | None = None
-    """requests at the scheduler at once"""
+    """replies at the scheduler at once"""
     max_queued: int = 256
-    """requests that wait for one of those places"""
+    """requests that wait for places there"""
     tokens_per_minute: int | None = None
     """prompt and reply tokens together"""
     max_live_cells: int | None = None
