@@ -16,6 +16,7 @@ from pasture.core.statistics import PoolStatistics, SchedulerStatistics, Sequenc
 from pasture.core.storage import PrefetchStatistics, StoreStatistics, TierStatistics
 from pasture.core.values import (
     DEFAULT_NAMESPACE,
+    Allowance,
     Finish,
     FinishReason,
     Form,
@@ -108,6 +109,8 @@ class StubService:
     anticipated: list[tuple[int, ...]] = field(default_factory=list)
     typed: list[tuple[int, ...]] = field(default_factory=list)
     """of those, what somebody is typing"""
+    allowed: dict[Namespace, Allowance] = field(default_factory=dict)
+    """what namespaces may hold, as far as anybody said"""
     lifted: list[tuple[int, ...]] = field(default_factory=list)
     """what was to be brought into RAM"""
 
@@ -142,6 +145,9 @@ class StubService:
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         return Whereabouts(len(tokens), 2, 5)
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        self.allowed[namespace] = allowance
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> StubPin:
         self.pins.append(StubPin((namespace, tuple(tokens))))

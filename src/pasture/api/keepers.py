@@ -107,6 +107,7 @@ class Keepers:
 
     async def _to_ram(self, caller: Caller, tokens: tuple[int, ...]) -> int:
         """Returns how many tokens are in RAM or live now; what real work keeps waiting goes on in the background."""
+        self._service.allow(caller.namespace, caller.allowance)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._service.prefetch(caller.namespace, tokens), PREFETCH_SECONDS)
         found = await self._service.locate(caller.namespace, tokens)
@@ -208,6 +209,7 @@ class Keepers:
             tokens = await self._gateway.jobs.tokens(body.messages, body.context)
             if tuple(file.tokens) != tokens:
                 raise RequestError("the exported session's tokens are not those of its transcript")
+            self._service.allow(caller.namespace, caller.allowance)
             n_restored = await self._service.restore(caller.namespace, tokens, file.blocks)
             if self._gateway.settings.turn_ahead:  # to where a conversation is that goes on here
                 self._service.anticipate(caller.namespace, tokens)

@@ -84,6 +84,11 @@ class Tenant:
             return DEFAULT_NAMESPACE
         return Namespace("t-" + blake2b(self.salt, digest_size=20, person=b"pasture-space").hexdigest())
 
+    def allowance(self, share: Share = Share.TENANT) -> Allowance:
+        """What its namespace may hold; where everybody shares one, nobody's limits apply to it."""
+        own = self.namespace(share) == self.namespace()
+        return self.limits.allowance if own else Allowance(self.limits.weight)
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
