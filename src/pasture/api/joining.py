@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.api.callers import Caller
+from pasture.api.explanations import Past
 from pasture.api.schemas import ChatBody
 from pasture.core.errors import Conflict, RateLimited, RequestError
 from pasture.core.values import Finish, FinishReason
@@ -50,10 +51,8 @@ class Joined:
     """the whole conversation, this request's messages included"""
     context: Mapping[str, object]
     head: str | AnyHead | None = ANY_HEAD
-    n_tokens_before: int = 0
-    """of the conversation as it was when the session was used last"""
-    edited_at: int | None = None
-    """the first message that differs from what was said; None: the conversation only goes on"""
+    past: Past | None = None
+    """of a session that was there before"""
 
     async def go_on(self, reply: Message, finish: Finish) -> str | None:
         """`reply` is complete, and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
@@ -116,7 +115,8 @@ class Membership:
             since = len(said) if edited_at is None else edited_at
             added = [*messages[since:], {"role": "assistant", "content": ""}]
             await asyncio.to_thread(self.sessions.check_room, caller.tenant, said[since:], added)
-            joined = replace(joined, n_tokens_before=session.n_tokens, edited_at=edited_at)
+            past = Past(session.n_tokens, edited_at, template_changed=dict(session.context) != context)
+            joined = replace(joined, past=past)
         return body, joined
 
     @asynccontextmanager

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
 
 from pasture.api.callers import Caller
-from pasture.api.explanations import explain
+from pasture.api.explanations import Past, explain
 from pasture.api.formats import Json, Reply, Writer
 from pasture.api.gateway import Gateway
 from pasture.api.jobs import Choice, Job
@@ -32,15 +32,22 @@ class Run:
     """A job with whose it is, and the session that it is in."""
 
     def __init__(
-        self, gateway: Gateway, caller: Caller, job: Job, joined: Joined | None = None, chat: ChatBody | None = None
+        self,
+        gateway: Gateway,
+        caller: Caller,
+        job: Job,
+        joined: Joined | None = None,
+        chat: ChatBody | None = None,
+        past: Past | None = None,
     ) -> None:
-        """`chat`: what the job answers, where that is a conversation that may go on."""
+        """`chat`: what the job answers, where that is a conversation that may go on. `past`: where that is no session's."""
         self.job = job
         self._chat = chat
         self._gateway = gateway
         self._caller = caller
         self._joined = joined
-        self._found: dict[tuple[int, ...], Whereabouts] = {}
+        self._past = past if joined is None else joined.past
+        self._before: dict[tuple[int, ...], tuple[Whereabouts, int]] = {}
 
     async def collect(self) -> list[Reply]:
         """Every choice's reply, complete, and kept in the session. Raises what ends any of them early."""
@@ -66,7 +73,8 @@ class Run:
     def explain(self, index: int, usage: Usage) -> Json:
         """Where a choice's prompt was when it was submitted, and why the rest of it had to be computed."""
         prompt = self.job.choices[index].request.prompt
-        return explain(usage, self._found.get(prompt), self._joined)
+        found, n_asked = self._before[prompt]
+        return explain(usage, found, n_asked, self._past)
 
     async def fragments(self) -> AsyncGenerator[Fragment, None]:
         """The reply of the first choice, piece by piece, for answers in other shapes."""
@@ -74,14 +82,17 @@ class Run:
             self._enter() as passage,
             aclosing(self._read(passage, self.job.choices[0])) as fragments,
         ):
+            await self._locate()
             async for fragment in fragments:
                 yield fragment
 
     async def _locate(self) -> None:
-        """For those who asked: where each prompt is, before anything is done about it."""
-        if self.job.include_pasture:
-            for prompt in {choice.request.prompt for choice in self.job.choices}:
-                self._found[prompt] = await self._gateway.service.locate(self._caller.namespace, prompt)
+        """Note each prompt; for those who asked: where it is, before anything is done about it."""
+        service, namespace = self._gateway.service, self._caller.namespace
+        for prompt in {choice.request.prompt for choice in self.job.choices}:
+            n_asked = self._gateway.asked.note(namespace, prompt)
+            if self.job.include_pasture:
+                self._before[prompt] = await service.locate(namespace, prompt, deep=True), n_asked
 
     def _enter(self) -> AbstractAsyncContextManager[Passage]:
         """A place for each reply, and what they will probably use."""
