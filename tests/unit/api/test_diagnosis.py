@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pasture.api.pressure import Memory, read_memory
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import StoreStatistics, TierStatistics
 from pasture.core.values import Namespace, Usage, Whereabouts
-from pasture.sessions.state import State
+from pasture.sessions.state import State, Sweeper
 from tests.session_support import world
 from tests.unit.api.conftest import Connect
 from tests.unit.api.test_limits import client_of
@@ -59,13 +59,21 @@ def test_hit_rates_and_what_to_do_about_them() -> None:
 
 
 def test_growth_past_a_budget_is_told() -> None:
-    assert memory_growth(statistics(used_cells=5000), {}).status == "warning"
+    assert memory_growth(statistics(used_cells=5000), {}, None).status == "warning"
     found = StubService().statistics()
     over = replace(found, store=replace(found.store, tiers=(replace(TIER, bytes=201),)))
-    assert "ram" in memory_growth(over, {}).message
+    assert "ram" in memory_growth(over, {}, None).message
     pinned = replace(found, store=StoreStatistics((replace(TIER, bytes=201, pinned_bytes=101),), 0, 0, 0, {}))
-    assert memory_growth(pinned, {}).status == "ok"
+    assert memory_growth(pinned, {}, None).status == "ok"
     assert "3 damaged" in interference(over, None).message
+
+
+def test_a_sweeper_that_has_ended_or_does_not_come_round_is_told() -> None:
+    found = StubService().statistics()
+    assert "12 s ago" in memory_growth(found, {}, Sweeper(True, 60.0, 12.0)).message
+    for late in (Sweeper(False, 60.0, 12.0), Sweeper(True, 60.0, 400.0)):
+        told = memory_growth(found, {}, late)
+        assert (told.status, told.facts["sweeper"]) == ("warning", asdict(late))
 
 
 def cache_of(answer: Mapping[str, Any]) -> Any:
