@@ -193,6 +193,23 @@ async def test_the_admin_key_opens_what_shows_everybodys_doing_and_nothing_else(
     state.close()
 
 
+async def test_without_an_admin_key_a_tenant_sees_its_own_sequences() -> None:
+    async with world(["one", "two"], settings=ApiSettings()) as at:
+        seen = {}
+        for name in ("one", "two"):
+            async with at.http(name) as client:
+                await client.post(
+                    "/chat/completions", json=chat_body(max_tokens=1, messages=[{"role": "user", "content": name}])
+                )
+                seen[name] = (await client.get("http://pasture/slots")).json()
+        assert [slot["id"] for slot in seen["one"]] != [slot["id"] for slot in seen["two"]]
+        assert [len(slots) for slots in seen.values()] == [1, 1]
+    async with world(["one"]) as at, at.http("one") as client:
+        await client.post("/chat/completions", json=chat_body(max_tokens=1))
+        slots = await client.get("http://pasture/slots", headers={"authorization": "Bearer admin"})
+        assert len(slots.json()) == 1
+
+
 async def test_without_an_admin_key_there_are_no_admin_routes(client: httpx.AsyncClient) -> None:
     for path in ("/v1/admin/tenants", "/v1/admin/nothing"):
         assert (await client.get(path)).status_code == 404
