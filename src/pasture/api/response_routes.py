@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
 from fastapi import APIRouter, Request
@@ -24,6 +25,7 @@ from pasture.api.callers import Caller, caller_of
 from pasture.api.disconnect import cancelled_on_disconnect
 from pasture.api.explanations import Past
 from pasture.api.gateway import Gateway
+from pasture.api.offload import off_loop, size_of
 from pasture.api.openapi import GENERATES, described
 from pasture.api.response_formats import Json, ResponseWriter
 from pasture.api.response_schemas import ResponseBody, as_chat, check, new_messages
@@ -84,7 +86,9 @@ async def _prepare(gateway: Gateway, caller: Caller, body: ResponseBody) -> _Ans
         previous, said = await asyncio.to_thread(gateway.state.responses.open, caller.tenant, body.previous_response_id)
         past = _past(previous, body)
     new = new_messages(body)
-    job = await gateway.jobs.chat(as_chat(body, [*said, *new]), caller, prefix="resp_", format_param="text.format")
+    messages = [*said, *new]
+    chat = await off_loop(size_of(messages, body.tools), partial(as_chat, body, messages))
+    job = await gateway.jobs.chat(chat, caller, prefix="resp_", format_param="text.format")
     run = Run(gateway, caller, job, past=past)
     writer = ResponseWriter(job, body, run.explain, stored=body.store is not False)
     return _Answering(gateway, caller, body, new, run, writer)
