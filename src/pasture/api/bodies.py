@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 import orjson
@@ -11,9 +12,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pasture.api.disconnect import ClientGone
+from pasture.api.offload import off_loop
 from pasture.api.patience import patience
 from pasture.api.schemas import refuse_unsupported
 from pasture.core.errors import RequestError
+
+INLINE_BYTES = 1 << 16
+"""of a body that is parsed at once; a larger one may take the time of many tokens, a MiB of small values 0.3 s"""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -21,6 +26,10 @@ Body = TypeVar("Body", bound=BaseModel)
 async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Body:
     """The body as `schema`. Raises HTTPException 413, RequestError or pydantic's ValidationError, each a clear answer."""
     data = await read_bytes(request, max_bytes)
+    return await off_loop(len(data), partial(_parsed, data, schema), small=INLINE_BYTES)
+
+
+def _parsed(data: bytes, schema: type[Body]) -> Body:
     try:
         value = orjson.loads(data or b"{}")
     except orjson.JSONDecodeError as error:

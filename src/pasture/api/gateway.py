@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from pasture.api.expecting import Expecting
+from pasture.api.explanations import Asked
 from pasture.api.jobs import Jobs
 from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
@@ -30,6 +31,7 @@ class Gateway:
         self.metrics = Metrics(service.statistics, clock)
         self.live = Live(service.statistics, lambda: self.model_name, clock, self.metrics.first_token, self.metrics.inter_token)
         self.members = Membership(state.sessions)
+        self.asked = Asked()
 
     @cached_property
     def prompts(self) -> Prompts:

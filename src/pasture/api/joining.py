@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.api.callers import Caller
+from pasture.api.explanations import Past
 from pasture.api.schemas import ChatBody
 from pasture.core.errors import Conflict, RateLimited, RequestError
 from pasture.core.values import Finish, FinishReason
@@ -52,10 +53,8 @@ class Joined:
     """the whole conversation, this request's messages included"""
     context: Mapping[str, object]
     head: str | AnyHead | None = ANY_HEAD
-    n_tokens_before: int = 0
-    """of the conversation as it was when the session was used last"""
-    edited_at: int | None = None
-    """the first message that differs from what was said; None: the conversation only goes on"""
+    past: Past | None = None
+    """of a session that was there before"""
 
     @property
     def only_named(self) -> bool:
@@ -125,9 +124,10 @@ class Membership:
         since = len(said) if edited_at is None else edited_at
         added = [*messages[since:], {"role": "assistant", "content": ""}]
         await asyncio.to_thread(self.sessions.check_room, caller.tenant, said[since:], added, context)
-        joined = Joined(self.sessions, caller.tenant, None, name, messages, context, head=None, edited_at=edited_at)
+        joined = Joined(self.sessions, caller.tenant, None, name, messages, context, head=None)
         if session is not None:
-            joined = replace(joined, session_id=session.session_id, head=session.head, n_tokens_before=session.n_tokens)
+            past = Past(session.n_tokens, edited_at, template_changed=dict(session.context) != context)
+            joined = replace(joined, session_id=session.session_id, head=session.head, past=past)
         return body.model_copy(update={"messages": messages, **context}), joined
 
     async def _asked_for(

@@ -96,19 +96,20 @@ class Keepers:
         """Returns how many tokens did not have to be computed. Raises what ended it early."""
         request, cached = self._gateway.jobs.prefill(tokens, caller), 0
         async with (
-            self._gateway.state.gate.enter(caller.tenant) as passage,
+            self._gateway.state.gate.enter(caller.tenant, tokens=len(tokens)) as passage,
             aclosing(self._service.generate(request)) as events,
         ):
             async for event in events:
                 if event.finish is not None:
                     cached = event.finish.usage.cached_tokens
-                    passage.tokens = len(tokens) - cached
+                    passage.pay(len(tokens) - cached)
                     if event.finish.error is not None:
                         raise event.finish.error
         return cached
 
     async def _to_ram(self, caller: Caller, tokens: tuple[int, ...]) -> int:
         """Returns how many tokens are in RAM or live now; what real work keeps waiting goes on in the background."""
+        self._service.allow(caller.namespace, caller.allowance)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._service.prefetch(caller.namespace, tokens), PREFETCH_SECONDS)
         found = await self._service.locate(caller.namespace, tokens)
@@ -231,6 +232,7 @@ class Keepers:
             raise Conflict(
                 "the session's tokens are not those of its transcript here: it was edited, or another chat template's"
             )
+        self._service.allow(caller.namespace, caller.allowance)
         n_restored = await self._service.restore(caller.namespace, tokens, file.blocks)
         if self._gateway.settings.turn_ahead:  # to where a conversation is that goes on here
             self._service.anticipate(caller.namespace, tokens)

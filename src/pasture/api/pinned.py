@@ -20,7 +20,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from pasture.core.errors import NotFound, PastureError, RequestError
 from pasture.core.ports import Service
 from pasture.core.storage import Pin
-from pasture.core.values import Namespace
 from pasture.sessions.state import State
 from pasture.sessions.values import Message, OpenSession, Session, Tenant
 
@@ -106,7 +105,7 @@ class Pinned:
             tokens = await self._tokens(session, messages)
         except RequestError:  # this model's template refuses what was said to another
             tokens = ()
-        pin = await self._pin(tenant.namespace(self._state.share), tokens, patience_seconds) if tokens else None
+        pin = await self._pin(tenant, tokens, patience_seconds) if tokens else None
         self.let_go(session_id)
         self._pins[session_id] = pin
         with contextlib.suppress(NotFound):
@@ -114,7 +113,9 @@ class Pinned:
                 return
         self.let_go(session_id)  # unpinned or deleted meanwhile
 
-    async def _pin(self, namespace: Namespace, tokens: tuple[int, ...], patience_seconds: float | None) -> Pin:
+    async def _pin(self, tenant: Tenant, tokens: tuple[int, ...], patience_seconds: float | None) -> Pin:
+        namespace = tenant.namespace(self._state.share)
+        self._service.allow(namespace, tenant.allowance(self._state.share))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_seconds):
                 await self._service.prefetch(namespace, tokens)

@@ -54,7 +54,9 @@ class Repairs:
                 if tenant is not None:
                     session, messages = await asyncio.to_thread(self._state.sessions.open, tenant, found.session_id)
                     tokens = await self._jobs.upcoming(messages, session.context)  # type: ignore[arg-type]  # JSON
-                    self._service.anticipate(tenant.namespace(self._state.share), tokens)
+                    namespace = tenant.namespace(self._state.share)
+                    self._service.allow(namespace, tenant.allowance(self._state.share))
+                    self._service.anticipate(namespace, tokens)
         except (SQLAlchemyError, PastureError) as error:
             _log.info("recent sessions are not made ready: %s", error)
 

@@ -371,6 +371,39 @@ async def test_an_export_goes_on_at_another_server_without_computing_anew() -> N
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 350
 
 
+async def test_limits_on_what_is_stored_hold_for_a_tenant_that_has_only_imported() -> None:
+    system = {"role": "system", "content": "Be kind. " * 40}
+    async with world(["one"]) as here, here.http("one") as client:
+        made = (await client.post("/sessions", json={"messages": [system]})).json()["id"]
+        await client.post("/chat/completions", json={"messages": [HI], "session_id": made, "max_tokens": 4})
+        exported = (await client.post(f"/sessions/{made}/export")).content
+        held = here.service.statistics().store.tiers[0].bytes
+    async with world(["small"]) as there, there.http("small") as client:
+        there.state.tenants.limit("small", max_ram_bytes=held // 2)
+        assert (await client.post("/sessions/import", content=exported)).status_code == 201
+        assert 0 < there.service.statistics().store.tiers[0].bytes <= held // 2
+
+
+async def test_whatever_brings_a_tenants_kv_in_says_what_it_may_hold() -> None:
+    service, state = StubService(), State()
+    secret, _ = state.tenants.add_key("small")
+    tenant = state.tenants.limit("small", max_ram_bytes=1000)
+    async with client_of(service, state) as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        session_id = await new_session(client, SYSTEM, HI)
+        exported = (await client.post(f"{SESSIONS}/{session_id}/export")).content
+        for path, content in (
+            (f"{SESSIONS}/{session_id}/prefetch?live=false", b""),
+            (f"{SESSIONS}/{session_id}/pin", b""),
+            (f"{SESSIONS}/import", exported),
+            ("/v1/chat/prefetch", b'{"messages": [{"role": "user", "content": "Hello. "}]}'),
+        ):
+            service.allowed.clear()
+            assert (await client.post(path, content=content)).is_success
+            assert service.allowed == {tenant.namespace(): tenant.allowance()}, path
+    state.close()
+
+
 async def test_another_models_export_is_refused_unless_adopted(client: httpx.AsyncClient) -> None:
     session_id = await new_session(client, SYSTEM, HI)
     exported = (await client.post(f"{SESSIONS}/{session_id}/export")).content
