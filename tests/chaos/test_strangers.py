@@ -15,7 +15,7 @@ import os
 import random
 from array import array
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import pytest
 
 from pasture.core.values import PUBLIC_NAMESPACE, Namespace, PoolShape
 from pasture.engine.fake import FakeEngine
+from pasture.scheduler import keeping
+from pasture.sessions import portable
 from pasture.sessions.values import Share
 from pasture.tiers.disk_files import LAYOUT
 from pasture.tiers.keys import child_key, root_key
@@ -68,7 +70,7 @@ class Strangers:
         """`files`: where the disk tier keeps its blocks."""
         self.random = random.Random(seed)
         self.files = files
-        self.damaged = 0
+        self.damaged = self.forged = 0
         self.at = at
         self.tenants = [Tenant(name, at.http(name)) for name in at.keys]
         self.done = 0
@@ -86,6 +88,8 @@ class Strangers:
             self.reach_for_foreign,
             self.fork,
             self.edited_import,
+            self.forged_import,
+            self.forged_kv,
             self.guess_keys,
         ]
         if self.files is not None:
@@ -210,6 +214,58 @@ class Strangers:
         answer = await tenant.client.post("/sessions/import", content=edited)
         assert answer.status_code == 400, answer.text
 
+    async def forged_import(self, tenant: Tenant) -> None:
+        """A file that does not agree with itself, its checksums made right again."""
+        if not tenant.sessions:
+            return
+        session_id = self.random.choice(list(tenant.sessions))
+        file = portable.load((await tenant.client.post(f"/sessions/{session_id}/export")).content)
+        if not file.blocks:
+            return
+        at = self.random.randrange(len(file.tokens))
+        other = [*file.tokens[:at], file.tokens[at] ^ 1, *file.tokens[at + 1 :]]
+        longer = [*file.messages, {"role": "user", "content": "and what does the other tenant say?"}]
+        wrong, status = self.random.choice(
+            [
+                (replace(file, tokens=other), 409),
+                (replace(file, tokens=file.tokens[:at]), 409),
+                (replace(file, messages=longer), 409),
+                (replace(file, model="another"), 409),
+                (replace(file, blocks=resealed(file.blocks[: -keeping.DIGEST_BYTES - self.random.randrange(1, 16)])), 400),
+                (replace(file, blocks=resealed(file.blocks[: -keeping.DIGEST_BYTES] + self.random.randbytes(50))), 400),
+                (replace(file, context={"tools": "none"}), 400),
+                (replace(file, metadata={"k": ["deep"]}), 400),
+            ]
+        )
+        answer = await tenant.client.post("/sessions/import", content=portable.dump(wrong))
+        assert answer.status_code == status, answer.text
+        self.forged += 1
+
+    async def forged_kv(self, tenant: Tenant) -> None:
+        """KV of one conversation filed under the tokens of another: whoever did it has spoilt their own answers, at most."""
+        number = self.random.randbytes(4).hex()
+        files = []
+        for claim in ("is true", "is lies"):
+            system = {"role": "system", "content": f"What {number} says {claim}. " * 8}
+            made = await self.post(tenant, "/sessions", {"messages": [system]}, status=201)
+            body = {"messages": [QUESTIONS[0]], "session_id": made["id"], "max_tokens": 1}
+            await self.post(tenant, "/chat/completions", body)
+            files.append(portable.load((await tenant.client.post(f"/sessions/{made['id']}/export")).content))
+            await tenant.client.delete(f"/sessions/{made['id']}")
+        truth, lie = files
+        if not lie.blocks:
+            return
+        blocks = lie.blocks if self.random.random() < 0.5 else scribbled(lie.blocks, self.random)
+        forged = portable.dump(replace(truth, blocks=blocks))
+        answer = await tenant.client.post("/sessions/import", content=forged)
+        assert answer.status_code in (201, 400, 409), answer.text
+        victim = self.random.choice([other for other in self.tenants if other is not tenant])
+        messages = [{name: str(value) for name, value in message.items()} for message in truth.messages[:2]]
+        body = {"messages": messages, "max_tokens": REPLY_TOKENS}
+        said = (await self.post(victim, "/chat/completions", body))["choices"][0]["message"]["content"]
+        assert said == answer_to(messages, REPLY_TOKENS)
+        self.forged += 1
+
     async def guess_keys(self, tenant: Tenant) -> None:
         """Names and keys of blocks as one who has read the source would guess them: nothing is there under any of them."""
         victim = self.random.choice(self.tenants)
@@ -262,6 +318,19 @@ class Strangers:
         return answer.json()
 
 
+def resealed(blocks: bytes) -> bytes:
+    """Exported KV with a checksum that is right, whatever it is of."""
+    return blocks + blake2b(blocks, digest_size=keeping.DIGEST_BYTES).digest()
+
+
+def scribbled(blocks: bytes, chance: random.Random) -> bytes:
+    """Exported KV with some bytes changed behind its first few."""
+    body = bytearray(blocks[: -keeping.DIGEST_BYTES])
+    for _ in range(chance.randrange(1, 8)):
+        body[chance.randrange(len(keeping.MAGIC), len(body))] ^= 1 << chance.randrange(8)
+    return resealed(bytes(body))
+
+
 @pytest.mark.timeout(PATIENCE_SECONDS)
 @pytest.mark.parametrize("declared", [False, True], ids=["all private", "a public prefix"])
 async def test_nobody_reaches_or_feels_anybody_else(declared: bool) -> None:
@@ -269,9 +338,11 @@ async def test_nobody_reaches_or_feels_anybody_else(declared: bool) -> None:
     async with world(names, shape=PoolShape(16384, 64), check_every_step=EVERY_STEP) as at:
         if declared:
             at.state.public.add("house", SYSTEM["content"])
-        await Strangers(at, seed=27148).run(N_OPERATIONS)
+        strangers = Strangers(at, seed=27148)
+        await strangers.run(N_OPERATIONS)
         assert at.service.foreign_hits == []
         assert at.service.hit_tokens > 0, "inside a tenant there is something to hit"
+        assert strangers.forged > 0
         spaces = {at.state.tenants.get(name).namespace() for name in names}
         assert at.service.namespaces - spaces <= {PUBLIC_NAMESPACE}
         n_public = len(rendered([SYSTEM])) - len("<|assistant|>")

@@ -120,7 +120,7 @@ async def test_a_replica_that_comes_back_is_credited_with_nothing(cluster: Clust
 
 
 async def test_sessions_are_the_same_whoever_answers(cluster: ClusterProcess) -> None:
-    made = await call_json(cluster.endpoint, "/v1/sessions", {"metadata": {"a": 1}})
+    made = await call_json(cluster.endpoint, "/v1/sessions", {"metadata": {"a": "1"}})
     status, data = await call(cluster.endpoint, "/v1/sessions", {"name": "s"})
     assert (made, status) == (None, 201), "a new session is a 201"
     session_id = json.loads(data)["id"]

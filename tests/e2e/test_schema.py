@@ -1,8 +1,8 @@
 """Whatever the schema allows, and what it does not: no 5xx, no status, type or answer that `/openapi.json` does not document.
 
 Schemathesis draws requests from the schema and sends them over real HTTP to a server over the fake engine, as a tenant and as
-the operator; the second test strings calls together, so that ids are of sessions that exist, or did. `PASTURE_TEST_EXAMPLES`
-draws more.
+the operator. What it draws for an id names nothing that there is, so one test makes a session and a response first, and sends
+each request that can name them twice: of what exists, and of what the first one has left. `PASTURE_TEST_EXAMPLES` draws more.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Queue
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from schemathesis import AuthContext, Case
 from schemathesis.checks import CheckFunction
@@ -28,6 +30,7 @@ from pasture.engine.fake import FakeEngine
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.sessions.state import State
+from pasture.sessions.values import Limits
 from tests.session_support import GREEDY
 from tests.store_support import store_for
 from tests.unit.stub_service import StubService
@@ -35,11 +38,13 @@ from tests.unit.stub_service import StubService
 N_EXAMPLES = int(os.environ.get("PASTURE_TEST_EXAMPLES", "5"))
 
 EXAMPLES = settings(max_examples=N_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+DRAWN = settings(EXAMPLES, max_examples=2 * N_EXAMPLES, phases=(Phase.generate, Phase.shrink))
+"""without the hundreds of boundary cases of each field"""
 EXCLUDED: list[CheckFunction] = [positive_data_acceptance, negative_data_rejection, allow_header_conformance]
 
 schemathesis.openapi.media_type("application/vnd.pasture.session", st.binary(max_size=200))
 
-KEY = "a-tenants-key"
+KEY, OTHER_KEY = "a-tenants-key", "another-tenants-key"
 
 
 def described(key: str) -> Any:
@@ -58,6 +63,7 @@ def described(key: str) -> Any:
 
 
 AS_TENANT, AS_OPERATOR = described(KEY), described("admin").include(path_regex="admin|metrics|slots|diagnosis|live")
+WITH_IDS = described(KEY).include(path_regex="session_id|response_id|/v1/chat|/v1/responses")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def url() -> Iterator[str]:
     """A server over the fake engine."""
     engine = FakeEngine(PoolShape(4096, 64))
     service = LocalService(engine, store_for(engine), SchedulerSettings(check_invariants=True))
-    state = State(keys=(KEY,))
+    state = State(keys=(KEY, OTHER_KEY), limits=Limits(max_live_cells=256))  # replies are not drawn for their length
     started: Queue[str] = Queue()
     running = DrainingServer(create_app(service, GREEDY, state=state), ServerOptions(), started.put)
     thread = threading.Thread(target=running.run, args=([bind("127.0.0.1", 0)],))
@@ -81,6 +87,36 @@ def url() -> Iterator[str]:
 @EXAMPLES
 def test_a_tenants_requests_get_what_is_documented(case: Case[Any], url: str) -> None:
     case.call_and_validate(base_url=url, excluded_checks=EXCLUDED, timeout=30)
+
+
+@contextmanager
+def something_said(url: str) -> Iterator[dict[str, str]]:
+    """A session with a turn in it, and a response, by what requests call their ids; both are gone behind the block."""
+    said = [{"role": "user", "content": "Hi"}]
+    with httpx.Client(base_url=f"{url}/v1", headers={"authorization": f"Bearer {KEY}"}) as client:
+        session = client.post("/sessions", json={"messages": said}).json()["id"]
+        turn = {"session_id": session, "messages": said, "max_tokens": 2}
+        assert client.post("/chat/completions", json=turn).status_code == 200
+        response = client.post("/responses", json={"input": "Hi", "max_output_tokens": 2}).json()["id"]
+        yield {"session_id": session, "response_id": response, "previous_response_id": response, "target_key": OTHER_KEY}
+        client.delete(f"/sessions/{session}")
+        client.delete(f"/responses/{response}")
+
+
+def naming(case: Case[Any], ids: dict[str, str]) -> None:
+    """Have a request name these wherever it names anything."""
+    for place in (case.path_parameters, case.body):
+        if isinstance(place, dict):
+            place |= {name: made for name, made in ids.items() if name in place}
+
+
+@WITH_IDS.parametrize()  # type: ignore[untyped-decorator]
+@DRAWN
+def test_so_do_requests_about_what_there_is_and_what_has_just_been_there(case: Case[Any], url: str) -> None:
+    with something_said(url) as ids:
+        naming(case, ids)
+        for _ in range(2):
+            case.call_and_validate(base_url=url, excluded_checks=EXCLUDED, timeout=30)
 
 
 @AS_OPERATOR.parametrize()  # type: ignore[untyped-decorator]

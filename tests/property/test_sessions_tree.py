@@ -5,12 +5,13 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
-from sqlalchemy import text
 
 from pasture.sessions.state import State
 from pasture.sessions.values import Counters, Message
+from tests.unit.sessions.conftest import check_books
 
 TEXTS = st.lists(st.sampled_from("abc"), max_size=3)
+CONTEXTS = st.sampled_from([{}, {"tools": ["one"]}, {"tools": ["one", "two"]}])
 
 
 def messages(texts: list[str]) -> list[Message]:
@@ -26,28 +27,32 @@ class TreeMachine(RuleBasedStateMachine):
         self.state = State()
         self.tenant = self.state.tenants.create("acme")
         self.said: dict[str, list[str]] = {}
+        self.contexts: dict[str, dict[str, object]] = {}
         self.answered: dict[str, list[str]] = {}
         self.n_responses = 0
 
-    @rule(target=sessions, texts=TEXTS)
-    def create(self, texts: list[str]) -> str:
-        made = self.state.sessions.create(self.tenant, messages(texts)).session_id
+    @rule(target=sessions, texts=TEXTS, context=CONTEXTS)
+    def create(self, texts: list[str], context: dict[str, object]) -> str:
+        made = self.state.sessions.create(self.tenant, messages(texts), context=context, metadata={"a": "b"}).session_id
         self.said[made] = texts
+        self.contexts[made] = context
         return made
 
     @rule(session=sessions, more=TEXTS)
     def go_on(self, session: str, more: list[str]) -> None:
         self._advance(session, [*self.said[session], *more])
 
-    @rule(session=sessions, texts=TEXTS)
-    def replace(self, session: str, texts: list[str]) -> None:
-        self._advance(session, texts)
+    @rule(session=sessions, texts=TEXTS, context=CONTEXTS)
+    def replace(self, session: str, texts: list[str], context: dict[str, object]) -> None:
+        self._advance(session, texts, context)
+        self.contexts[session] = context
 
     @rule(target=sessions, session=sessions, n=st.integers(1, 3))
     def fork(self, session: str, n: int) -> MultipleResults[str]:
         made = [fork.session_id for fork in self.state.sessions.fork(self.tenant, session, n)]
         for fork in made:
             self.said[fork] = self.said[session]
+            self.contexts[fork] = self.contexts[session]
         return multiple(*made)
 
     @rule(session=sessions, n=st.integers(0, 9))
@@ -77,23 +82,14 @@ class TreeMachine(RuleBasedStateMachine):
     @invariant()
     def everything_is_as_it_was_said(self) -> None:
         for session, texts in self.said.items():
-            assert self.state.sessions.messages(self.tenant, session) == messages(texts)
+            found, said = self.state.sessions.open(self.tenant, session)
+            assert (found.context, said) == (self.contexts[session], messages(texts))
         for response, texts in self.answered.items():
             assert self.state.responses.open(self.tenant, response)[1] == messages(texts)
 
     @invariant()
     def every_pointer_is_counted(self) -> None:
-        counted = (
-            "SELECT t.turn_id, t.refs, (SELECT count(*) FROM turns c WHERE c.parent = t.turn_id) + "
-            "(SELECT count(*) FROM sessions s WHERE s.head = t.turn_id) + "
-            "(SELECT count(*) FROM responses r WHERE r.head = t.turn_id) FROM turns t"
-        )
-        bytes_kept = "SELECT (SELECT coalesce(sum(n_bytes), 0) FROM turns) + (SELECT coalesce(sum(n_bytes), 0) FROM responses)"
-        with self.state.database.read() as connection:
-            for _, refs, pointers in connection.execute(text(counted)):
-                assert refs == pointers > 0
-            stored = connection.execute(text("SELECT coalesce(sum(n_bytes), 0) FROM stored")).scalar_one()
-            assert stored == connection.execute(text(bytes_kept)).scalar_one()
+        check_books(self.state)
 
     def teardown(self) -> None:
         for session in list(self.said):
@@ -106,8 +102,9 @@ class TreeMachine(RuleBasedStateMachine):
     def delete_now(self, session: str) -> None:
         self.state.sessions.delete(self.tenant, session)
 
-    def _advance(self, session: str, texts: list[str]) -> None:
-        self.state.sessions.advance(self.tenant, session, messages(texts), n_tokens=len(texts), used=Counters(1))
+    def _advance(self, session: str, texts: list[str], context: dict[str, object] | None = None) -> None:
+        used = Counters(1)
+        self.state.sessions.advance(self.tenant, session, messages(texts), n_tokens=len(texts), used=used, context=context)
         self.said[session] = texts
 
     def _answer(self, previous: str | None, texts: list[str]) -> str:

@@ -16,6 +16,7 @@ from pasture.core.statistics import PoolStatistics, SchedulerStatistics, Sequenc
 from pasture.core.storage import PrefetchStatistics, StoreStatistics, TierStatistics
 from pasture.core.values import (
     DEFAULT_NAMESPACE,
+    Allowance,
     Finish,
     FinishReason,
     Form,
@@ -100,6 +101,8 @@ class StubService:
     requests: list[Request] = field(default_factory=list)
     open: int = 0
     """generators that have begun and not ended"""
+    found: Whereabouts | None = None
+    """where every prompt is"""
     pins: list[StubPin] = field(default_factory=list)
     restored: list[tuple[str, tuple[int, ...], bytes]] = field(default_factory=list)
     broken: bool = False
@@ -108,6 +111,8 @@ class StubService:
     anticipated: list[tuple[int, ...]] = field(default_factory=list)
     typed: list[tuple[int, ...]] = field(default_factory=list)
     """of those, what somebody is typing"""
+    allowed: dict[Namespace, Allowance] = field(default_factory=dict)
+    """what namespaces may hold, as far as anybody said"""
     lifted: list[tuple[int, ...]] = field(default_factory=list)
     """what was to be brought into RAM"""
 
@@ -141,7 +146,10 @@ class StubService:
         return TokenLogprobs(-0.5, tuple((token - i, -0.5 - i) for i in range(request.n_logprobs)))
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
-        return Whereabouts(len(tokens), 2, 5)
+        return self.found or Whereabouts(len(tokens), 2, 5)
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        self.allowed[namespace] = allowance
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> StubPin:
         self.pins.append(StubPin((namespace, tuple(tokens))))

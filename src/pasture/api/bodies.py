@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import TypeVar
 
 import orjson
@@ -12,12 +12,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pasture.api.disconnect import ClientGone
+from pasture.api.offload import off_loop
+from pasture.api.patience import patience
 from pasture.api.schemas import refuse_unsupported
 from pasture.core.errors import RequestError
 
-PATIENCE_SECONDS = 30.0
-SLOWEST_BYTES_PER_SECOND = 1 << 20
-"""a body has the patience, and the time that the largest one allowed takes at this rate"""
+INLINE_BYTES = 1 << 16
+"""of a body that is parsed at once; a larger one may take the time of many tokens, a MiB of small values 0.3 s"""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -25,6 +26,10 @@ Body = TypeVar("Body", bound=BaseModel)
 async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Body:
     """The body as `schema`. Raises HTTPException 413, RequestError or pydantic's ValidationError, each a clear answer."""
     data = await read_bytes(request, max_bytes)
+    return await off_loop(len(data), partial(_parsed, data, schema), small=INLINE_BYTES)
+
+
+def _parsed(data: bytes, schema: type[Body]) -> Body:
     try:
         value = orjson.loads(data or b"{}")
     except orjson.JSONDecodeError as error:
@@ -43,9 +48,10 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS + max_bytes / SLOWEST_BYTES_PER_SECOND):
+        async with patience(max_bytes) as moved:
             async for chunk in request.stream():
                 size += len(chunk)
+                moved(len(chunk))
                 if size > max_bytes:
                     raise _too_large(max_bytes)
                 chunks.append(chunk)

@@ -38,7 +38,7 @@ class Caller:
     priority: int = 0
     """already within what the tenant is allowed"""
     allowance: Allowance = field(default_factory=Allowance)
-    """of its namespace; where everybody shares one, nobody's limits apply to it"""
+    """of its namespace"""
     session: str | None = None
     """what its header says that the request belongs to"""
 
@@ -53,10 +53,8 @@ def caller_of(request: Request, state: State) -> Caller:
     wanted = request.headers.get("x-priority", "normal").lower()
     if wanted not in PRIORITIES:
         raise RequestError(f"x-priority is one of {', '.join(PRIORITIES)}", param="x-priority")
-    limits, namespace = tenant.limits, tenant.namespace(state.share)
-    own = namespace == tenant.namespace()
-    allowance = limits.allowance if own else Allowance(limits.weight)
-    priority = min(PRIORITIES[wanted], limits.max_priority)
+    priority = min(PRIORITIES[wanted], tenant.limits.max_priority)
+    namespace, allowance = tenant.namespace(state.share), tenant.allowance(state.share)
     return Caller(tenant, namespace, _user(request), priority, allowance, request.headers.get("x-session-id"))
 
 

@@ -25,6 +25,7 @@ from pasture.api.pressure import Memory, read_memory, trouble
 from pasture.core.errors import InvariantBroken
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.values import ModelInfo
+from pasture.sessions.state import Sweeper
 
 LOW_HIT_RATIO = 0.2
 ENOUGH_TOKENS = 10_000
@@ -57,7 +58,8 @@ def diagnosis_routes(gateway: Gateway) -> APIRouter:
             broken = str(error)
         statistics = gateway.service.statistics()
         kept = await asyncio.to_thread(gateway.state.kept)
-        checks = [hit_rate(statistics), interference(statistics, broken), memory_growth(statistics, kept)]
+        checks = [hit_rate(statistics), interference(statistics, broken)]
+        checks.append(memory_growth(statistics, kept, gateway.state.sweeper))
         checks += [memory_pressure(await asyncio.to_thread(read_memory)), slowed_by(statistics.model)]
         ok = all(check.status != "warning" for check in checks)
         return Response(orjson.dumps({"object": "diagnosis", "ok": ok, "checks": checks}), media_type="application/json")
@@ -106,8 +108,8 @@ def interference(statistics: ServiceStatistics, broken: str | None) -> Check:
     return Check("interference", "ok", f"every cell is accounted for and held by its own namespace alone{dropped}", facts)
 
 
-def memory_growth(statistics: ServiceStatistics, kept: dict[str, int]) -> Check:
-    """Whether everything that grows stays within its budget."""
+def memory_growth(statistics: ServiceStatistics, kept: dict[str, int], sweeper: Sweeper | None) -> Check:
+    """Whether everything that grows stays within its budget, and what nobody uses is forgotten."""
     pool = statistics.pool
     over = [
         tier.name
@@ -121,12 +123,20 @@ def memory_growth(statistics: ServiceStatistics, kept: dict[str, int]) -> Check:
             for tier in statistics.store.tiers
         },
         "state": kept,
+        "sweeper": None if sweeper is None else asdict(sweeper),
     }
     if pool.used_cells > pool.shape.n_cells:
         return Check("memory_growth", "warning", "more cells are in use than there are: a bug to report", facts)
     if over:
         return Check("memory_growth", "warning", f"over budget: {', '.join(over)}", facts)
-    return Check("memory_growth", "ok", "cells and tiers are within their budgets; unused sessions expire", facts)
+    within = "cells and tiers are within their budgets"
+    if sweeper is None:
+        return Check("memory_growth", "ok", within, facts)
+    if sweeper.late:
+        message = f"unused sessions and responses have not been looked for in {sweeper.since_seconds:.0f} s: the log says why"
+        return Check("memory_growth", "warning", message, facts)
+    message = f"{within}; unused sessions were looked for {sweeper.since_seconds:.0f} s ago"
+    return Check("memory_growth", "ok", message, facts)
 
 
 def memory_pressure(memory: Memory) -> Check:

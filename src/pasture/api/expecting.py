@@ -62,6 +62,7 @@ class Expecting:
         tokens = await self._jobs.upcoming(messages, context, draft)
         found = await self._service.locate(caller.namespace, tokens)
         if self._prefetch and len(tokens) < self._service.max_conversation_tokens:
+            self._service.allow(caller.namespace, caller.allowance)
             self._service.anticipate(caller.namespace, tokens, typing=True)
         return len(tokens), found.live_tokens
 

@@ -1,40 +1,93 @@
 """Why a prompt was or was not in the cache, in words that a program can read: the `cache` of `pasture: true`.
 
+    new                 nobody in this namespace has asked for it, as far as is remembered
+    evicted             it was there, and has made way for something else
+    edited_history      what was said before is not what it was
+    template_changed    the same was said, with other tools or template variables around it
+    not_fetched         it rests somewhere, and computing it was cheaper than fetching it, or the only way
+
 Known for certain: where the prompt's beginning was when the request came, and how much of it was reused in the end (prefills of
-others that were under way count). Why the rest was not there is known inside a session, where what was said before is known;
-without one, new and evicted text look alike.
+others that were under way count). The reason is the first missed token's. Nothing here depends on what other namespaces hold:
+an answer that told "somebody else has it" would tell what they ask.
 """
 
 from __future__ import annotations
 
-from pasture.api.joining import Joined
-from pasture.core.values import Usage, Whereabouts
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pasture.core.storage import BLOCK_TOKENS
+from pasture.core.values import Namespace, Usage, Whereabouts
 
 Json = dict[str, object]
 
-SLACK_TOKENS = 64
-"""a block: so much of what was said last may be computed again without anything having been evicted"""
+MAX_BLOCKS = 1 << 16
+"""of prompts, remembered as asked for: 4 million tokens"""
 
 
-def explain(usage: Usage, found: Whereabouts | None, joined: Joined | None) -> Json:
-    """One choice's explanation."""
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What is known of the conversation that a request goes on with."""
+
+    n_tokens: int
+    """as it was when it was used last"""
+    edited_at: int | None = None
+    """the first message that differs from what was said; None: the conversation only goes on"""
+    template_changed: bool = False
+    """whether something else differs that its prompt is made from"""
+
+
+class Asked:
+    """What prompts have begun with since the start; what was asked for longest ago is forgotten. Event loop."""
+
+    def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
+        self._max_blocks = max_blocks
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+
+    def note(self, namespace: Namespace, prompt: Sequence[int]) -> int:
+        """Remember a prompt's whole blocks; returns how many of its leading tokens were asked for before."""
+        parent, known, all_known = hash(namespace), 0, True
+        for end in range(BLOCK_TOKENS, len(prompt) + 1, BLOCK_TOKENS):
+            parent = hash((parent, tuple(prompt[end - BLOCK_TOKENS : end])))
+            all_known = all_known and parent in self._blocks
+            known = end if all_known else known
+            self._blocks[parent] = None
+            self._blocks.move_to_end(parent)
+        while len(self._blocks) > self._max_blocks:
+            self._blocks.popitem(last=False)
+        return known
+
+
+def explain(usage: Usage, found: Whereabouts, n_asked: int, past: Past | None) -> Json:
+    """One choice's explanation. `n_asked`: tokens from the prompt's beginning that were asked for before."""
     missed = usage.prompt_tokens - usage.cached_tokens
     told: Json = {"prompt_tokens": usage.prompt_tokens, "cached_tokens": usage.cached_tokens, "computed_tokens": missed}
-    if found is not None:
-        told["found"] = {"live": found.live_tokens, "shared": found.shared_tokens, "ram": found.ram_tokens}
+    told["found"] = {
+        "live": found.live_tokens,
+        "shared": found.shared_tokens,
+        "ram": found.ram_tokens,
+        **found.slow_tokens,
+    }
     told["first_missed_position"] = usage.cached_tokens if missed > 1 else None
-    told["reason"] = _reason(usage, missed, joined)
-    if joined is not None and joined.edited_at is not None:
-        told["first_edited_message"] = joined.edited_at
+    told["reason"] = None if missed <= 1 else _reason(usage.cached_tokens, found, n_asked, past)
+    if past is not None and past.edited_at is not None:
+        told["first_edited_message"] = past.edited_at
     return told
 
 
-def _reason(usage: Usage, missed: int, joined: Joined | None) -> str | None:
-    """Why tokens were missed: edited_history, evicted, new, new_or_evicted; None where none were."""
-    if missed <= 1:  # the last token is always computed: its logits are what the reply begins with
-        return None
-    if joined is None or joined.session_id is None:
-        return "new_or_evicted"
-    if joined.edited_at is not None:
-        return "edited_history"
-    return "evicted" if usage.cached_tokens + SLACK_TOKENS < joined.n_tokens_before else "new"
+def _reason(cached: int, found: Whereabouts, n_asked: int, past: Past | None) -> str:
+    """See the module. The last block of what was said may be computed again without anything having been evicted."""
+    if max(found.live_tokens, found.ram_tokens, *found.slow_tokens.values()) - cached >= BLOCK_TOKENS:
+        return "not_fetched"
+    if n_asked - cached >= BLOCK_TOKENS:
+        return "evicted"
+    if past is not None:
+        lost = past.n_tokens - cached > BLOCK_TOKENS
+        if past.template_changed and lost:
+            return "template_changed"
+        if past.edited_at is not None:
+            return "edited_history"
+        if lost:
+            return "evicted"
+    return "new"

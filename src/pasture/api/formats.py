@@ -165,7 +165,7 @@ class Writer:
         if self._job.include_usage:
             extra["usage"] = self._usage(finishes)
         if self._job.include_pasture:
-            extra["pasture"] = self._timings(finishes)
+            extra["pasture"] = timings(finishes, self._explain)
         return (self._event([], extra) if extra else b"") + DONE
 
     def complete(self, replies: Sequence[Reply]) -> bytes:
@@ -182,7 +182,7 @@ class Writer:
             entries.append(self._entry(reply.choice.index, message, scores, _chat_reason(reply.finish, len(reply.calls))))
         body = self._envelope(self._shape.whole, entries) | {"usage": self._usage(finishes)}
         if self._job.include_pasture:
-            body["pasture"] = self._timings(finishes)
+            body["pasture"] = timings(finishes, self._explain)
         return orjson.dumps(body)
 
     def frame(self, index: int) -> bytes:
@@ -222,14 +222,6 @@ class Writer:
             "prompt_tokens_details": {"cached_tokens": sum(min(u.cached_tokens for u in group) for group in prompts)},
         }
 
-    def _timings(self, finishes: Mapping[int, Finish]) -> Json:
-        told: list[Json] = []
-        for i in sorted(finishes):
-            usage = finishes[i].usage
-            cache: Json = {} if self._explain is None else {"cache": self._explain(i, usage)}
-            told.append(_timing(i, usage) | cache)
-        return {"choices": told}
-
 
 class _ChunkFrame:
     """The constant bytes around a choice's text."""
@@ -252,6 +244,16 @@ def _chat_reason(finish: Finish, n_calls: int) -> str:
     """As `wire_reason`; a reply that ended with calls waits for what they return."""
     reason = wire_reason(finish)
     return "tool_calls" if n_calls and reason == FinishReason.STOP else reason
+
+
+def timings(finishes: Mapping[int, Finish], explain: Explain | None) -> Json:
+    """The object `pasture` of an answer: where each choice's time and prompt came from."""
+    told: list[Json] = []
+    for i in sorted(finishes):
+        usage = finishes[i].usage
+        cache: Json = {} if explain is None else {"cache": explain(i, usage)}
+        told.append(_timing(i, usage) | cache)
+    return {"choices": told}
 
 
 def _timing(index: int, usage: Usage) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from pasture.api.expecting import Expecting
+from pasture.api.explanations import Asked
 from pasture.api.jobs import Jobs
 from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
@@ -14,7 +15,7 @@ from pasture.api.repairs import Repairs
 from pasture.api.settings import ApiSettings
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
-from pasture.sessions.values import Message, Session
+from pasture.sessions.values import Message, OpenSession
 from pasture.text.prompts import Prompts
 from pasture.web import Live
 
@@ -30,6 +31,7 @@ class Gateway:
         self.metrics = Metrics(service.statistics, clock)
         self.live = Live(service.statistics, lambda: self.model_name, clock, self.metrics.first_token, self.metrics.inter_token)
         self.members = Membership(state.sessions)
+        self.asked = Asked()
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -56,7 +58,7 @@ class Gateway:
     def repairs(self) -> Repairs:
         return Repairs(self.service, self.state, self.jobs, self.publics, sessions=self.settings.turn_ahead)
 
-    async def session_tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
+    async def session_tokens(self, session: OpenSession, messages: list[Message]) -> tuple[int, ...]:
         """A session's conversation as the model reads it."""
         return await self.jobs.tokens(messages, session.context)  # type: ignore[arg-type]  # JSON, from the database
 

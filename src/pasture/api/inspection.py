@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from pasture.api.answers import Content, Health, ModelBody, ModelList, Props, RenderedPrompt, SlotList, Tokens
 from pasture.api.bodies import read_body
-from pasture.api.callers import ADMIN
+from pasture.api.callers import ADMIN, tenant_of
 from pasture.api.formats import FINGERPRINT, Json
 from pasture.api.gateway import Gateway
 from pasture.api.offload import off_loop, size_of
@@ -22,7 +22,7 @@ from pasture.api.openapi import described
 from pasture.api.schemas import DetokenizeBody, TemplateBody, TokenizeBody
 from pasture.core.statistics import SequenceState, SequenceStatistics
 from pasture.core.storage import StoreStatistics
-from pasture.core.values import SamplingParams
+from pasture.core.values import PUBLIC_NAMESPACE, SamplingParams
 
 
 def inspection_routes(gateway: Gateway) -> APIRouter:
@@ -50,11 +50,17 @@ def inspection_routes(gateway: Gateway) -> APIRouter:
             shown["store"] = _store(gateway.service.statistics().store)
         return _json(shown)
 
-    @router.get("/slots", **described("Operator", "Every sequence in the live cache", SlotList))
-    async def slots() -> Response:
+    @router.get(
+        "/slots", **described("Operator", "Sequences in the live cache: all for the admin key, else one's own", SlotList)
+    )
+    async def slots(request: Request) -> Response:
         statistics = gateway.service.statistics()
         longest = gateway.service.max_conversation_tokens
-        return _json([_slot(sequence, longest) for sequence in statistics.pool.sequences])
+        shown = statistics.pool.sequences
+        if gateway.settings.admin_key is None:
+            own = tenant_of(request.scope, gateway.state).namespace(gateway.state.share)
+            shown = tuple(sequence for sequence in shown if sequence.namespace in (own, PUBLIC_NAMESPACE))
+        return _json([_slot(sequence, longest) for sequence in shown])
 
     @router.get("/metrics", **described("Operator", "Prometheus' metrics", media="text/plain"))
     async def metrics() -> Response:

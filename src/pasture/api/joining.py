@@ -1,7 +1,8 @@
 """A chat request joins a session: what was said before comes from the server, and what is said now is kept there.
 
     session_id, X-Session-Id (an id)          a session the client made: it may send the new messages only
-    X-Session-Id (a name), prompt_cache_key   a session that is made when first named: clients of this kind send everything
+    X-Session-Id (a name), prompt_cache_key   a session that is made when first named: clients of this kind send everything,
+                                              unless they say `session_mode` append (or auto), and with it ask for the session
 
 Which of both a list of messages is can be said (`session_mode`); `auto` takes it for the whole conversation where it begins as
 the session does, or holds replies of the assistant as only a whole one does. Where it begins with another system message and
@@ -22,12 +23,14 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.api.callers import Caller
+from pasture.api.explanations import Past
 from pasture.api.schemas import ChatBody
 from pasture.core.errors import Conflict, RateLimited, RequestError
 from pasture.core.values import Finish, FinishReason
 from pasture.sessions.database import reason
-from pasture.sessions.store import ANY_HEAD, MAX_NAME_CHARACTERS, AnyHead, Sessions
-from pasture.sessions.values import Counters, Message, Session, Tenant
+from pasture.sessions.session_rows import ANY_HEAD, AnyHead
+from pasture.sessions.store import MAX_NAME_CHARACTERS, Sessions
+from pasture.sessions.values import Counters, Message, OpenSession, Tenant
 
 _log = logging.getLogger("pasture.api")
 
@@ -44,16 +47,19 @@ class Joined:
     sessions: Sessions
     tenant: Tenant
     session_id: str | None
-    """None: the session of that name, made when the reply is complete"""
+    """None: the session of that name, made when the reply is complete where there is none"""
     name: str | None
     messages: Sequence[Message]
     """the whole conversation, this request's messages included"""
     context: Mapping[str, object]
     head: str | AnyHead | None = ANY_HEAD
-    n_tokens_before: int = 0
-    """of the conversation as it was when the session was used last"""
-    edited_at: int | None = None
-    """the first message that differs from what was said; None: the conversation only goes on"""
+    past: Past | None = None
+    """of a session that was there before"""
+
+    @property
+    def only_named(self) -> bool:
+        """Whether nobody has asked for the session: the reply counts, and the session is kept where it can be."""
+        return self.session_id is None and isinstance(self.head, AnyHead)
 
     async def go_on(self, reply: Message, finish: Finish) -> str | None:
         """`reply` is complete, and belongs to the conversation; returns the session's id. Raises Conflict, RateLimited."""
@@ -74,10 +80,16 @@ class Joined:
             return self.session_id
         assert self.name is not None
         try:
-            return sessions.go_on_named(self.tenant, self.name, messages, n_tokens=n_tokens, used=used, context=context)
+            return sessions.go_on_named(
+                self.tenant, self.name, messages, n_tokens=n_tokens, used=used, head=self.head, context=context
+            )
         except RateLimited as error:
+            if not self.only_named:
+                raise
             _log.info("a session that was only named is not kept: %s", error)
         except SQLAlchemyError as error:
+            if not self.only_named:
+                raise
             _log.warning("a session that was only named is not kept: %s", reason(error))
         return None
 
@@ -99,25 +111,34 @@ class Membership:
             if body.session_mode is not None:
                 raise RequestError("session_mode needs a session_id", param="session_mode")
             return body, None
-        session: Session | None = None
-        said: list[Message] = []
-        if session_id is not None:
-            session, said = await asyncio.to_thread(self.sessions.open, caller.tenant, session_id)
-            if (body.n or 1) > 1:
-                raise RequestError("a session goes on with one reply: n must be 1", param="n")
-        mode = body.session_mode or ("auto" if session_id is not None else "replace")
-        messages = whole(said, body.messages, mode)
+        if session_id is None and body.session_mode in (None, "replace"):
+            context = _context(body, None)
+            joined = Joined(self.sessions, caller.tenant, None, name, body.messages, context)
+            return body.model_copy(update=context), joined
+        if (body.n or 1) > 1:
+            raise RequestError("a session goes on with one reply: n must be 1", param="n")
+        session, said = await self._asked_for(caller.tenant, session_id, name)
+        messages = whole(said, body.messages, body.session_mode or "auto")
         context = _context(body, session)
-        body = body.model_copy(update={"messages": messages, **context})
-        head = ANY_HEAD if session is None else session.head
-        joined = Joined(self.sessions, caller.tenant, session_id, name, messages, context, head)
+        edited_at = _edited_at(said, messages)
+        since = len(said) if edited_at is None else edited_at
+        added = [*messages[since:], {"role": "assistant", "content": ""}]
+        await asyncio.to_thread(self.sessions.check_room, caller.tenant, said[since:], added, context)
+        joined = Joined(self.sessions, caller.tenant, None, name, messages, context, head=None)
         if session is not None:
-            edited_at = _edited_at(said, messages)
-            since = len(said) if edited_at is None else edited_at
-            added = [*messages[since:], {"role": "assistant", "content": ""}]
-            await asyncio.to_thread(self.sessions.check_room, caller.tenant, said[since:], added)
-            joined = replace(joined, n_tokens_before=session.n_tokens, edited_at=edited_at)
-        return body, joined
+            past = Past(session.n_tokens, edited_at, template_changed=dict(session.context) != context)
+            joined = replace(joined, session_id=session.session_id, head=session.head, past=past)
+        return body.model_copy(update={"messages": messages, **context}), joined
+
+    async def _asked_for(
+        self, tenant: Tenant, session_id: str | None, name: str | None
+    ) -> tuple[OpenSession | None, list[Message]]:
+        """The session of that id, or of that name, of which there may be none yet. Raises NotFound for an id."""
+        if session_id is not None:
+            return await asyncio.to_thread(self.sessions.open, tenant, session_id)
+        assert name is not None
+        found = await asyncio.to_thread(self.sessions.open_named, tenant, name)
+        return (None, []) if found is None else found
 
     @asynccontextmanager
     async def held(self, joined: Joined | None) -> AsyncIterator[None]:
@@ -125,8 +146,12 @@ class Membership:
 
         Raises Conflict when somebody does, or has done since the request joined, and NotFound when the session is gone.
         """
-        if joined is None or joined.session_id is None:
+        if joined is None or joined.only_named:
             yield
+            return
+        if joined.session_id is None:
+            with self.alone(f"{joined.tenant.name}/{joined.name}"):
+                yield
             return
         with self.alone(joined.session_id):
             await asyncio.to_thread(self.sessions.check_head, joined.tenant, joined.session_id, joined.head)
@@ -188,7 +213,7 @@ def _wanted(body: ChatBody, header: str | None) -> tuple[str | None, str | None]
     return None, name
 
 
-def _context(body: ChatBody, session: Session | None) -> dict[str, object]:
+def _context(body: ChatBody, session: OpenSession | None) -> dict[str, object]:
     """What the request says, else what its session remembers."""
     kept = {} if session is None else session.context
     found = {name: getattr(body, name) or kept.get(name) for name in CONTEXT_FIELDS}

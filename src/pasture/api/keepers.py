@@ -20,14 +20,14 @@ from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
 from pasture.core.ports import Movable, Service
 from pasture.core.values import ModelInfo
 from pasture.sessions import portable
-from pasture.sessions.values import Message, Session, Tenant
+from pasture.sessions.values import Message, OpenSession, Session, Tenant
 
 MAX_TRAVELLING, MAX_TRAVELLING_OF_TENANT = 4, 2
 """files of sessions in memory at once"""
 MAX_SENDING = 2
 """to other servers, which may be slow: each takes one of the threads that everybody needs"""
-TRAVEL_PATIENCE_SECONDS = 20.0
-"""of those who wait for a place; what they send stays unread meanwhile"""
+TRAVEL_PATIENCE_SECONDS = 40.0
+"""of those who wait for a place; what they send stays unread meanwhile. Longer than who sends nothing can keep one"""
 TRAVEL_RETRY_SECONDS = 5.0
 PREFETCH_SECONDS = 5.0
 """for which an answer waits for what is lifted into RAM"""
@@ -56,7 +56,7 @@ class Keepers:
                 raise RateLimited(message, retry_after_seconds=TRAVEL_RETRY_SECONDS) from None
             yield
 
-    async def tokens(self, session: Session, messages: list[Message]) -> tuple[int, ...]:
+    async def tokens(self, session: OpenSession, messages: list[Message]) -> tuple[int, ...]:
         """The conversation as the model reads it."""
         return await self._gateway.session_tokens(session, messages)
 
@@ -93,20 +93,23 @@ class Keepers:
         return {"id": session_id, "object": "session.prefetch", "tokens": len(tokens), "cached_tokens": cached}
 
     async def _to_live(self, caller: Caller, tokens: tuple[int, ...]) -> int:
-        """Returns how many tokens did not have to be computed."""
+        """Returns how many tokens did not have to be computed. Raises what ended it early."""
         request, cached = self._gateway.jobs.prefill(tokens, caller), 0
         async with (
-            self._gateway.state.gate.enter(caller.tenant) as passage,
+            self._gateway.state.gate.enter(caller.tenant, tokens=len(tokens)) as passage,
             aclosing(self._service.generate(request)) as events,
         ):
             async for event in events:
                 if event.finish is not None:
                     cached = event.finish.usage.cached_tokens
-                    passage.tokens = len(tokens) - cached
+                    passage.pay(len(tokens) - cached)
+                    if event.finish.error is not None:
+                        raise event.finish.error
         return cached
 
     async def _to_ram(self, caller: Caller, tokens: tuple[int, ...]) -> int:
         """Returns how many tokens are in RAM or live now; what real work keeps waiting goes on in the background."""
+        self._service.allow(caller.namespace, caller.allowance)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._service.prefetch(caller.namespace, tokens), PREFETCH_SECONDS)
         found = await self._service.locate(caller.namespace, tokens)
@@ -121,15 +124,21 @@ class Keepers:
             messages = await self._messages_within(caller, session_id, tokens)
         return await asyncio.to_thread(self._sessions.truncate, caller.tenant, session_id, messages)
 
-    async def export(self, caller: Caller, session_id: str, *, blocks: bool) -> bytes:
-        """The session as one file. Raises NotFound, RateLimited."""
+    @contextlib.asynccontextmanager
+    async def export(self, caller: Caller, session_id: str, *, blocks: bool) -> AsyncIterator[bytes]:
+        """The session as one file, which is in memory, and counts, within the block. Raises NotFound, RateLimited."""
         session, messages = await asyncio.to_thread(self._sessions.open, caller.tenant, session_id)
         tokens = await self.tokens(session, messages)
         async with self._one_more(caller):
-            exported = await self._service.export(caller.namespace, tokens) if blocks and tokens else b""
-            model = model_id(self._service.model)
-            file = portable.Portable(model, messages, tokens, exported, session.context, session.metadata)
-            return await asyncio.to_thread(portable.dump, file)
+            yield await self._dump(caller, session, messages, tokens, blocks=blocks)
+
+    async def _dump(
+        self, caller: Caller, session: OpenSession, messages: list[Message], tokens: tuple[int, ...], *, blocks: bool
+    ) -> bytes:
+        exported = await self._service.export(caller.namespace, tokens) if blocks and tokens else b""
+        model = model_id(self._service.model)
+        file = portable.Portable(model, messages, tokens, exported, session.context, session.metadata)
+        return await asyncio.to_thread(portable.dump, file)
 
     async def carry(self, caller: Caller, session_id: str, replica: str) -> Json:
         """Have a session's KV on another replica of the cluster. Raises NotFound, Conflict, RequestError, NoReplica."""
@@ -181,8 +190,7 @@ class Keepers:
 
     async def _send(self, caller: Caller, session_id: str, wanted: str, key: str | None) -> Json:
         peer = peers.chosen(self._gateway.settings.peers, wanted)
-        async with self._sending:
-            file = await self.export(caller, session_id, blocks=True)
+        async with self._sending, self.export(caller, session_id, blocks=True) as file:
             made, n_tokens = await asyncio.to_thread(peers.send, peer, key, file)
         return {"id": made, "object": "session.sent", "peer": peer.name, "restored_tokens": n_tokens}
 
@@ -196,25 +204,39 @@ class Keepers:
 
     async def _take_in(self, caller: Caller, data: bytes, *, adopt: bool) -> tuple[Session, int]:
         file = await asyncio.to_thread(portable.load, data)
-        ours = file.model == model_id(self._service.model)
-        if not ours and not adopt:
-            raise Conflict("the session is of another model or another quantisation; adopt=true takes its transcript alone")
         try:
             body = NewSession.model_validate({"messages": file.messages, "metadata": file.metadata, **file.context})
         except ValidationError as error:
             raise RequestError(f"the exported session cannot be read: {explain(error)[0]}") from None
-        n_restored = 0
-        if ours and file.blocks:
-            tokens = await self._gateway.jobs.tokens(body.messages, body.context)
-            if tuple(file.tokens) != tokens:
-                raise RequestError("the exported session's tokens are not those of its transcript")
-            n_restored = await self._service.restore(caller.namespace, tokens, file.blocks)
-            if self._gateway.settings.turn_ahead:  # to where a conversation is that goes on here
-                self._service.anticipate(caller.namespace, tokens)
+        try:
+            n_restored = await self._restore(caller, file, body)
+        except Conflict as error:
+            if not adopt:
+                raise Conflict(f"{error}; adopt=true takes its transcript alone") from None
+            n_restored = 0
         session = await asyncio.to_thread(
             lambda: self._sessions.create(caller.tenant, body.messages, context=body.context, metadata=body.metadata)
         )
         return session, n_restored
+
+    async def _restore(self, caller: Caller, file: portable.Portable, body: NewSession) -> int:
+        """File the KV that came with a session; returns of how many tokens. Raises Conflict for what means nothing here."""
+        if file.model != model_id(self._service.model):
+            raise Conflict("the session is of another model or another quantisation")
+        if not file.blocks:
+            return 0
+        tokens: tuple[int, ...] | None = None
+        with contextlib.suppress(RequestError):  # this chat template refuses what another one has shown
+            tokens = await self._gateway.jobs.tokens(body.messages, body.context)
+        if tokens is None or tuple(file.tokens) != tokens:
+            raise Conflict(
+                "the session's tokens are not those of its transcript here: it was edited, or another chat template's"
+            )
+        self._service.allow(caller.namespace, caller.allowance)
+        n_restored = await self._service.restore(caller.namespace, tokens, file.blocks)
+        if self._gateway.settings.turn_ahead:  # to where a conversation is that goes on here
+            self._service.anticipate(caller.namespace, tokens)
+        return n_restored
 
     async def _messages_within(self, caller: Caller, session_id: str, tokens: int) -> int:
         """The most messages from the beginning that are at most so many tokens."""

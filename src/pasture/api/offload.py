@@ -19,9 +19,9 @@ N_WORKERS = 2
 _workers = ThreadPoolExecutor(N_WORKERS, "pasture-text")
 
 
-async def off_loop(size: int, work: Callable[[], Result]) -> Result:
-    """What `work` returns: made here if `size` (characters or tokens) is small, on a worker thread otherwise."""
-    if size <= INLINE_CHARACTERS:
+async def off_loop(size: int, work: Callable[[], Result], *, small: int = INLINE_CHARACTERS) -> Result:
+    """What `work` returns: made here if `size` (characters or tokens) is `small` at most, on a worker thread otherwise."""
+    if size <= small:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_workers, work)
 

@@ -1,6 +1,6 @@
 """Sessions whose KV stays in RAM: pinned now, or before the server was restarted.
 
-    pin        slow tiers are asked, what there is comes to RAM and stays      go_on    the pin follows its conversation
+    pin        slow tiers are asked, what there is comes to RAM and stays      go_on, cut   the pin follows its conversation
     started    what the state says is pinned is brought back, one session after another, while nobody waits for it
 
 After a start no more than `RAM_SHARE` of the RAM budget is taken again, last used sessions first: with a smaller budget than
@@ -20,9 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from pasture.core.errors import NotFound, PastureError, RequestError
 from pasture.core.ports import Service
 from pasture.core.storage import Pin
-from pasture.core.values import Namespace
 from pasture.sessions.state import State
-from pasture.sessions.values import Message, Session, Tenant
+from pasture.sessions.values import Message, OpenSession, Session, Tenant
 
 _log = logging.getLogger("pasture.api")
 
@@ -30,7 +29,7 @@ RAM_SHARE = 0.5
 LIFT_SECONDS = 5.0
 """for which a caller waits until what slow tiers have of his session is in RAM"""
 
-Tokens = Callable[[Session, list[Message]], Awaitable[tuple[int, ...]]]
+Tokens = Callable[[OpenSession, list[Message]], Awaitable[tuple[int, ...]]]
 """a conversation as the model reads it"""
 
 
@@ -41,11 +40,13 @@ class Pinned:
         self._service = service
         self._state = state
         self._tokens = tokens
-        self._pins: dict[str, Pin] = {}
+        self._pins: dict[str, Pin | None] = {}
+        """session -> what keeps its KV; None: it has none yet"""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        return len(self._pins)
+        """How many sessions have KV that stays."""
+        return sum(pin is not None for pin in self._pins.values())
 
     async def pin(self, tenant: Tenant, session_id: str) -> Session:
         """The session does not expire, and what there is of its KV stays in RAM. Raises NotFound, RateLimited."""
@@ -66,7 +67,7 @@ class Pinned:
             pin.release()
 
     def went_on(self, tenant: Tenant, session_id: str) -> None:
-        """The conversation is longer now; returns at once."""
+        """The conversation is longer now, or was cut; returns at once."""
         if session_id in self._pins:
             self._soon(self._renew(tenant, session_id))
 
@@ -86,7 +87,7 @@ class Pinned:
             if tenant is None or session.session_id in self._pins:
                 continue
             if not self._room_for(session.n_tokens):
-                _log.warning("RAM is too small for all that is pinned: %d sessions are in it", len(self._pins))
+                _log.warning("RAM is too small for all that is pinned: %d sessions are in it", len(self))
                 return
             try:
                 await self._hold(tenant, session.session_id, None)
@@ -104,17 +105,17 @@ class Pinned:
             tokens = await self._tokens(session, messages)
         except RequestError:  # this model's template refuses what was said to another
             tokens = ()
-        pin = await self._pin(tenant.namespace(self._state.share), tokens, patience_seconds) if tokens else None
+        pin = await self._pin(tenant, tokens, patience_seconds) if tokens else None
         self.let_go(session_id)
-        if pin is None:
-            return
         self._pins[session_id] = pin
         with contextlib.suppress(NotFound):
             if (await asyncio.to_thread(self._state.sessions.get, tenant, session_id)).pinned:
                 return
         self.let_go(session_id)  # unpinned or deleted meanwhile
 
-    async def _pin(self, namespace: Namespace, tokens: tuple[int, ...], patience_seconds: float | None) -> Pin:
+    async def _pin(self, tenant: Tenant, tokens: tuple[int, ...], patience_seconds: float | None) -> Pin:
+        namespace = tenant.namespace(self._state.share)
+        self._service.allow(namespace, tenant.allowance(self._state.share))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_seconds):
                 await self._service.prefetch(namespace, tokens)

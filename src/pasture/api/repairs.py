@@ -49,12 +49,14 @@ class Repairs:
             return
         try:
             recent = await asyncio.to_thread(self._state.sessions.recent, RECENT_SECONDS, MAX_SESSIONS)
-            for session in reversed(recent):  # the last one expected is the first one done
-                tenant = await asyncio.to_thread(self._state.tenant_named, session.tenant)
+            for found in reversed(recent):  # the last one expected is the first one done
+                tenant = await asyncio.to_thread(self._state.tenant_named, found.tenant)
                 if tenant is not None:
-                    _, messages = await asyncio.to_thread(self._state.sessions.open, tenant, session.session_id)
+                    session, messages = await asyncio.to_thread(self._state.sessions.open, tenant, found.session_id)
                     tokens = await self._jobs.upcoming(messages, session.context)  # type: ignore[arg-type]  # JSON
-                    self._service.anticipate(tenant.namespace(self._state.share), tokens)
+                    namespace = tenant.namespace(self._state.share)
+                    self._service.allow(namespace, tenant.allowance(self._state.share))
+                    self._service.anticipate(namespace, tokens)
         except (SQLAlchemyError, PastureError) as error:
             _log.info("recent sessions are not made ready: %s", error)
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 import orjson
 
 from pasture.api.errors import problem
-from pasture.api.formats import wire_reason
+from pasture.api.formats import Explain, timings, wire_reason
 from pasture.api.jobs import Job
 from pasture.api.response_schemas import ResponseBody
 from pasture.core.values import Finish, Usage
@@ -29,8 +29,9 @@ Json = dict[str, object]
 class ResponseWriter:
     """Renders one response."""
 
-    def __init__(self, job: Job, body: ResponseBody, *, stored: bool) -> None:
+    def __init__(self, job: Job, body: ResponseBody, explain: Explain, *, stored: bool) -> None:
         self._job = job
+        self._explain = explain
         self._body = body
         self.stored = stored
         self.response_id = job.job_id
@@ -63,7 +64,7 @@ class ResponseWriter:
 
     def closing(self, text: str, calls: Sequence[ToolCall], finish: Finish) -> bytes:
         """All events behind the text."""
-        whole = self.whole(text, calls, finish)
+        whole = self.whole(text, calls, finish) | self.told(finish)
         status = str(whole["status"])
         events = b"" if self._message_open or calls else self._open_message()
         if self._message_open:
@@ -84,6 +85,10 @@ class ResponseWriter:
         status = "incomplete" if wire_reason(finish) == "length" else "completed"
         message = [self._item(status, text)] if text or not calls else []
         return self._response(status, [*message, *(_call_item(call, "completed") for call in calls)], finish.usage)
+
+    def told(self, finish: Finish) -> Json:
+        """What is added for a client that asked where its time and its prompt came from; not kept with the response."""
+        return {"pasture": timings({0: finish}, self._explain)} if self._job.include_pasture else {}
 
     def _open_message(self) -> bytes:
         self._message_open = True

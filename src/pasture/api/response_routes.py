@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
 from fastapi import APIRouter, Request
@@ -22,7 +23,9 @@ from pasture.api.answers import Deleted, StoredResponseBody
 from pasture.api.bodies import read_body
 from pasture.api.callers import Caller, caller_of
 from pasture.api.disconnect import cancelled_on_disconnect
+from pasture.api.explanations import Past
 from pasture.api.gateway import Gateway
+from pasture.api.offload import off_loop, size_of
 from pasture.api.openapi import GENERATES, described
 from pasture.api.response_formats import Json, ResponseWriter
 from pasture.api.response_schemas import ResponseBody, as_chat, check, new_messages
@@ -31,7 +34,7 @@ from pasture.api.streams import EventStream
 from pasture.core.errors import NotFound, RateLimited
 from pasture.core.values import Finish
 from pasture.sessions.database import reason
-from pasture.sessions.values import Message
+from pasture.sessions.values import Message, StoredResponse
 from pasture.text.replies import ToolCall
 from pasture.text.tool_calls import assistant_message
 
@@ -78,12 +81,25 @@ def response_routes(gateway: Gateway) -> APIRouter:
 
 async def _prepare(gateway: Gateway, caller: Caller, body: ResponseBody) -> _Answering:
     said: Sequence[Message] = ()
+    past: Past | None = None
     if body.previous_response_id is not None:
-        _, said = await asyncio.to_thread(gateway.state.responses.open, caller.tenant, body.previous_response_id)
+        previous, said = await asyncio.to_thread(gateway.state.responses.open, caller.tenant, body.previous_response_id)
+        past = _past(previous, body)
     new = new_messages(body)
-    job = await gateway.jobs.chat(as_chat(body, [*said, *new]), caller, prefix="resp_", format_param="text.format")
-    writer = ResponseWriter(job, body, stored=body.store is not False)
-    return _Answering(gateway, caller, body, new, Run(gateway, caller, job), writer)
+    messages = [*said, *new]
+    chat = await off_loop(size_of(messages, body.tools), partial(as_chat, body, messages))
+    job = await gateway.jobs.chat(chat, caller, prefix="resp_", format_param="text.format")
+    run = Run(gateway, caller, job, past=past)
+    writer = ResponseWriter(job, body, run.explain, stored=body.store is not False)
+    return _Answering(gateway, caller, body, new, run, writer)
+
+
+def _past(previous: StoredResponse, body: ResponseBody) -> Past:
+    """What is known of the conversation; instructions, which are not carried on, are its first message."""
+    usage, before = previous.body["usage"], previous.body
+    n_tokens = usage["total_tokens"] if isinstance(usage, dict) else 0
+    edited_at = 0 if before["instructions"] != body.instructions else None
+    return Past(n_tokens, edited_at, template_changed=before["tools"] != (body.tools or []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +123,7 @@ class _Answering:
                 finish = fragment.finish
         assert finish is not None  # a reply without one has raised
         await self._keep(text, calls, finish)
-        return self.writer.whole(text, calls, finish)
+        return self.writer.whole(text, calls, finish) | self.writer.told(finish)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         text: list[str] = []

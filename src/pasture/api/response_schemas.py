@@ -57,11 +57,12 @@ class ResponseBody(FormBody):
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
     deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    pasture: bool | None = None
 
 
 _SAME = (
     "model", "stream", "temperature", "top_p", "tool_choice", "user", "service_tier", "seed", "top_k", "min_p", "ignore_eos",
-    "chat_template_kwargs", "deadline_seconds", *FormBody.model_fields,
+    "chat_template_kwargs", "deadline_seconds", "pasture", *FormBody.model_fields,
 )  # fmt: skip
 """fields that mean the same in a chat"""
 

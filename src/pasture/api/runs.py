@@ -7,10 +7,11 @@ back. Tokens are counted as they come, so that a reply that was cut off is paid 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
 
 from pasture.api.callers import Caller
-from pasture.api.explanations import explain
+from pasture.api.explanations import Past, explain
 from pasture.api.formats import Json, Reply, Writer
 from pasture.api.gateway import Gateway
 from pasture.api.jobs import Choice, Job
@@ -23,28 +24,37 @@ from pasture.sessions.gate import Passage
 from pasture.text.replies import Fragment, read_reply
 from pasture.text.tool_calls import assistant_message, read_calls
 
+PROBABLE_REPLY_TOKENS = 512
+"""set aside for a reply that may be longer, until it is known how long it is"""
+
 
 class Run:
     """A job with whose it is, and the session that it is in."""
 
     def __init__(
-        self, gateway: Gateway, caller: Caller, job: Job, joined: Joined | None = None, chat: ChatBody | None = None
+        self,
+        gateway: Gateway,
+        caller: Caller,
+        job: Job,
+        joined: Joined | None = None,
+        chat: ChatBody | None = None,
+        past: Past | None = None,
     ) -> None:
-        """`chat`: what the job answers, where that is a conversation that may go on."""
+        """`chat`: what the job answers, where that is a conversation that may go on. `past`: where that is no session's."""
         self.job = job
         self._chat = chat
         self._gateway = gateway
         self._caller = caller
         self._joined = joined
-        self._passage = Passage()
-        self._found: dict[tuple[int, ...], Whereabouts] = {}
+        self._past = past if joined is None else joined.past
+        self._before: dict[tuple[int, ...], tuple[Whereabouts, int]] = {}
 
     async def collect(self) -> list[Reply]:
         """Every choice's reply, complete, and kept in the session. Raises what ends any of them early."""
         async with self._gateway.members.held(self._joined):
-            async with self._gateway.state.gate.enter(self._caller.tenant) as self._passage:
+            async with self._enter() as passage:
                 await self._locate()
-                replies = await collect(self.job, self._read)
+                replies = await collect(self.job, partial(self._read, passage))
             await self._keep(replies)
         return replies
 
@@ -53,8 +63,8 @@ class Run:
         keep: OnComplete | None = self._keep if self._joined is not None or self._chat is not None else None
         async with (
             self._gateway.members.held(self._joined),
-            self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
-            aclosing(chunks(self.job, self._read, writer, keep)) as events,
+            self._enter() as passage,
+            aclosing(chunks(self.job, partial(self._read, passage), writer, keep)) as events,
         ):
             await self._locate()
             async for event in events:
@@ -63,29 +73,40 @@ class Run:
     def explain(self, index: int, usage: Usage) -> Json:
         """Where a choice's prompt was when it was submitted, and why the rest of it had to be computed."""
         prompt = self.job.choices[index].request.prompt
-        return explain(usage, self._found.get(prompt), self._joined)
+        found, n_asked = self._before[prompt]
+        return explain(usage, found, n_asked, self._past)
 
     async def fragments(self) -> AsyncGenerator[Fragment, None]:
         """The reply of the first choice, piece by piece, for answers in other shapes."""
         async with (
-            self._gateway.state.gate.enter(self._caller.tenant) as self._passage,
-            aclosing(self._read(self.job.choices[0])) as fragments,
+            self._enter() as passage,
+            aclosing(self._read(passage, self.job.choices[0])) as fragments,
         ):
+            await self._locate()
             async for fragment in fragments:
                 yield fragment
 
     async def _locate(self) -> None:
-        """For those who asked: where each prompt is, before anything is done about it."""
-        if self.job.include_pasture:
-            for prompt in {choice.request.prompt for choice in self.job.choices}:
-                self._found[prompt] = await self._gateway.service.locate(self._caller.namespace, prompt)
+        """Note each prompt; for those who asked: where it is, before anything is done about it."""
+        service, namespace = self._gateway.service, self._caller.namespace
+        for prompt in {choice.request.prompt for choice in self.job.choices}:
+            n_asked = self._gateway.asked.note(namespace, prompt)
+            if self.job.include_pasture:
+                self._before[prompt] = await service.locate(namespace, prompt, deep=True), n_asked
 
-    def _read(self, choice: Choice) -> AsyncGenerator[Fragment, None]:
+    def _enter(self) -> AbstractAsyncContextManager[Passage]:
+        """A place for each reply, and what they will probably use."""
+        choices = self.job.choices
+        prompts = sum(len(choice.request.prompt) for choice in choices[:: self.job.n_per_prompt])
+        replies = sum(min(choice.request.max_tokens, PROBABLE_REPLY_TOKENS) for choice in choices)
+        return self._gateway.state.gate.enter(self._caller.tenant, replies=len(choices), tokens=prompts + replies)
+
+    def _read(self, passage: Passage, choice: Choice) -> AsyncGenerator[Fragment, None]:
         gateway = self._gateway
         events = gateway.service.generate(choice.request)
         if self._caller.tenant.limits.tokens_per_minute is not None:
             first = choice.index % self.job.n_per_prompt == 0  # `usage` counts a prompt once, however many replies it has
-            events = _counted(events, self._passage, len(choice.request.prompt) if first else 0)
+            events = _counted(events, passage, len(choice.request.prompt) if first else 0)
         events = gateway.settings.tracing.observed(events, choice.request)
         timed = gateway.metrics.observed(events, gateway.clock)
         vocabulary, stops, dialect = gateway.service.vocabulary, self.job.stops, self.job.dialect
@@ -110,14 +131,16 @@ async def _counted(
 
     Who leaves before the first token pays as well: the prompt may have been computed by then.
     """
-    refused = False
+    due = prompt_tokens
     async with aclosing(events):
         try:
             async for event in events:
-                passage.tokens += event.token is not None
+                passage.pay(due + (event.token is not None))
+                due = 0
                 yield event
         except RequestError as error:
-            refused = not isinstance(error, DeadlineExceeded)
+            if not isinstance(error, DeadlineExceeded):
+                due = 0
             raise
         finally:
-            passage.tokens += 0 if refused else prompt_tokens
+            passage.pay(due)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from pasture.api.callers import caller_of
 from pasture.api.gateway import Gateway
 from pasture.api.keepers import Keepers
 from pasture.api.openapi import GENERATES, described
+from pasture.api.sending import HeldFile
 from pasture.api.session_schemas import ForkBody, NewSession, TargetBody, TruncateBody
 
 MAX_PAGE = 1000
@@ -110,6 +112,7 @@ def _branch_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
         body = await read_body(request, TruncateBody, limit)
         caller = caller_of(request, state)
         session = await keepers.truncate(caller, session_id, body.messages, body.tokens)
+        gateway.pinned.went_on(caller.tenant, session_id)
         return _json(keepers.describe(caller.tenant, session))
 
 
@@ -133,8 +136,9 @@ def _travel_routes(router: APIRouter, gateway: Gateway, keepers: Keepers) -> Non
         **described(_TAG, "A session as one file: what was said, its tokens, its KV", media=_FILE, errors=(404, 429, 503)),
     )
     async def export(session_id: str, request: Request, blocks: bool = True) -> Response:
-        data = await keepers.export(caller_of(request, state), session_id, blocks=blocks)
-        return Response(data, media_type=_FILE)
+        async with AsyncExitStack() as held:
+            data = await held.enter_async_context(keepers.export(caller_of(request, state), session_id, blocks=blocks))
+            return HeldFile(data, held.pop_all(), _FILE)
 
     @router.post(
         "/{session_id}/copy",

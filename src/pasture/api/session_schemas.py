@@ -13,6 +13,10 @@ from pasture.sessions.values import Session
 
 Json = dict[str, object]
 
+_MetadataKey = Annotated[str, Field(max_length=64)]
+_MetadataValue = Annotated[str, Field(max_length=512)]
+"""as much as OpenAI's API takes"""
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
@@ -21,7 +25,7 @@ class _Body(BaseModel):
 class NewSession(_Body):
     messages: Annotated[list[dict[str, JsonValue]], Field(max_length=MAX_MESSAGES)] = []
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    metadata: Annotated[dict[str, JsonValue], Field(max_length=64)] = {}
+    metadata: Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)] = {}
     tools: list[dict[str, JsonValue]] | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 from pasture.cluster import messages
 from pasture.cluster.frames import NotOfThisCluster, Wire, connect
 from pasture.cluster.members import Identity, Member
-from pasture.core.values import Namespace, Request, TokenEvent, Whereabouts
+from pasture.core.values import Allowance, Namespace, Request, TokenEvent, Whereabouts
 
 SILENCE_SECONDS = 5.0
 """without a word from a replica, which reports twice a second, before it counts as dead"""
@@ -110,6 +110,9 @@ class Link:
 
     def unpin(self, pin: int) -> None:
         self._wire.send(messages.Unpin(pin))
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        self._wire.send(messages.Allow(namespace, allowance))
 
     def anticipate(self, namespace: Namespace, tokens: array[int], *, typing: bool) -> None:
         self._wire.send(messages.Anticipate(namespace, tokens.tobytes(), typing))

@@ -21,7 +21,7 @@ from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core import errors
 from pasture.core.errors import PastureError, QueueFull, RequestError
 from pasture.core.statistics import ServiceStatistics
-from pasture.core.values import Finish, Namespace, Request, TokenEvent, TokenLogprobs, Usage, Whereabouts
+from pasture.core.values import Allowance, Finish, Namespace, Request, TokenEvent, TokenLogprobs, Usage, Whereabouts
 
 _Frame = TypeVar("_Frame")
 
@@ -69,6 +69,11 @@ class Watch(Frame, frozen=True, tag=True):
 
 class AskSnapshot(Frame, frozen=True, tag=True):
     pass
+
+
+class Allow(Frame, frozen=True, tag=True):
+    namespace: Namespace
+    allowance: Allowance
 
 
 class Anticipate(Frame, frozen=True, tag=True):
@@ -128,7 +133,7 @@ class HandOver(Frame, frozen=True, tag=True):
 
 
 Call = Locate | Export | Restore | Pin | Prefetch | Verify | HandOver
-ToReplica = Generate | Acknowledge | Cancel | Watch | AskSnapshot | Anticipate | Unpin | Call
+ToReplica = Generate | Acknowledge | Cancel | Watch | AskSnapshot | Allow | Anticipate | Unpin | Call
 
 
 # From a replica

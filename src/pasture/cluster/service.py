@@ -32,7 +32,7 @@ from pasture.core.errors import Conflict, EngineError, NoReplica, NotFound, Queu
 from pasture.core.ports import Clock, Vocabulary
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
-from pasture.core.values import FinishReason, ModelInfo, Namespace, Request, RequestId, TokenEvent, Whereabouts
+from pasture.core.values import Allowance, FinishReason, ModelInfo, Namespace, Request, RequestId, TokenEvent, Whereabouts
 from pasture.tiers.keys import chain, root_key
 
 log = logging.getLogger(__name__)
@@ -244,6 +244,10 @@ class ClusterService:
             return RemotePin(asyncio.get_running_loop(), link, await link.pin(namespace, path))
         except ReplicaLost as lost:
             raise NoReplica(f"{lost} was lost") from lost
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        for link in self.links.open.values():
+            link.allow(namespace, allowance)
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         link = self._likely(namespace, tokens)

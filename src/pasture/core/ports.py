@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import Pin, SlabCodec
 from pasture.core.values import (
+    Allowance,
     Constraint,
     Form,
     Layout,
@@ -154,6 +155,10 @@ class Service(Protocol):
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         """Where the KV of these tokens is now. `deep`: slow tiers are asked as well. Raises ShuttingDown."""
+        ...
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        """What the namespace may hold: for what brings KV in without a request, which says so itself. Returns at once."""
         ...
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:

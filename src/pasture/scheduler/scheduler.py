@@ -22,10 +22,12 @@ from pasture.core.ports import Clock, Engine
 from pasture.core.statistics import SchedulerStatistics, SequenceState
 from pasture.core.storage import Store
 from pasture.core.values import (
+    Allowance,
     Direction,
     Finish,
     FinishReason,
     Layout,
+    Namespace,
     Outcome,
     RequestId,
     Sample,
@@ -95,10 +97,14 @@ class Scheduler:
     def submit(self, task: Task) -> None:
         request = task.request
         self._tasks[request.request_id] = task
-        self.pool.evictor.shares.allow(request.namespace, request.allowance)
-        self.resting.store.allow(request.namespace, request.allowance)
+        self.allow(request.namespace, request.allowance)
         self.waiting.push(task)
         self.accounts.submitted += 1
+
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        """Somebody of this namespace asks for something, under these terms: what it may hold."""
+        self.pool.evictor.shares.allow(namespace, allowance)
+        self.resting.store.allow(namespace, allowance)
 
     def cancel(self, request_id: RequestId) -> None:
         """Without effect when the request has ended."""

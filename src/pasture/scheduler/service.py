@@ -20,7 +20,7 @@ from pasture.core.errors import PromptTooLong, QueueFull, RequestError, Shutting
 from pasture.core.ports import Engine, Vocabulary
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import Pin, Store
-from pasture.core.values import Finish, FinishReason, ModelInfo, Namespace, Request, TokenEvent, Whereabouts
+from pasture.core.values import Allowance, Finish, FinishReason, ModelInfo, Namespace, Request, TokenEvent, Whereabouts
 from pasture.kv.radix import token_array
 from pasture.scheduler import keeping
 from pasture.scheduler.loop import Answer, EngineLoop
@@ -139,6 +139,10 @@ class LocalService:
         """The tokens of every sequence in the live cache, as far as they are computed. Raises ShuttingDown."""
         return await self._ask(keeping.live)
 
+    def allow(self, namespace: Namespace, allowance: Allowance) -> None:
+        """See `pasture.core.ports.Service.allow`. Without effect on a server that ends."""
+        self._tell(lambda scheduler: scheduler.allow(namespace, allowance))
+
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
         """See `pasture.core.ports.Service.pin`."""
         path = token_array(tokens)
@@ -149,8 +153,7 @@ class LocalService:
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         """See `pasture.core.ports.Service.anticipate`. Without effect on a server that ends."""
         expected = token_array(tokens)
-        with contextlib.suppress(ShuttingDown):
-            self._loop.ask(lambda scheduler: scheduler.ahead.anticipate(namespace, expected, typing=typing))
+        self._tell(lambda scheduler: scheduler.ahead.anticipate(namespace, expected, typing=typing))
 
     async def prefetch(self, namespace: Namespace, tokens: Sequence[int]) -> None:
         """See `pasture.core.ports.Service.prefetch`."""

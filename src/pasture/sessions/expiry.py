@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import text
 
 from pasture.core.ports import Clock
-from pasture.sessions import responses, store
+from pasture.sessions import responses, session_rows
 from pasture.sessions.database import Database
 from pasture.sessions.tenants import Tenants
 from pasture.sessions.values import Limits
@@ -61,7 +61,7 @@ class Expiry:
             "born": now - limits.lifetime_seconds,
             "rows": BATCH_ROWS,
         }
-        forget = store.forget if table == "sessions" else responses.forget
+        forget = session_rows.forget if table == "sessions" else responses.forget
         total = 0
         while True:
             with self._database.write() as connection:

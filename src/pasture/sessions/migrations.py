@@ -32,4 +32,20 @@ _ROLES = ("ALTER TABLE public_prefixes ADD COLUMN role TEXT",)
 
 _ONLY_NAMED = ("ALTER TABLE sessions ADD COLUMN only_named INTEGER NOT NULL DEFAULT 0",)
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _ROLES, _ONLY_NAMED)
+_CONTEXTS = (
+    """CREATE TABLE contexts (
+        tenant TEXT NOT NULL, digest TEXT NOT NULL, body TEXT NOT NULL, n_bytes BIGINT NOT NULL, refs INTEGER NOT NULL,
+        PRIMARY KEY (tenant, digest))""",
+    "ALTER TABLE sessions ADD COLUMN context_digest TEXT",
+    # no database has a digest that others have too: an id is as unique, and what is said next has the context filed anew
+    "UPDATE sessions SET context_digest = session_id WHERE context <> '{}'",
+    """INSERT INTO contexts SELECT tenant, context_digest, context, length(context), 1 FROM sessions
+        WHERE context_digest IS NOT NULL""",
+    "ALTER TABLE sessions DROP COLUMN context",
+    "INSERT INTO stored SELECT DISTINCT tenant, 0 FROM sessions WHERE tenant NOT IN (SELECT tenant FROM stored)",
+    """UPDATE stored SET n_bytes = n_bytes
+        + (SELECT coalesce(sum(c.n_bytes), 0) FROM contexts c WHERE c.tenant = stored.tenant)
+        + (SELECT coalesce(sum(length(s.metadata)), 0) FROM sessions s WHERE s.tenant = stored.tenant)""",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _ROLES, _ONLY_NAMED, _CONTEXTS)

@@ -7,10 +7,9 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.core.errors import NotFound
 from pasture.core.ports import Clock
@@ -26,8 +25,24 @@ from pasture.sessions.values import DEFAULT_TENANT, Limits, Share, Tenant
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
+MISSED_SWEEPS = 3
+"""before something is wrong with them"""
 HIGHEST_PRIORITY = 1
 """where nobody has a key, everybody is trusted alike"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweeper:
+    """How the forgetting of what is due goes."""
+
+    alive: bool
+    every_seconds: float
+    since_seconds: float
+    """since it last did so, or was started"""
+
+    @property
+    def late(self) -> bool:
+        return not self.alive or self.since_seconds > MISSED_SWEEPS * self.every_seconds + SWEEP_SECONDS
 
 
 class State:
@@ -55,14 +70,24 @@ class State:
         self.responses = Responses(self.database, clock=wall_clock)
         self.public = PublicPrefixes(self.database, clock=wall_clock)
         self.expiry = Expiry(self.database, self.tenants, clock=wall_clock)
+        self._clock = clock
         self._sweeper: threading.Thread | None = None
+        self._sweep_seconds = self._swept_at = 0.0
         self._ended = threading.Event()
         self.gate = Gate(clock=clock)
 
     def keep_sweeping(self, seconds: float = SWEEP_SECONDS) -> None:
         """Forget what is due every so often, on a thread of its own, until `close`."""
+        self._sweep_seconds, self._swept_at = seconds, self._clock()
         self._sweeper = threading.Thread(target=self._sweep, args=(seconds,), name="pasture-expiry", daemon=True)
         self._sweeper.start()
+
+    @property
+    def sweeper(self) -> Sweeper | None:
+        """None where nobody has begun to sweep."""
+        if self._sweeper is None:
+            return None
+        return Sweeper(self._sweeper.is_alive(), self._sweep_seconds, self._clock() - self._swept_at)
 
     def tenant_named(self, name: str) -> Tenant | None:
         """Who sessions are filed under; None for a tenant whose key is no longer in the settings."""
@@ -93,8 +118,9 @@ class State:
         while not self._ended.wait(seconds):
             try:
                 swept = self.expiry.sweep()
-            except SQLAlchemyError:
+            except Exception:  # whatever it is, there is a next time
                 log.exception("nothing could be forgotten this time")
                 continue
+            self._swept_at = self._clock()
             if swept.sessions or swept.responses:
                 log.info("forgot %d sessions and %d responses that nobody used", swept.sessions, swept.responses)

@@ -38,9 +38,9 @@ class Limits:
     max_priority: int = 0
     """the highest that its requests may have: -1 low, 0 normal, 1 high, which makes others wait"""
     max_concurrent: int | None = None
-    """requests at the scheduler at once"""
+    """replies at the scheduler at once"""
     max_queued: int = 256
-    """requests that wait for one of those places"""
+    """requests that wait for places there"""
     tokens_per_minute: int | None = None
     """prompt and reply tokens together"""
     max_live_cells: int | None = None
@@ -83,6 +83,11 @@ class Tenant:
         if share is Share.ALL or not self.salt:
             return DEFAULT_NAMESPACE
         return Namespace("t-" + blake2b(self.salt, digest_size=20, person=b"pasture-space").hexdigest())
+
+    def allowance(self, share: Share = Share.TENANT) -> Allowance:
+        """What its namespace may hold; where everybody shares one, nobody's limits apply to it."""
+        own = self.namespace(share) == self.namespace()
+        return self.limits.allowance if own else Allowance(self.limits.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +133,17 @@ class Session:
     """the session that it was forked from"""
     parent_messages: int
     """how many messages it has from there"""
-    context: Mapping[str, object] = field(default_factory=dict)
-    """what else its prompt is made from: tools, template variables"""
     metadata: Mapping[str, object] = field(default_factory=dict)
     """the client's own"""
     counters: Counters = Counters()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession(Session):
+    """One with all that its prompt is made from, which may be long: lists leave it out."""
+
+    context: Mapping[str, object] = field(default_factory=dict)
+    """besides what was said: tools, template variables"""
 
 
 @dataclass(frozen=True, slots=True)

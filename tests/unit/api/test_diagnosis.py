@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,17 @@ import pytest
 
 from pasture.api import pressure
 from pasture.api.diagnosis import hit_rate, interference, memory_growth, memory_pressure, slowed_by
+from pasture.api.explanations import Asked, Past, explain
 from pasture.api.pressure import Memory, read_memory
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import StoreStatistics, TierStatistics
+from pasture.core.values import Namespace, Usage, Whereabouts
+from pasture.sessions.state import State, Sweeper
 from tests.session_support import world
 from tests.unit.api.conftest import Connect
+from tests.unit.api.test_limits import client_of
 from tests.unit.api.wire import CHAT, chat_body, events
-from tests.unit.stub_service import StubService
+from tests.unit.stub_service import CHAT_TEMPLATE, ByteVocabulary, StubService
 
 TIER = TierStatistics("ram", 1, 100, 100, 0, 0, {}, 0, 0, 0, 0, 0, 3, 0, 0.0, 0.0)
 
@@ -55,13 +59,21 @@ def test_hit_rates_and_what_to_do_about_them() -> None:
 
 
 def test_growth_past_a_budget_is_told() -> None:
-    assert memory_growth(statistics(used_cells=5000), {}).status == "warning"
+    assert memory_growth(statistics(used_cells=5000), {}, None).status == "warning"
     found = StubService().statistics()
     over = replace(found, store=replace(found.store, tiers=(replace(TIER, bytes=201),)))
-    assert "ram" in memory_growth(over, {}).message
+    assert "ram" in memory_growth(over, {}, None).message
     pinned = replace(found, store=StoreStatistics((replace(TIER, bytes=201, pinned_bytes=101),), 0, 0, 0, {}))
-    assert memory_growth(pinned, {}).status == "ok"
+    assert memory_growth(pinned, {}, None).status == "ok"
     assert "3 damaged" in interference(over, None).message
+
+
+def test_a_sweeper_that_has_ended_or_does_not_come_round_is_told() -> None:
+    found = StubService().statistics()
+    assert "12 s ago" in memory_growth(found, {}, Sweeper(True, 60.0, 12.0)).message
+    for late in (Sweeper(False, 60.0, 12.0), Sweeper(True, 60.0, 400.0)):
+        told = memory_growth(found, {}, late)
+        assert (told.status, told.facts["sweeper"]) == ("warning", asdict(late))
 
 
 def cache_of(answer: Mapping[str, Any]) -> Any:
@@ -76,7 +88,7 @@ async def test_a_request_that_asks_is_told_where_its_prompt_was(client: httpx.As
         "computed_tokens": 18,
         "found": {"live": 21, "shared": 2, "ram": 5},
         "first_missed_position": 3,
-        "reason": "new_or_evicted",
+        "reason": "new",
     }
     streamed = (await client.post(CHAT, json=chat_body(pasture=True, stream=True))).text
     assert cache_of(events(streamed)[-2]) == cache_of(answer)
@@ -98,6 +110,74 @@ async def test_in_a_session_the_reason_is_known() -> None:
         assert (await ask(messages=[hi]))["reason"] == "new"
         edited = await ask(messages=[{"role": "system", "content": "Be brief."}, hi], session_mode="replace")
         assert (edited["reason"], edited["first_edited_message"]) == ("edited_history", 0)
+
+
+async def test_other_tools_are_the_reason_where_the_same_was_said() -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    vocabulary = ByteVocabulary(chat_template="{{ tools }}" + CHAT_TEMPLATE)
+    service, state = StubService(vocabulary=vocabulary, found=Whereabouts(0, 0, 0)), State()
+    async with client_of(service, state) as client:
+        said = [{"role": "system", "content": "Be kind. " * 30}]
+        made = (await client.post("/v1/sessions", json={"messages": said, "tools": [tool]})).json()["id"]
+
+        async def ask(**fields: object) -> Any:
+            body = {"session_id": made, "messages": [{"role": "user", "content": "Hi"}], "pasture": True, **fields}
+            return cache_of((await client.post(CHAT, json=body)).json())["reason"]
+
+        assert await ask() == "new"
+        changed = {**tool, "function": {"name": "see", "parameters": {"type": "object"}}}
+        assert await ask(tools=[changed]) == "template_changed"
+        assert await ask() == "evicted", "the session remembers its tools"
+    state.close()
+
+
+USED = Usage(prompt_tokens=1000, cached_tokens=200, completion_tokens=1)
+NOWHERE = Whereabouts(200, 0, 200)
+
+
+@pytest.mark.parametrize(
+    ("found", "n_asked", "past", "reason"),
+    [
+        (NOWHERE, 192, None, "new"),
+        (NOWHERE, 960, None, "evicted"),
+        (NOWHERE, 192, Past(230), "new"),
+        (NOWHERE, 192, Past(900), "evicted"),
+        (NOWHERE, 192, Past(900, edited_at=2), "edited_history"),
+        (NOWHERE, 192, Past(900, edited_at=2, template_changed=True), "template_changed"),
+        (NOWHERE, 192, Past(230, template_changed=True), "new"),
+        (NOWHERE, 960, Past(900, template_changed=True), "evicted"),
+        (replace(NOWHERE, ram_tokens=900), 960, Past(900), "not_fetched"),
+        (replace(NOWHERE, slow_tokens={"remote": 900}), 960, None, "not_fetched"),
+    ],
+)
+def test_reasons(found: Whereabouts, n_asked: int, past: Past | None, reason: str) -> None:
+    told = explain(USED, found, n_asked, past)
+    assert told["reason"] == reason
+    assert told["found"] == {"live": 200, "shared": 0, "ram": found.ram_tokens, **found.slow_tokens}
+    assert explain(replace(USED, cached_tokens=999), found, n_asked, past)["reason"] is None
+
+
+def test_what_was_asked_for_is_remembered_a_namespace_and_so_far() -> None:
+    asked, one, two = Asked(max_blocks=4), Namespace("one"), Namespace("two")
+    prompt = tuple(range(150))
+    assert asked.note(one, prompt) == 0
+    assert asked.note(two, prompt) == 0
+    assert asked.note(one, (*prompt[:128], *range(70))) == 128
+    assert asked.note(one, (*prompt[:127], 0, *prompt[128:])) == 64
+    for start in range(0, 400, 100):
+        asked.note(one, range(start + 1000, start + 1064))
+    assert asked.note(one, prompt) == 0
+
+
+async def test_what_has_made_way_is_told_from_what_is_new_without_a_session() -> None:
+    service, state = StubService(), State()
+    async with client_of(service, state) as client:
+        text = "Read this first. " * 20
+        service.found = Whereabouts(0, 0, 0)
+        for reason in ("new", "evicted"):
+            answer = (await client.post("/v1/completions", json={"prompt": text, "pasture": True})).json()
+            assert cache_of(answer)["reason"] == reason
+    state.close()
 
 
 @pytest.mark.parametrize(

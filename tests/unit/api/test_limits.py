@@ -131,6 +131,45 @@ async def test_a_full_line_is_refused_and_a_stream_that_ends_makes_room() -> Non
     state.close()
 
 
+async def test_every_reply_counts_and_a_call_for_more_than_may_ever_be_made_says_so() -> None:
+    hold = asyncio.Event()
+    service, state = StubService(hold=hold), State()
+    secret, _ = state.tenants.add_key("small")
+    state.tenants.limit("small", max_concurrent=4, max_queued=0)
+    async with client_of(service, state) as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        for body in (chat_body(n=5), chat_body(n=5, stream=True)):
+            refused = await client.post(CHAT, json=body)
+            assert (refused.status_code, error_of(refused)["param"]) == (400, "n")
+        refused = await client.post("/v1/completions", json={"prompt": ["a", "b", "c"], "n": 2})
+        assert refused.status_code == 400
+        assert not service.requests
+        first = asyncio.create_task(client.post("/v1/completions", json={"prompt": ["a", "b", "c"]}))
+        await asyncio.wait_for(service.begun.wait(), 10)
+        assert (await client.post(CHAT, json=chat_body(n=2))).status_code == 429
+        hold.set()
+        assert (await client.post(CHAT, json=chat_body())).status_code == 200
+        assert (await first).status_code == 200
+    assert len(state.gate) == 0
+    state.close()
+
+
+async def test_requests_that_come_together_do_not_all_find_the_same_tokens() -> None:
+    hold = asyncio.Event()
+    service, state = StubService(hold=hold), State()
+    secret, _ = state.tenants.add_key("small")
+    state.tenants.limit("small", tokens_per_minute=100)
+    async with client_of(service, state) as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        first = asyncio.create_task(client.post("/v1/completions", json={"prompt": "a", "max_tokens": 120}))
+        await asyncio.wait_for(service.begun.wait(), 10)
+        assert (await client.post("/v1/completions", json={"prompt": "b", "max_tokens": 120})).status_code == 429
+        hold.set()
+        assert (await first).status_code == 200
+        assert (await client.post("/v1/completions", json={"prompt": "b", "max_tokens": 120})).status_code == 200
+    state.close()
+
+
 async def test_the_admin_key_opens_what_shows_everybodys_doing_and_nothing_else() -> None:
     state = State()
     secret, _ = state.tenants.add_key("one")
@@ -154,6 +193,23 @@ async def test_the_admin_key_opens_what_shows_everybodys_doing_and_nothing_else(
     state.close()
 
 
+async def test_without_an_admin_key_a_tenant_sees_its_own_sequences() -> None:
+    async with world(["one", "two"], settings=ApiSettings()) as at:
+        seen = {}
+        for name in ("one", "two"):
+            async with at.http(name) as client:
+                await client.post(
+                    "/chat/completions", json=chat_body(max_tokens=1, messages=[{"role": "user", "content": name}])
+                )
+                seen[name] = (await client.get("http://pasture/slots")).json()
+        assert [slot["id"] for slot in seen["one"]] != [slot["id"] for slot in seen["two"]]
+        assert [len(slots) for slots in seen.values()] == [1, 1]
+    async with world(["one"]) as at, at.http("one") as client:
+        await client.post("/chat/completions", json=chat_body(max_tokens=1))
+        slots = await client.get("http://pasture/slots", headers={"authorization": "Bearer admin"})
+        assert len(slots.json()) == 1
+
+
 async def test_without_an_admin_key_there_are_no_admin_routes(client: httpx.AsyncClient) -> None:
     for path in ("/v1/admin/tenants", "/v1/admin/nothing"):
         assert (await client.get(path)).status_code == 404
@@ -173,7 +229,7 @@ async def test_who_leaves_before_the_first_token_pays_for_the_prompt_and_who_is_
     async def tokens_spent() -> float:
         app: Any = transport.app
         turnstile = app.state.gateway.state.gate._turnstiles.get("one")
-        return 0.0 if turnstile is None else turnstile.spent
+        return 0.0 if turnstile is None else turnstile.bucket.spent
 
     transport = httpx.ASGITransport(create_app(service, state=state), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://pasture") as client:

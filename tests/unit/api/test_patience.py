@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-from pasture.api import bodies, streams
+from pasture.api import patience, streams
 from pasture.api.heads import MAX_HEAD_BYTES
 from pasture.api.loiterers import Loiterers
 from tests.unit.api.test_disconnect import Exchange
@@ -91,8 +91,8 @@ async def test_a_long_head_that_ends_is_answered() -> None:
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(bodies, "SLOWEST_BYTES_PER_SECOND", 1 << 40)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "SLOWEST_BYTES_PER_SECOND", 1 << 40)
 
     async def slow() -> AsyncIterator[bytes]:
         yield b"{"

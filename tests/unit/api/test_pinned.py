@@ -19,6 +19,7 @@ from pasture.sessions.state import State
 from pasture.tiers.disk import DiskTier
 from tests.session_support import GREEDY
 from tests.store_support import store_for
+from tests.unit.stub_service import StubService
 
 LONG = {"role": "system", "content": "Careful and thorough. " * 20}
 HI = {"role": "user", "content": "Hi"}
@@ -110,3 +111,25 @@ async def test_a_pin_follows_its_conversation(tmp_path: Path) -> None:
         assert answer.status_code == 200
         await server.gateway.pinned.settled()
         assert server.pinned_bytes > before
+
+
+async def test_what_is_cut_off_a_pinned_conversation_is_not_kept_for_it() -> None:
+    service, state = StubService(), State()
+    app = create_app(service, state=state)
+    gateway: Gateway = app.state.gateway
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://pasture") as client:
+        session_id = str((await client.post("/v1/sessions", json={"messages": [LONG, HI]})).json()["id"])
+        assert (await client.post(f"/v1/sessions/{session_id}/pin")).status_code == 200
+        for n_messages in (1, 0):
+            await client.post(f"/v1/sessions/{session_id}/truncate", json={"messages": n_messages})
+            await gateway.pinned.settled()
+        assert len(gateway.pinned) == 0
+        assert (await client.post(CHAT, json={"messages": [MORE], "session_id": session_id})).status_code == 200
+        await gateway.pinned.settled()
+    whole, cut, later = service.pins
+    assert whole.of[1][: len(cut.of[1]) - 1] == cut.of[1][:-1]
+    assert len(cut.of[1]) < len(whole.of[1])
+    assert whole.released
+    assert cut.released, "where nothing is left, nothing is kept"
+    assert not later.released, "and what is said then is"
+    state.close()

@@ -44,6 +44,24 @@ async def test_the_second_turn_sends_its_own_text_and_computes_little_else() -> 
         await client.close()
 
 
+async def test_a_response_tells_where_its_prompt_was_to_whoever_asks() -> None:
+    async with world(["one"]) as at, at.http("one") as client:
+        body = {"input": LONG, "instructions": "Be brief.", "max_output_tokens": 4, "pasture": True}
+        first = (await client.post("/responses", json=body)).json()
+        cache = first["pasture"]["choices"][0]["cache"]
+        assert (cache["cached_tokens"], cache["reason"]) == (0, "new")
+        assert "pasture" not in (await client.get(f"/responses/{first['id']}")).json()
+        body |= {"input": "And now?", "previous_response_id": first["id"], "stream": True}
+        streamed = (await client.post("/responses", json=body)).text
+        last = json.loads(streamed.strip().splitlines()[-1].removeprefix("data: "))["response"]
+        assert last["pasture"]["choices"][0]["cache"]["found"]["live"] > 1000
+        body |= {"instructions": "Be kind.", "stream": False}
+        cache = (await client.post("/responses", json=body)).json()["pasture"]["choices"][0]["cache"]
+        assert (cache["reason"], cache["first_edited_message"]) == ("edited_history", 0)
+        del body["pasture"]
+        assert "pasture" not in (await client.post("/responses", json=body)).json()
+
+
 async def test_a_stream_tells_the_same_in_openais_events() -> None:
     async with world(["one"]) as at:
         client = at.openai("one")

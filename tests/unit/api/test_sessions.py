@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 from pasture.api import keepers
 from pasture.api.joining import whole
 from pasture.api.keepers import MAX_TRAVELLING_OF_TENANT
-from pasture.core.errors import RequestError
+from pasture.core.errors import DeadlineExceeded, EngineError, PastureError, RequestError, ShuttingDown
+from pasture.core.values import Finish, FinishReason, Request, TokenEvent, Usage
 from pasture.sessions.state import State
 from pasture.sessions.values import Limits, Tenant
 from tests.session_support import GREEDY, answer_to, assert_says_full, full, world
@@ -97,6 +98,48 @@ async def test_a_name_makes_a_session_and_never_changes_a_prompt(client: httpx.A
     assert len({request.prompt for request in service.requests}) == 1
     (only,) = (await client.get(SESSIONS)).json()["data"]
     assert (only["name"], only["n_messages"], only["usage"]["requests"]) == ("mine", 2, 3)
+
+
+@pytest.mark.parametrize("by_header", [False, True])
+async def test_a_named_session_goes_on_with_new_messages_where_that_is_said(client: httpx.AsyncClient, by_header: bool) -> None:
+    body = {"session_mode": "append"} | ({} if by_header else {"prompt_cache_key": "mine"})
+    headers = {"x-session-id": "mine"} if by_header else {}
+    for message in (HI, MORE):
+        answer = await client.post(CHAT, json={"messages": [message], **body}, headers=headers)
+        assert answer.status_code == 200, answer.text
+    (only,) = (await client.get(SESSIONS)).json()["data"]
+    assert only["name"] == "mine"
+    assert await said(client, only["id"]) == [HI, HELLO, MORE, HELLO]
+    replaced = await client.post(CHAT, json={"messages": [MORE], "prompt_cache_key": "mine"})
+    assert replaced.status_code == 200
+    assert await said(client, only["id"]) == [MORE, HELLO], "who says nothing has sent the whole conversation"
+
+
+async def test_two_requests_do_not_begin_one_named_session(connect: Connect) -> None:
+    hold = asyncio.Event()
+    service = StubService(hold=hold)
+    client = connect(service)
+    body = {"messages": [HI], "prompt_cache_key": "mine", "session_mode": "append"}
+    first = asyncio.create_task(client.post(CHAT, json=body))
+    await asyncio.wait_for(service.begun.wait(), 10)
+    assert (await client.post(CHAT, json=body)).status_code == 409
+    hold.set()
+    assert (await first).status_code == 200
+    assert (await client.post(CHAT, json=body)).status_code == 200
+
+
+async def test_who_asks_for_a_named_session_hears_that_a_reply_cannot_be_kept() -> None:
+    service, state = StubService(), State(limits=Limits(max_transcript_bytes=400, max_sessions=1))
+    async with client_of(service, state) as client:
+        body = {"prompt_cache_key": "mine", "session_mode": "append"}
+        large = await client.post(CHAT, json={"messages": [{"role": "user", "content": "x" * 400}], **body})
+        assert (large.status_code, error_of(large)["code"]) == (429, "rate_limit_exceeded")
+        tools = [{"type": "function", "function": {"name": "look", "description": "x" * 400}}]
+        assert (await client.post(CHAT, json={"messages": [HI], "tools": tools, **body})).status_code == 429
+        assert not service.requests
+        await new_session(client)
+        assert (await client.post(CHAT, json={"messages": [HI], **body})).status_code == 429, "no room for another session"
+    state.close()
 
 
 async def test_two_requests_do_not_go_on_from_one_end(connect: Connect) -> None:
@@ -212,6 +255,10 @@ async def test_what_is_not_there_is_said_in_one_shape(client: httpx.AsyncClient)
         (SESSIONS, {"messages": "x"}),
         (SESSIONS, {"nonsense": 1}),
         (SESSIONS, {"name": ""}),
+        (SESSIONS, {"metadata": {"k": {"deep": 1}}}),
+        (SESSIONS, {"metadata": {"k": "v" * 513}}),
+        (SESSIONS, {"metadata": {"k" * 65: "v"}}),
+        (SESSIONS, {"metadata": {str(i): "v" for i in range(17)}}),
         (f"{SESSIONS}/ID/fork", {"n": 0}),
         (f"{SESSIONS}/ID/fork", {"n": 1000}),
         (f"{SESSIONS}/ID/truncate", {}),
@@ -220,6 +267,7 @@ async def test_what_is_not_there_is_said_in_one_shape(client: httpx.AsyncClient)
         (f"{SESSIONS}/ID/copy", {}),
         (CHAT, {"messages": [HI], "session_id": "ID", "n": 2}),
         (CHAT, {"messages": [HI], "session_mode": "append"}),
+        (CHAT, {"messages": [HI], "session_mode": "append", "prompt_cache_key": "mine", "n": 2}),
         (CHAT, {"messages": [HI], "service_tier": "gold"}),
     ],
 )
@@ -250,6 +298,20 @@ async def test_a_session_can_be_brought_into_ram_alone(client: httpx.AsyncClient
     assert [len(tokens) for tokens in service.lifted] == [answer["tokens"]]
     assert answer["cached_tokens"] == answer["tokens"], "what the stub has live"
     assert not service.requests, "nothing is computed for it"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(EngineError("broken"), 500), (ShuttingDown("closing"), 503), (DeadlineExceeded("late"), 408)]
+)
+async def test_what_was_not_brought_into_the_live_cache_is_not_said_to_be(
+    connect: Connect, error: PastureError, status: int
+) -> None:
+    async def failing(request: Request) -> AsyncGenerator[TokenEvent, None]:
+        yield TokenEvent(None, finish=Finish(FinishReason.ERROR, Usage(len(request.prompt), 3, 0), error))
+
+    client = connect(StubService(script=failing))
+    session_id = await new_session(client, SYSTEM, HI)
+    assert (await client.post(f"{SESSIONS}/{session_id}/prefetch")).status_code == status
 
 
 async def test_a_conversation_is_cut_at_a_message_or_a_token(client: httpx.AsyncClient) -> None:
@@ -307,6 +369,39 @@ async def test_an_export_goes_on_at_another_server_without_computing_anew() -> N
         answer = (await client.post("/chat/completions", json=body)).json()
         assert answer["choices"][0]["message"]["content"] == answer_to([*messages, MORE], 4)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 350
+
+
+async def test_limits_on_what_is_stored_hold_for_a_tenant_that_has_only_imported() -> None:
+    system = {"role": "system", "content": "Be kind. " * 40}
+    async with world(["one"]) as here, here.http("one") as client:
+        made = (await client.post("/sessions", json={"messages": [system]})).json()["id"]
+        await client.post("/chat/completions", json={"messages": [HI], "session_id": made, "max_tokens": 4})
+        exported = (await client.post(f"/sessions/{made}/export")).content
+        held = here.service.statistics().store.tiers[0].bytes
+    async with world(["small"]) as there, there.http("small") as client:
+        there.state.tenants.limit("small", max_ram_bytes=held // 2)
+        assert (await client.post("/sessions/import", content=exported)).status_code == 201
+        assert 0 < there.service.statistics().store.tiers[0].bytes <= held // 2
+
+
+async def test_whatever_brings_a_tenants_kv_in_says_what_it_may_hold() -> None:
+    service, state = StubService(), State()
+    secret, _ = state.tenants.add_key("small")
+    tenant = state.tenants.limit("small", max_ram_bytes=1000)
+    async with client_of(service, state) as client:
+        client.headers["authorization"] = f"Bearer {secret}"
+        session_id = await new_session(client, SYSTEM, HI)
+        exported = (await client.post(f"{SESSIONS}/{session_id}/export")).content
+        for path, content in (
+            (f"{SESSIONS}/{session_id}/prefetch?live=false", b""),
+            (f"{SESSIONS}/{session_id}/pin", b""),
+            (f"{SESSIONS}/import", exported),
+            ("/v1/chat/prefetch", b'{"messages": [{"role": "user", "content": "Hello. "}]}'),
+        ):
+            service.allowed.clear()
+            assert (await client.post(path, content=content)).is_success
+            assert service.allowed == {tenant.namespace(): tenant.allowance()}, path
+    state.close()
 
 
 async def test_another_models_export_is_refused_unless_adopted(client: httpx.AsyncClient) -> None:

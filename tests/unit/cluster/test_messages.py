@@ -14,6 +14,7 @@ from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core import errors
 from pasture.core.errors import EngineError, PastureError, QueueFull, RequestError
 from pasture.core.values import (
+    Allowance,
     Constraint,
     ConstraintKind,
     Finish,
@@ -62,6 +63,7 @@ def request() -> Request:
         messages.Cancel(1),
         messages.Watch(),
         messages.AskSnapshot(),
+        messages.Allow(DEFAULT, Allowance(2.0, None, 5, 6, 0.5)),
         messages.Anticipate(DEFAULT, b"\1\0\0\0", True),
         messages.Unpin(3),
         messages.Locate(4, DEFAULT, b"", True),

@@ -18,6 +18,7 @@ from pasture.cluster.values import ReplicaId
 from pasture.core.errors import NoReplica, PromptTooLong, RequestError
 from pasture.core.values import (
     DEFAULT_NAMESPACE,
+    Allowance,
     Constraint,
     ConstraintKind,
     FinishReason,
@@ -26,6 +27,7 @@ from pasture.core.values import (
     SamplingParams,
 )
 from pasture.engine.fake import END_TOKEN, expected_reply
+from pasture.scheduler.scheduler import Scheduler
 from tests.cluster_support import GREEDY, KEY, Fleet, TiringEngine, collect, fleet, request, until, usual
 
 PROMPT = tuple(i % 250 for i in range(200))
@@ -298,6 +300,18 @@ def heard(service: ClusterService, tokens: list[int]) -> bool:
     """Whether an ingress knows a conversation that stands at these tokens."""
     path = service._path(DEFAULT_NAMESPACE, tokens)
     return not service._continuing.session(path, RequestId("asked")).endswith("asked")
+
+
+async def test_every_replica_hears_what_a_namespace_may_hold() -> None:
+    async with fleet() as made:
+        made.service.allow(DEFAULT_NAMESPACE, Allowance(live_cells=7))
+
+        def limits(scheduler: Scheduler) -> int | None:
+            return scheduler.pool.evictor.shares.limit(DEFAULT_NAMESPACE)
+
+        for replica in made.replicas.values():
+            while await replica.service._ask(limits) != 7:
+                pass
 
 
 async def test_ingresses_agree_on_where_a_conversation_is() -> None:

@@ -62,16 +62,23 @@ def stored_bytes(state: State) -> int:
 
 
 def check_books(state: State) -> None:
-    """Every turn counts who points at it and is pointed at, and every tenant's bytes are what it stores."""
+    """Every turn and context counts who points at it and is pointed at, and every tenant's bytes are what it stores."""
     with state.database.read() as connection:
         turns = connection.execute(text("SELECT turn_id, tenant, parent, messages, n_bytes, refs FROM turns")).all()
         heads = connection.execute(text("SELECT head FROM sessions UNION ALL SELECT head FROM responses")).scalars().all()
         bodies = connection.execute(text("SELECT tenant, body, n_bytes FROM responses")).all()
+        sessions = connection.execute(text("SELECT tenant, metadata, context_digest FROM sessions")).all()
+        contexts = connection.execute(text("SELECT tenant, digest, body, n_bytes, refs FROM contexts")).all()
         stored = connection.execute(text("SELECT tenant, n_bytes FROM stored WHERE n_bytes <> 0")).all()
     pointed = Counter([*(turn.parent for turn in turns), *heads])
     assert {turn.turn_id: turn.refs for turn in turns} == {turn_id: n for turn_id, n in pointed.items() if turn_id is not None}
     n_bytes: Counter[str] = Counter()
-    for row, content in [*((turn, turn.messages) for turn in turns), *((body, body.body) for body in bodies)]:
+    used = Counter((session.tenant, session.context_digest) for session in sessions if session.context_digest is not None)
+    assert {(context.tenant, context.digest): context.refs for context in contexts} == used
+    for session in sessions:
+        n_bytes[session.tenant] += len(session.metadata.encode())
+    written = [(turn, turn.messages) for turn in turns] + [(row, row.body) for row in (*bodies, *contexts)]
+    for row, content in written:
         assert row.n_bytes == len(content.encode())
         n_bytes[row.tenant] += row.n_bytes
     assert {row.tenant: row.n_bytes for row in stored} == n_bytes

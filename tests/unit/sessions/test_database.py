@@ -10,8 +10,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pasture.core.errors import ConfigError, ShuttingDown
 from pasture.sessions.database import Database
+from pasture.sessions.migrations import MIGRATIONS
 from pasture.sessions.state import State
 from pasture.sessions.values import Counters
+from tests.unit.sessions.conftest import check_books, stored_bytes
 
 
 def test_a_file_that_is_no_database_is_a_matter_of_settings(tmp_path: Path) -> None:
@@ -41,6 +43,34 @@ def test_what_a_newer_version_wrote_is_left_alone(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(ConfigError, match="newer"):
         Database(file)
+
+
+def test_what_an_older_version_wrote_is_taken_along(shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr("pasture.sessions.database.MIGRATIONS", MIGRATIONS[:3])
+        database = Database(shared)
+        with database.write() as connection:
+            for session_id, context in (("sess_a", '{"tools": [1]}'), ("sess_b", "{}")):
+                values = {"id": session_id, "context": context, "metadata": '{"k": 1}'}
+                connection.execute(
+                    text(
+                        "INSERT INTO sessions VALUES (:id, 'default', NULL, NULL, 0, 0, 1, 1, 0, NULL, 0, :context, "
+                        ":metadata, 0, 0, 0, 0, 0)"
+                    ),
+                    values,
+                )
+        database.close()
+    state = State(shared)
+    tenant = state.open_tenant
+    found = [state.sessions.open(tenant, session_id)[0] for session_id in ("sess_a", "sess_b")]
+    assert [(session.context, session.metadata) for session in found] == [({"tools": [1]}, {"k": 1}), ({}, {"k": 1})]
+    check_books(state)
+    state.sessions.advance(tenant, "sess_a", [], n_tokens=0, used=Counters(), context={"tools": [1]})
+    check_books(state)
+    for session in found:
+        state.sessions.delete(tenant, session.session_id)
+    assert stored_bytes(state) == 0
+    state.close()
 
 
 def test_closing_waits_for_who_reads_and_ends_what_comes_later() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+from itertools import count
+
+import pytest
 
 from pasture.sessions.expiry import Swept
 from pasture.sessions.state import State
@@ -57,3 +61,27 @@ def test_the_sweeper_ends_with_the_state() -> None:
     state.close()
     assert state._sweeper is not None
     assert not state._sweeper.is_alive()
+
+
+def test_the_sweeper_goes_on_whatever_went_wrong_and_says_when_it_last_did_well(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, rounds, went_on = State(), count(), threading.Event()
+    assert state.sweeper is None
+
+    def sweep() -> Swept:
+        match next(rounds):
+            case 0:
+                raise ValueError("a bad row")
+            case 2:
+                went_on.set()
+        return Swept(0, 0)
+
+    monkeypatch.setattr(state.expiry, "sweep", sweep)
+    state.keep_sweeping(0.001)
+    assert went_on.wait(10)
+    assert "a bad row" in caplog.text
+    assert state.sweeper is not None
+    assert not state.sweeper.late
+    state.close()
+    assert state.sweeper.late

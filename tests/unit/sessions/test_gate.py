@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pasture.core.errors import RateLimited
+from pasture.core.errors import RateLimited, RequestError
 from pasture.sessions.gate import Gate
 from pasture.sessions.values import Limits, Tenant
 from tests.unit.sessions.conftest import Time
@@ -158,7 +158,7 @@ async def test_a_limit_that_is_raised_holds_when_somebody_leaves() -> None:
 async def test_tokens_are_paid_afterwards_and_come_back_with_time(clock: Time) -> None:
     gate, limited = Gate(clock=clock), tenant(tokens_per_minute=600)
     async with gate.enter(limited) as passage:
-        passage.tokens = 1200
+        passage.pay(1200)
     with pytest.raises(RateLimited) as caught:
         async with gate.enter(limited):
             pass
@@ -170,6 +170,129 @@ async def test_tokens_are_paid_afterwards_and_come_back_with_time(clock: Time) -
     async with gate.enter(limited):
         pass
     assert len(gate) == 0, "a full bucket is forgotten"
+
+
+async def test_each_reply_takes_a_place_and_those_who_need_fewer_do_not_push_in() -> None:
+    gate, limited = Gate(), tenant(max_concurrent=4)
+    running: list[int] = []
+    ends = {replies: asyncio.Event() for replies in (1, 3, 4)}
+
+    async def work(replies: int) -> None:
+        async with gate.enter(limited, replies=replies):
+            running.append(replies)
+            await ends[replies].wait()
+        running.remove(replies)
+
+    tasks = {}
+    for replies in (3, 4, 1):
+        tasks[replies] = asyncio.create_task(work(replies))
+        await settled()
+    assert running == [3], "one place is free, and who came first needs four"
+    ends[3].set()
+    await settled()
+    assert running == [4]
+    ends[4].set()
+    await settled()
+    assert running == [1]
+    ends[1].set()
+    await asyncio.gather(*tasks.values())
+    assert len(gate) == 0
+
+
+async def test_who_waits_for_many_places_and_gives_up_lets_those_behind_it_in() -> None:
+    gate, limited = Gate(), tenant(max_concurrent=3)
+    entered = asyncio.Event()
+
+    async def work(replies: int) -> None:
+        async with gate.enter(limited, replies=replies):
+            entered.set()
+
+    async with gate.enter(limited, replies=2):
+        waiting = [asyncio.create_task(work(replies)) for replies in (3, 1)]
+        await settled()
+        assert not entered.is_set()
+        waiting[0].cancel()
+        await asyncio.wait_for(entered.wait(), 5)
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert len(gate) == 0
+
+
+async def test_more_replies_than_there_may_ever_be_are_an_error_and_none_where_the_limit_was_lowered_meanwhile() -> None:
+    gate = Gate()
+    with pytest.raises(RequestError, match="5 replies"):
+        async with gate.enter(tenant(max_concurrent=4), replies=5):
+            pass
+    entered = asyncio.Event()
+
+    async def work() -> None:
+        async with gate.enter(tenant(max_concurrent=4), replies=4):
+            entered.set()
+
+    async with gate.enter(tenant(max_concurrent=4)):
+        many = asyncio.create_task(work())
+        await settled()
+    async with gate.enter(tenant(max_concurrent=2, max_queued=1)):
+        pass
+    await asyncio.wait_for(asyncio.gather(many), 5)
+    assert entered.is_set()
+    assert len(gate) == 0
+
+
+async def test_what_a_request_will_probably_use_is_gone_for_those_who_come_with_it(clock: Time) -> None:
+    gate, limited = Gate(clock=clock), tenant(tokens_per_minute=600)
+
+    async def come() -> None:
+        async with gate.enter(limited):
+            pass
+
+    async with gate.enter(limited, tokens=400) as first:
+        async with gate.enter(limited, tokens=400):
+            with pytest.raises(RateLimited) as caught:
+                await come()
+            assert caught.value.retry_after_seconds == pytest.approx(20)
+            first.pay(300)
+            with pytest.raises(RateLimited):
+                await come()
+        await come()  # what the second one did not use is there again
+        first.pay(300)  # more than was set aside
+        with pytest.raises(RateLimited):
+            await come()
+        clock.now += 60
+        await come()
+    clock.now += 60
+    await come()
+    assert len(gate) == 0
+
+
+async def test_those_who_wait_for_a_place_have_their_tokens_set_aside_too(clock: Time) -> None:
+    gate, limited = Gate(clock=clock), tenant(tokens_per_minute=600, max_concurrent=1)
+
+    async def work() -> None:
+        async with gate.enter(limited, tokens=300):
+            pass
+
+    async with gate.enter(limited, tokens=300):
+        second = asyncio.create_task(work())
+        await settled()
+        with pytest.raises(RateLimited, match="600 tokens"):
+            await work()
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        third = asyncio.create_task(work())
+        await settled()
+    await third
+    assert len(gate) == 0
+
+
+async def test_tokens_come_back_from_when_they_were_paid_on(clock: Time) -> None:
+    gate, limited = Gate(clock=clock), tenant(tokens_per_minute=600)
+    async with gate.enter(limited) as passage:
+        clock.now += 60  # with a bucket that was full all the time
+        passage.pay(1200)
+    clock.now += 30
+    with pytest.raises(RateLimited):
+        async with gate.enter(limited):
+            pass
 
 
 async def test_a_failed_request_gives_its_place_back() -> None:

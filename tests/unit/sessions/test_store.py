@@ -8,7 +8,7 @@ import pytest
 from pasture.core.errors import Conflict, NotFound, RateLimited, RequestError
 from pasture.sessions.state import State
 from pasture.sessions.values import Counters, Message, Tenant
-from tests.unit.sessions.conftest import Time, check_books, rows, stored_bytes
+from tests.unit.sessions.conftest import Time, check_books, rows, statements, stored_bytes
 
 USED = Counters(1, 10, 4, 3)
 
@@ -37,7 +37,7 @@ def test_a_session_holds_what_was_said_and_counts_what_it_cost(state: State, ten
     assert found.counters == Counters(2, 20, 8, 6)
     assert (found.n_messages, found.n_tokens, found.last_used - found.created) == (6, 55, 5)
     assert (found.context, found.metadata, found.name) == ({"tools": [1]}, {"k": "v"}, "mine")
-    assert state.sessions.page(tenant) == (found,)
+    assert state.sessions.page(tenant) == (state.sessions.get(tenant, made.session_id),)
     assert rows(state, "turns") == 3
 
 
@@ -211,6 +211,90 @@ def test_a_name_whose_conversation_has_no_room_leaves_no_session(state: State) -
         name(state, tenant, "three", *say("a", "b" * 300))
     assert {session.session_id for session in state.sessions.page(tenant)} == set(kept), "nor does any make way for it"
     check_books(state)
+
+
+TOOLS = {"tools": [{"type": "function", "function": {"name": "look", "description": "x" * 1000}}]}
+
+
+def test_what_a_prompt_is_made_from_counts_once_however_many_sessions_have_it(state: State, tenant: Tenant) -> None:
+    made = state.sessions.create(tenant, say("a"), context=TOOLS)
+    n_bytes = stored_bytes(state)
+    assert n_bytes > 1000
+    forks = state.sessions.fork(tenant, made.session_id, 256)
+    assert state.sessions.create(tenant, context=TOOLS).session_id
+    assert stored_bytes(state) < n_bytes + 1000, "257 more have none of their own"
+    assert state.sessions.open(tenant, forks[7].session_id)[0].context == TOOLS
+    check_books(state)
+    other = {"tools": [{"name": "another"}]}
+    for fork in forks:
+        state.sessions.advance(tenant, fork.session_id, say("a", "b"), n_tokens=1, used=USED, context=other)
+    assert state.sessions.open(tenant, made.session_id)[0].context == TOOLS
+    assert state.sessions.open(tenant, forks[7].session_id)[0].context == other
+    check_books(state)
+    for session in state.sessions.page(tenant, limit=1000):
+        state.sessions.delete(tenant, session.session_id)
+    assert rows(state, "contexts") == stored_bytes(state) == 0
+
+
+def test_what_a_prompt_is_made_from_has_no_more_room_than_what_is_said(state: State) -> None:
+    tenant = state.tenants.create("small", max_transcript_bytes=1500)
+    made = state.sessions.create(tenant, say("a"), context=TOOLS)
+    large = {"tools": [{"name": "y" * 500}]}
+    calls: list[Callable[[], object]] = [
+        lambda: state.sessions.create(tenant, context=large),
+        lambda: state.sessions.create(tenant, metadata={"k": "v" * 500}),
+        lambda: state.sessions.go_on_named(tenant, "n", say("a"), n_tokens=1, used=USED, context=large),
+        lambda: state.sessions.check_room(tenant, (), (), large),
+    ]
+    for call in calls:
+        with pytest.raises(RateLimited):
+            call()
+        check_books(state)
+    state.sessions.check_room(tenant, (), (), TOOLS)
+    state.sessions.advance(tenant, made.session_id, say("a"), n_tokens=1, used=USED, context=large)
+    assert rows(state, "contexts") == 1, "one takes the other's place"
+
+
+def test_what_makes_way_takes_its_context_and_metadata_along(state: State, clock: Time) -> None:
+    tenant = state.tenants.create("small", max_sessions=2)
+    for i in range(6):
+        clock.now += 1
+        context = {"tools": [{"name": "first" if i < 4 else "second"}]}
+        state.sessions.go_on_named(tenant, f"n{i}", say("a"), n_tokens=1, used=USED, context=context)
+        check_books(state)
+    assert rows(state, "contexts") == 1
+
+
+def test_one_tenants_contexts_are_not_anothers(state: State, tenant: Tenant, other: Tenant) -> None:
+    made = [state.sessions.create(one, context=TOOLS) for one in (tenant, other)]
+    assert rows(state, "contexts") == 2
+    state.sessions.delete(tenant, made[0].session_id)
+    assert state.sessions.open(other, made[1].session_id)[0].context == TOOLS
+    check_books(state)
+
+
+def test_lists_read_nothing_long(state: State, tenant: Tenant) -> None:
+    state.sessions.create(tenant, say("a"), context=TOOLS)
+    with statements(state) as asked:
+        assert len(state.sessions.page(tenant)) == 1
+        assert len(state.sessions.recent(100, 9)) == 1
+    assert not any("contexts" in statement or "turns" in statement for statement in asked)
+
+
+def test_who_knows_where_a_named_session_ends_goes_on_from_there_and_nowhere_else(state: State) -> None:
+    tenant = state.tenants.create("small", max_sessions=1)
+    state.sessions.go_on_named(tenant, "n", say("a", "b"), n_tokens=1, used=USED, head=None)
+    with pytest.raises(Conflict):
+        state.sessions.go_on_named(tenant, "n", say("x", "y"), n_tokens=1, used=USED, head=None)
+    found = state.sessions.open_named(tenant, "n")
+    assert found is not None
+    session, messages = found
+    assert messages == say("a", "b")
+    state.sessions.go_on_named(tenant, "n", say("a", "b", "c", "d"), n_tokens=1, used=USED, head=session.head)
+    assert state.sessions.messages(tenant, session.session_id) == say("a", "b", "c", "d")
+    with pytest.raises(RateLimited):
+        name(state, tenant, "m", *say("x"))
+    assert state.sessions.open_named(tenant, "m") is None, "what was asked for does not make way for what is only named"
 
 
 def test_pages_hold_every_session_once(state: State, tenant: Tenant) -> None:
