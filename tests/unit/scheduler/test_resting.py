@@ -22,7 +22,7 @@ NAME = Namespace("tests")
 def resting() -> Iterator[Resting]:
     engine = FakeEngine(PoolShape(1024, 1))
     with closing(store_for(engine)) as store:
-        yield Resting(Pool(engine.shape, clock=lambda: 0.0), store, lambda: 0.0, None, lambda: None)
+        yield Resting(Pool(engine.shape, clock=lambda: 0.0), store, engine.codec, lambda: 0.0, None, lambda: None)
 
 
 def rest(pool: Pool, first: int, n_tokens: int = 100, *, after: int = 0) -> Sequence:
