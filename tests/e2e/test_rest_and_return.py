@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pasture.core.statistics import Verification
 from pasture.core.values import Request, RequestId, SamplingParams, TokenLogprobs, Usage
+from pasture.scheduler.samples import SAMPLE_TOKENS
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.tiers.disk import DiskTier
@@ -99,9 +101,12 @@ async def test_a_restarted_server_goes_on_where_the_first_one_ended(tmp_path: Pa
     turn = [*SYSTEM, *first, 11, 12, 13]
     again = serve(path, cache)
     reply, usage = await ask(again, turn)
+    verified = await again.verify()
+    cuttable = again.model.shareable
     again.close()
     assert usage.cached_tokens == len(SYSTEM) + len(first) - 1
     assert reply == await cold(path, turn)
+    assert verified == Verification(SAMPLE_TOKENS if cuttable else 0, 0)
 
 
 async def test_a_prompt_that_ends_inside_a_block_on_disk_recomputes_one_token(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ EXCLUDED: list[CheckFunction] = [positive_data_acceptance, negative_data_rejecti
 
 schemathesis.openapi.media_type("application/vnd.pasture.session", st.binary(max_size=200))
 
+SAID: list[Any] = [{"role": "user", "content": "Hi"}]
 KEY, OTHER_KEY = "a-tenants-key", "another-tenants-key"
 
 
@@ -92,10 +93,9 @@ def test_a_tenants_requests_get_what_is_documented(case: Case[Any], url: str) ->
 @contextmanager
 def something_said(url: str) -> Iterator[dict[str, str]]:
     """A session with a turn in it, and a response, by what requests call their ids; both are gone behind the block."""
-    said = [{"role": "user", "content": "Hi"}]
     with httpx.Client(base_url=f"{url}/v1", headers={"authorization": f"Bearer {KEY}"}) as client:
-        session = client.post("/sessions", json={"messages": said}).json()["id"]
-        turn = {"session_id": session, "messages": said, "max_tokens": 2}
+        session = client.post("/sessions", json={"messages": SAID}).json()["id"]
+        turn = {"session_id": session, "messages": SAID, "max_tokens": 2}
         assert client.post("/chat/completions", json=turn).status_code == 200
         response = client.post("/responses", json={"input": "Hi", "max_output_tokens": 2}).json()["id"]
         yield {"session_id": session, "response_id": response, "previous_response_id": response, "target_key": OTHER_KEY}
@@ -108,6 +108,8 @@ def naming(case: Case[Any], ids: dict[str, str]) -> None:
     for place in (case.path_parameters, case.body):
         if isinstance(place, dict):
             place |= {name: made for name, made in ids.items() if name in place}
+            if isinstance(place.get("messages"), list):
+                place["messages"] = SAID
 
 
 @WITH_IDS.parametrize()  # type: ignore[untyped-decorator]

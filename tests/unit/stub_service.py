@@ -12,7 +12,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from pasture.core.errors import InvariantBroken
-from pasture.core.statistics import PoolStatistics, SchedulerStatistics, SequenceState, SequenceStatistics, ServiceStatistics
+from pasture.core.statistics import (
+    PoolStatistics,
+    SchedulerStatistics,
+    SequenceState,
+    SequenceStatistics,
+    ServiceStatistics,
+    Verification,
+)
 from pasture.core.storage import PrefetchStatistics, StoreStatistics, TierStatistics
 from pasture.core.values import (
     DEFAULT_NAMESPACE,
@@ -170,9 +177,10 @@ class StubService:
         self.restored.append((namespace, tuple(tokens), exported))
         return len(tokens)
 
-    async def verify(self) -> None:
+    async def verify(self) -> Verification:
         if self.broken:
             raise InvariantBroken("a cell too many")
+        return Verification(16, 0)
 
     def statistics(self) -> ServiceStatistics:
         return ServiceStatistics(MODEL, _POOL, _SCHEDULER, _STORE, 12.5, draining=self.drained)

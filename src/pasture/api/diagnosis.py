@@ -1,12 +1,13 @@
 """`GET /v1/diagnosis`: what usually goes wrong with a shared cache, checked now and said in a sentence each.
 
     low_hit_rate       prompts are computed that could have been found
-    interference       conversations could see each other: the books are verified, damage is counted
+    interference       conversations could see each other: the books are verified, some of what was restored is read back and
+                       compared with what was stored, damage is counted
     memory_growth      something grows past its budget: cells, tiers, what the state keeps
     memory_pressure    the machine swaps, or is about to
     slowed_by          the self-check had to turn off what would be faster, or llama.cpp was built in a slow way for this model
 
-Everything but the verification of the books is read from statistics.
+Everything but that verification is read from statistics.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pasture.api.gateway import Gateway
 from pasture.api.openapi import described
 from pasture.api.pressure import Memory, read_memory, trouble
 from pasture.core.errors import InvariantBroken
-from pasture.core.statistics import ServiceStatistics
+from pasture.core.statistics import ServiceStatistics, Verification
 from pasture.core.values import ModelInfo
 from pasture.sessions.state import Sweeper
 
@@ -51,14 +52,14 @@ def diagnosis_routes(gateway: Gateway) -> APIRouter:
         **described("Operator", "Low hit rate, interference, memory growth: each checked now", Diagnosis, errors=(503,)),
     )
     async def diagnosis() -> Response:
-        broken = None
+        verified: Verification | InvariantBroken
         try:
-            await gateway.service.verify()
+            verified = await gateway.service.verify()
         except InvariantBroken as error:
-            broken = str(error)
+            verified = error
         statistics = gateway.service.statistics()
         kept = await asyncio.to_thread(gateway.state.kept)
-        checks = [hit_rate(statistics), interference(statistics, broken)]
+        checks = [hit_rate(statistics), interference(statistics, verified)]
         checks.append(memory_growth(statistics, kept, gateway.state.sweeper))
         checks += [memory_pressure(await asyncio.to_thread(read_memory)), slowed_by(statistics.model)]
         ok = all(check.status != "warning" for check in checks)
@@ -92,11 +93,15 @@ def hit_rate(statistics: ServiceStatistics) -> Check:
     return Check("low_hit_rate", "warning", f"only {ratio:.0%} of prompt tokens were found; {advice}", facts)
 
 
-def interference(statistics: ServiceStatistics, broken: str | None) -> Check:
+def interference(statistics: ServiceStatistics, verified: Verification | InvariantBroken) -> Check:
     """Whether anything says that conversations could have seen each other's tokens."""
+    broken = str(verified) if isinstance(verified, InvariantBroken) else None
+    sample = Verification() if isinstance(verified, InvariantBroken) else verified
     damaged = sum(tier.damaged_blocks for tier in statistics.store.tiers)
     facts: dict[str, object] = {
         "books_verified": broken is None,
+        "restored_tokens_compared": sample.compared_tokens,
+        "restored_tokens_differing": sample.differing_tokens,
         "invariant_failures": statistics.scheduler.invariant_failures_total,
         "damaged_blocks_dropped": damaged,
         "namespaces": len(statistics.pool.namespaces),
@@ -104,8 +109,17 @@ def interference(statistics: ServiceStatistics, broken: str | None) -> Check:
     if broken is not None or statistics.scheduler.invariant_failures_total:
         what = broken or "the books did not agree at least once; the cache was emptied then"
         return Check("interference", "warning", f"a bug to report: {what}", facts)
+    if sample.differing_tokens:
+        message = (
+            f"a bug to report: of {sample.compared_tokens} restored tokens that were read back, {sample.differing_tokens} are "
+            "not what was stored; restart the server"
+        )
+        return Check("interference", "warning", message, facts)
+    same = (
+        f", {sample.compared_tokens} restored tokens were read back and are what was stored" if sample.compared_tokens else ""
+    )
     dropped = f"; {damaged} damaged stored blocks were noticed and dropped" if damaged else ""
-    return Check("interference", "ok", f"every cell is accounted for and held by its own namespace alone{dropped}", facts)
+    return Check("interference", "ok", f"every cell is accounted for and held by its own namespace alone{same}{dropped}", facts)
 
 
 def memory_growth(statistics: ServiceStatistics, kept: dict[str, int], sweeper: Sweeper | None) -> Check:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from pasture.cluster import messages
 from pasture.cluster.frames import NotOfThisCluster, Wire, connect
 from pasture.cluster.members import Identity, Member
+from pasture.core.statistics import Verification
 from pasture.core.values import Allowance, Namespace, Request, TokenEvent, Whereabouts
 
 SILENCE_SECONDS = 5.0
@@ -120,8 +121,9 @@ class Link:
     async def prefetch(self, namespace: Namespace, tokens: array[int]) -> None:
         await self._call(messages.Done, messages.Prefetch(next(self._numbers), namespace, tokens.tobytes()))
 
-    async def verify(self) -> None:
-        await self._call(messages.Done, messages.Verify(next(self._numbers)))
+    async def verify(self) -> Verification:
+        answer, _ = await self._call(messages.Counted, messages.Verify(next(self._numbers)))
+        return Verification(**answer.counts)
 
     async def hand_over(self, members: list[Member]) -> dict[str, int]:
         """Have it take nothing new, finish what runs, and carry its conversations to these; returns what came of it."""

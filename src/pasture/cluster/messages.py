@@ -120,7 +120,7 @@ class Prefetch(OfTokens, frozen=True, tag=True):
 
 
 class Verify(Frame, frozen=True, tag=True):
-    """Answered by `Done`."""
+    """Answered by `Counted`: tokens that were compared, those that differ."""
 
     id: int
 

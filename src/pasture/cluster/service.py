@@ -30,7 +30,7 @@ from pasture.cluster.survival import Story
 from pasture.cluster.values import Decision, Placement, Reason, ReplicaId, SessionKey
 from pasture.core.errors import Conflict, EngineError, NoReplica, NotFound, QueueFull, ShuttingDown
 from pasture.core.ports import Clock, Vocabulary
-from pasture.core.statistics import ServiceStatistics
+from pasture.core.statistics import ServiceStatistics, Verification
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
 from pasture.core.values import Allowance, FinishReason, ModelInfo, Namespace, Request, RequestId, TokenEvent, Whereabouts
 from pasture.tiers.keys import chain, root_key
@@ -299,10 +299,12 @@ class ClusterService:
         found = await target.locate(namespace, path)
         return max(n_tokens, found.live_tokens, found.ram_tokens)
 
-    async def verify(self) -> None:
+    async def verify(self) -> Verification:
+        found = Verification()
         for link in list(self.links.open.values()):
             with suppress(ReplicaLost):
-                await link.verify()
+                found += await link.verify()
+        return found
 
     def _at_home(self, session: SessionKey, key: BlockKey | None, replica: ReplicaId) -> None:
         """From now on the session, whose conversation stands at that block, is at home there."""

@@ -17,7 +17,7 @@ import logging
 from array import array
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Protocol
 
 from pasture.cluster import messages
@@ -288,8 +288,8 @@ class _Caller:
                 self._pins[number] = await service.pin(namespace, messages.unpack_tokens(tokens))
             case messages.Prefetch(_, namespace, tokens):
                 await service.prefetch(namespace, messages.unpack_tokens(tokens))
-            case messages.Verify():
-                await service.verify()
+            case messages.Verify(number):
+                return messages.Counted(number, asdict(await service.verify())), b""
             case messages.HandOver(number, members):
                 return messages.Counted(number, await self._replica.hand_over(members)), b""
         return messages.Done(call.id), b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from pasture.core.statistics import ServiceStatistics
+from pasture.core.statistics import ServiceStatistics, Verification
 from pasture.core.storage import Pin, SlabCodec
 from pasture.core.values import (
     Allowance,
@@ -190,8 +190,11 @@ class Service(Protocol):
         """
         ...
 
-    async def verify(self) -> None:
-        """Check now that the books of the live cache agree with themselves. Raises InvariantBroken."""
+    async def verify(self) -> Verification:
+        """Check now that the books of the live cache agree with themselves, and some of what was restored with what was stored.
+
+        Raises InvariantBroken where the books do not.
+        """
         ...
 
     def statistics(self) -> ServiceStatistics: ...

@@ -19,6 +19,17 @@ class SequenceState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """Restored KV that was read back from the live cache, and compared with what was stored."""
+
+    compared_tokens: int = 0
+    differing_tokens: int = 0
+
+    def __add__(self, other: Verification) -> Verification:
+        return Verification(self.compared_tokens + other.compared_tokens, self.differing_tokens + other.differing_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceStatistics:
     sequence: SeqId
     namespace: Namespace

@@ -263,10 +263,13 @@ class Pool:
         if reason is not None:
             self.evicted_cells[reason] += before - self.used_cells
 
-    def save(self, sequence: Sequence, p0: int) -> int:
-        """Copy what the sequence has from `p0` on out of the cache. Returns the key under which the result holds the slab."""
+    def save(self, sequence: Sequence, p0: int, p1: int | None = None) -> int:
+        """Copy what the sequence has in `[p0, p1)` out of the cache; `p1=None`: to its end.
+
+        Returns the key under which the result holds the slab.
+        """
         self._save_keys += 1
-        self._journal.append(Save(sequence.id, p0, sequence.length, self._save_keys))
+        self._journal.append(Save(sequence.id, p0, sequence.length if p1 is None else p1, self._save_keys))
         return self._save_keys
 
     def lose(self, sequence: Sequence) -> None:

@@ -120,6 +120,7 @@ class LayoutKeeper:
             log.warning("the cells stay %s: %s", before.form, error)
             self._shifter.refuse(self._clock())
             return
+        self._scheduler.resting.samples.clear()
         self._shifter.shifted(form, self._clock())
         self._scheduler.accounts.shifts += 1
         log.info("cells: %d %s -> %d %s", before.n_cells, before.form, pool.shape.n_cells, form)

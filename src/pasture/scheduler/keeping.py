@@ -56,6 +56,12 @@ def live(scheduler: Scheduler) -> list[tuple[Namespace, array[int]]]:
     return [(sequence.namespace, sequence.tokens()) for sequence in scheduler.pool.sequences.values() if sequence.length]
 
 
+def verify(scheduler: Scheduler) -> None:
+    """Engine thread: check the books, and have what was restored read back. Raises InvariantBroken."""
+    scheduler.pool.check()
+    scheduler.resting.samples.read_back()
+
+
 def save(scheduler: Scheduler, namespace: Namespace, tokens: array[int]) -> None:
     """Engine thread: have what is live of these tokens saved, as far as somebody idle holds it."""
     scheduler.ahead.give_way()  # who computes ahead holds what its conversation ends in

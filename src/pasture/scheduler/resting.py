@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pasture.core.ports import Clock
-from pasture.core.storage import Store
+from pasture.core.storage import SlabCodec, Store
 from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, Slab
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
 from pasture.scheduler.branches import Branches
+from pasture.scheduler.samples import Samples
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
 
@@ -42,9 +43,18 @@ class _Saving:
 
 
 class Resting:
-    def __init__(self, pool: Pool, store: Store, clock: Clock, settings: SchedulerSettings, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        store: Store,
+        codec: SlabCodec,
+        clock: Clock,
+        settings: SchedulerSettings,
+        wake: Callable[[], None],
+    ) -> None:
         """`wake` is called from other threads when a lift is done."""
         self.store = store
+        self.samples = Samples(pool, codec)
         self._pool = pool
         self._clock = clock
         self._idle_live_seconds = settings.idle_live_seconds
@@ -72,6 +82,7 @@ class Resting:
     def _before_eviction(self, sequence: Sequence) -> None:
         """Save what is about to leave; if only the end of it does, other tokens may follow, to the same length."""
         self._copied.pop(sequence, None)
+        self.samples.forget(sequence)
         self.save(sequence)
 
     def park(self, task: Task) -> None:
@@ -88,7 +99,8 @@ class Resting:
         task.sequence = None
 
     def saved(self, slabs: Mapping[int, Slab]) -> None:
-        """What the engine has saved goes into the store."""
+        """What the engine has saved goes into the store, or is compared with what came out of it."""
+        self.samples.saved(slabs)
         for key, slab in slabs.items():
             saving = self._saving.pop(key, None)
             if saving is None:
@@ -134,6 +146,7 @@ class Resting:
         """The live cache was emptied: what was to be saved of it never will be."""
         self._saving.clear()
         self._copied.clear()
+        self.samples.clear()
 
     def keep_everything(self) -> None:
         """Save whatever is live, before the end: for a store that outlives the process."""
@@ -211,8 +224,8 @@ class Resting:
 
     def _put_back(self, sequence: Sequence, source: Namespace, tokens: array[int]) -> None:
         slabs = self.store.take(source, tokens, sequence.length, len(tokens))
-        if slabs:
-            self._pool.restore(sequence, tokens[sequence.length :], slabs)
+        if slabs and self._pool.restore(sequence, tokens[sequence.length :], slabs):
+            self.samples.restored(sequence, slabs)
 
     @staticmethod
     def forget(task: Task) -> None:

@@ -67,7 +67,7 @@ class Scheduler:
             shareable=engine.model.shareable,
             policy=POLICIES[settings.policy],
         )
-        self.resting = Resting(self.pool, store, clock, settings, wake)
+        self.resting = Resting(self.pool, store, engine.codec, clock, settings, wake)
         self.ahead = Ahead(self.pool, self.resting, clock, wake)
         self.admission = Admission(self.pool, self.resting, settings, clock)
         self.waiting = self.admission.waiting

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.ports import Engine, Vocabulary
-from pasture.core.statistics import ServiceStatistics
+from pasture.core.statistics import ServiceStatistics, Verification
 from pasture.core.storage import Pin, Store
 from pasture.core.values import Allowance, Finish, FinishReason, ModelInfo, Namespace, Request, TokenEvent, Whereabouts
 from pasture.kv.radix import token_array
@@ -180,9 +180,10 @@ class LocalService:
         packed = await asyncio.to_thread(keeping.unpack, exported, len(path), codec.fingerprint)
         return await self._ask(lambda scheduler: keeping.put(scheduler, namespace, path, packed, codec))
 
-    async def verify(self) -> None:
+    async def verify(self) -> Verification:
         """See `pasture.core.ports.Service.verify`."""
-        await self._ask(lambda scheduler: scheduler.pool.check())
+        await self._ask(keeping.verify)
+        return await self._ask(lambda scheduler: scheduler.resting.samples.found)
 
     def statistics(self) -> ServiceStatistics:
         pool, scheduler = self._loop.snapshot

@@ -12,7 +12,7 @@ from pasture.api import pressure
 from pasture.api.diagnosis import hit_rate, interference, memory_growth, memory_pressure, slowed_by
 from pasture.api.explanations import Asked, Past, explain
 from pasture.api.pressure import Memory, read_memory
-from pasture.core.statistics import ServiceStatistics
+from pasture.core.statistics import ServiceStatistics, Verification
 from pasture.core.storage import StoreStatistics, TierStatistics
 from pasture.core.values import Namespace, Usage, Whereabouts
 from pasture.sessions.state import State, Sweeper
@@ -65,7 +65,10 @@ def test_growth_past_a_budget_is_told() -> None:
     assert "ram" in memory_growth(over, {}, None).message
     pinned = replace(found, store=StoreStatistics((replace(TIER, bytes=201, pinned_bytes=101),), 0, 0, 0, {}))
     assert memory_growth(pinned, {}, None).status == "ok"
-    assert "3 damaged" in interference(over, None).message
+    assert "16 restored tokens" in interference(over, Verification(16, 0)).message
+    differing = interference(over, Verification(16, 8))
+    assert (differing.status, "8 are not what was stored" in differing.message) == ("warning", True)
+    assert "3 damaged" in interference(over, Verification()).message
 
 
 def test_a_sweeper_that_has_ended_or_does_not_come_round_is_told() -> None:

@@ -32,7 +32,7 @@ def test_the_shortest_prompt_goes_first_until_a_longer_one_has_waited(now: float
     settings = SchedulerSettings(age_bound_seconds=120.0)
     engine = FakeEngine(PoolShape(4096, 8))
     pool = Pool(engine.shape, clock=lambda: clock[0])
-    resting = Resting(pool, store_for(engine), lambda: clock[0], SchedulerSettings(), lambda: None)
+    resting = Resting(pool, store_for(engine), engine.codec, lambda: clock[0], SchedulerSettings(), lambda: None)
     admission = Admission(pool, resting, settings, lambda: clock[0])
     long, short = task("long", 400, submitted_at=0.0), task("short", 100, submitted_at=now)
     chosen = admission.choose([long, short])

@@ -27,7 +27,8 @@ NAME = Namespace("tests")
 def resting() -> Iterator[Resting]:
     engine = FakeEngine(PoolShape(1024, 1))
     with closing(store_for(engine)) as store:
-        yield Resting(Pool(engine.shape, clock=lambda: 0.0), store, lambda: 0.0, SchedulerSettings(), lambda: None)
+        pool = Pool(engine.shape, clock=lambda: 0.0)
+        yield Resting(pool, store, engine.codec, lambda: 0.0, SchedulerSettings(), lambda: None)
 
 
 def rest(pool: Pool, first: int, n_tokens: int = 100, *, after: int = 0) -> Sequence:
@@ -79,7 +80,7 @@ def test_what_nobody_used_for_too_long_is_forgotten_and_not_saved() -> None:
     pool = Pool(engine.shape, clock=lambda: now[0])
     with closing(store_for(engine)) as store:
         settings = SchedulerSettings(idle_live_seconds=5.0, expire_seconds=100.0)
-        resting = Resting(pool, store, lambda: now[0], settings, lambda: None)
+        resting = Resting(pool, store, engine.codec, lambda: now[0], settings, lambda: None)
         assert resting.expires_in() is None
         rest(pool, 1000, after=50)
         now[0] = 60.0
