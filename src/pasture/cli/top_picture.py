@@ -87,7 +87,7 @@ def _strip(pool: Json) -> Text:
         (used, "▒", "green"),
         (cells, "·", "dim"),
     ):
-        end = round(upto / cells * STRIP_CHARACTERS)
+        end = round(upto / max(1, cells) * STRIP_CHARACTERS)
         text.append(character * max(0, end - drawn), style=style)
         drawn = max(drawn, end)
     return text

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from typing import Any
 
+from rich.console import Console
+
+from pasture.cli import top_picture
+from pasture.cluster.sums import total
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.values import Form, SeqId
 from pasture.web import Live, Recent
@@ -151,6 +156,16 @@ def test_the_pool_is_drawn_anew_when_it_has_changed() -> None:
     clock.now += 1
     after = picture(live)["sequences"]
     assert [row[2] for row in after] == [before[0][2] + 1, *(row[2] for row in before[1:])]
+
+
+def test_an_ingress_without_a_replica_is_drawn_as_empty() -> None:
+    lost = total(StubService.model, [], draining=False)
+    shown = picture(Live(lambda: lost, lambda: "stub", Hands(), Recent(Hands()), Recent(Hands())))
+    assert (shown["pool"]["cells"], shown["pool"]["cell_bytes"], shown["tiers"]) == (0, 0, [])
+    text = Console(file=io.StringIO(), width=100)
+    text.print(top_picture.picture(shown, [0.0], "http://herd:8080"))
+    assert isinstance(text.file, io.StringIO)
+    assert "– of 0 cells" in text.file.getvalue()
 
 
 def test_a_thousand_sequences_are_cut_to_the_longest() -> None:
