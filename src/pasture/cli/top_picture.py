@@ -58,6 +58,7 @@ def _now(snapshot: Json, history: Sequence[float]) -> Table:
     states = {"decoding": "replying", "prefilling": "reading", "waiting": "waiting", "swapped": "swapped out"}
     now = ", ".join(f"{requests[state]} {word}" for state, word in states.items())
     table = Table.grid(padding=(0, 2))
+    table.add_row("users", f"{requests['users']:,} now")
     table.add_row("requests", f"{now}; {requests['finished']:,} answered, {requests['rejected']:,} turned away")
     table.add_row("tokens/s", ", ".join(f"{rate:,.0f} {what}" for what, rate in rates.items()))
     table.add_row("", Text(_spark(history), style="green"))

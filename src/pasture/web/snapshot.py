@@ -98,6 +98,7 @@ def _headline(statistics: ServiceStatistics) -> Json:
 
 def _requests(scheduler: SchedulerStatistics) -> Json:
     return {
+        "users": scheduler.users,
         "waiting": scheduler.waiting,
         "prefilling": scheduler.prefilling,
         "decoding": scheduler.decoding,
