@@ -11,10 +11,10 @@ from rich.console import Console
 
 from pasture.cli import top_picture
 from pasture.cluster.sums import total
-from pasture.core.statistics import ServiceStatistics
-from pasture.core.values import Form, SeqId
+from pasture.core.statistics import NamespaceStatistics, ServiceStatistics
+from pasture.core.values import Form, Namespace, SeqId
 from pasture.web import Live, Recent
-from pasture.web.snapshot import MAX_SEQUENCES
+from pasture.web.snapshot import MAX_NAMESPACES, MAX_SEQUENCES
 from tests.unit.stub_service import StubService
 
 
@@ -168,13 +168,16 @@ def test_an_ingress_without_a_replica_is_drawn_as_empty() -> None:
     assert "– of 0 cells" in text.file.getvalue()
 
 
-def test_a_thousand_sequences_are_cut_to_the_longest() -> None:
+def test_of_a_thousand_sequences_and_tenants_the_page_is_sent_the_largest() -> None:
     growing, clock = Growing(), Hands()
     (one, *_) = growing.value.pool.sequences
-    many = tuple(dataclasses.replace(one, sequence=SeqId(i), n_tokens=i) for i in range(1000))
-    growing.value = dataclasses.replace(growing.value, pool=dataclasses.replace(growing.value.pool, sequences=many))
+    sequences = tuple(dataclasses.replace(one, sequence=SeqId(i), n_tokens=i) for i in range(1000))
+    tenants = tuple(NamespaceStatistics(Namespace(f"tenant {i}"), 8, 4, 1, i, 0) for i in range(1000))
+    pool = dataclasses.replace(growing.value.pool, sequences=sequences, namespaces=tenants)
+    growing.value = dataclasses.replace(growing.value, pool=pool)
     live, _, _ = live_of(growing, clock)
     shown = picture(live)
-    assert shown["pool"]["sequences"] == 1000
+    assert (shown["pool"]["sequences"], shown["pool"]["namespaces"]) == (1000, 1000)
     assert {row[0] for row in shown["sequences"]} == set(range(1000 - MAX_SEQUENCES, 1000))
-    assert len(live.snapshot()) < 20_000
+    assert {row[4] for row in shown["namespaces"]} == set(range(1000 - MAX_NAMESPACES, 1000))
+    assert len(live.snapshot()) < 16 * 1024
