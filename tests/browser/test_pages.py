@@ -189,7 +189,7 @@ def test_the_dashboard_draws_a_live_team_run(browser: Browser, tmp_path: Path) -
             page.get_by_role("button", name="Show what it says").click()
             expect(page.locator("#detail pre")).to_contain_text("You are the help desk for the Python language")
             expect(page.locator("#detail dd").nth(1)).to_contain_text(
-                re.compile(r"copies: [\d,]+ tokens in RAM|no copy in a tier yet")
+                re.compile(r"copies of [\d,]+ tokens in RAM|no copy in a tier yet")
             )
             seen.check()
     finally:

@@ -225,7 +225,7 @@ function badgeWords({ usage, found, first }) {
 function whence(reused, found) {
   if (!reused || !found) return "";
   if (found.live >= reused) return ", live in the cache";
-  return found.ram >= reused ? ", from RAM" : ", from disk or just computed for another";
+  return found.ram >= reused ? ", from RAM" : ", from a slower tier or computed just before";
 }
 
 // Start

@@ -273,7 +273,7 @@ function detail() {
   return html`<section id="detail" aria-labelledby="detail-title"><h2 id="detail-title">The chosen prefix</h2>
     <dl>
       <dt>Tokens</dt><dd>${count(node.start)} to ${count(node.start + node.tokens)} (${count(node.tokens)})</dd>
-      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}${view.copies === null ? nothing : `; ${copyWords(view.copies)}`}</dd>
+      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}${view.copies === null ? nothing : `; ${copyWords(node, view.copies)}`}</dd>
       <dt>Held by</dt><dd>${plural(node.holders, "sequence")}${holders.length ? `: ${holders.slice(0, 24).join(", ")}${holders.length > 24 ? " …" : ""}` : ""}</dd>
       <dt>Hits</dt><dd>${plural(node.hits, "request")} found it here</dd>
       <dt>Saves</dt><dd>${saving(node)}</dd>
@@ -283,10 +283,13 @@ function detail() {
   </section>`;
 }
 
-/** Which tiers hold how much of a prefix beside the live cache. */
-function copyWords(copies) {
+const PLACES = { RAM: "in RAM", disk: "on disk" };
+
+/** Which tiers hold how much of a prefix beside the live cache; it may have been split since they were asked. */
+function copyWords(node, copies) {
   const held = Object.entries(copies).filter(([, tokens]) => tokens);
-  return held.length ? `copies: ${held.map(([tier, tokens]) => `${plural(tokens, "token")} in ${tier}`).join(", ")}` : "no copy in a tier yet";
+  const words = held.map(([tier, tokens]) => `${plural(Math.min(tokens, node.tokens), "token")} ${PLACES[tier] ?? `in ${tier}`}`);
+  return words.length ? `copies of ${words.join(", ")}` : "no copy in a tier yet";
 }
 
 const saving = (node) =>
