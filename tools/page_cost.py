@@ -58,6 +58,8 @@ class Cost:
     p99_frame_ms: float
     server_share: float
     """of one core, for one page that is open"""
+    snapshot_bytes: int
+    """of one look, twice a second"""
 
     @property
     def within(self) -> bool:
@@ -74,11 +76,13 @@ def measure(sessions: int = SESSIONS, seconds: float = SECONDS, pairs: int = PAI
         shares = [_page_share(browser, url, process, seconds) for _ in range(pairs)]
         page = browser.new_page()
         live = opened(page, url)
+        with urlopen(url + "/v1/live/now", timeout=60) as answer:
+            snapshot_bytes = len(answer.read())
         frames = frames_of(traced(browser, page, url, sessions, seconds))
         browser.close()
     ordered = sorted(frames)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return Cost(sessions, live, len(frames), ordered[-1], p99, max(0.0, median(shares)))
+    return Cost(sessions, live, len(frames), ordered[-1], p99, max(0.0, median(shares)), snapshot_bytes)
 
 
 def _page_share(browser: Browser, url: str, process: psutil.Process, seconds: float) -> float:
@@ -202,6 +206,7 @@ def main() -> None:
     print(
         f"page    worst frame {cost.worst_frame_ms:.1f} ms, 99 % of frames {cost.p99_frame_ms:.1f} ms (limit {FRAME_MS:g} ms)"
     )
+    print(f"sent    {cost.snapshot_bytes:,} bytes a look")
     print(f"server  {cost.server_share:.2%} of a core with a page open (limit {SERVER_SHARE:.0%})")
     sys.exit(0 if cost.within else 1)
 

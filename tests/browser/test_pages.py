@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
-from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
+from pasture.api.server import bind
 from pasture.bench.client import Endpoint
 from pasture.bench.drive import Target, play
 from pasture.bench.options import BenchOptions
@@ -78,9 +79,11 @@ class Watched:
         if urlsplit(url).netloc != self._host:
             self.foreign.append(url)
 
-    def check(self) -> None:
-        # the browser itself reports every 401 to the console; asking without a key is how a page finds out that one is needed
-        assert [text for text in self.complaints if "401" not in text] == []
+    def check(self, *refusals: int) -> None:
+        """`refusals`: HTTP statuses that are the point of the test. The browser itself reports each to the console, and every
+        401 as well; asking without a key is how a page finds out that one is needed."""
+        expected = [str(status) for status in (401, *refusals)]
+        assert [text for text in self.complaints if not any(status in text for status in expected)] == []
         assert self.foreign == []
 
 
@@ -165,6 +168,7 @@ def test_the_dashboard_moves_while_people_chat(browser: Browser, server: Server)
         before = page.locator("#reused").inner_text()
         expect(page.locator("#reused")).not_to_have_text(before)
         expect(page.get_by_text(re.compile(r"of 8,192 cells"))).to_be_visible()
+        expect(page.locator(".tile").first).to_have_text(re.compile(r"Users now\s*1\s*[1-6] requests?: "))
         assert painted(page) > 100
         seen.check()
 
@@ -184,7 +188,9 @@ def test_the_dashboard_draws_a_live_team_run(browser: Browser, tmp_path: Path) -
             expect(hits).to_have_text(re.compile(r"[1-9]\d* requests found it here"))
             page.get_by_role("button", name="Show what it says").click()
             expect(page.locator("#detail pre")).to_contain_text("You are the help desk for the Python language")
-            expect(page.locator("#detail dd").nth(1)).to_contain_text("in RAM")
+            expect(page.locator("#detail dd").nth(1)).to_contain_text(
+                re.compile(r"copies of [\d,]+ tokens in RAM|no copy in a tier yet")
+            )
             seen.check()
     finally:
         server.close()
@@ -212,7 +218,7 @@ def test_without_the_key_there_is_a_place_to_enter_it(browser: Browser, server: 
         seen.check()
 
 
-def test_a_fork_costs_no_cell_and_its_reply_reuses_what_both_have(browser: Browser, server: Server) -> None:
+def test_a_fork_copies_nothing_and_its_reply_reuses_what_both_have(browser: Browser, server: Server) -> None:
     with watched(browser, server, "/chat", key="root") as seen:
         page = seen.page
         page.get_by_label("Longest reply").fill("24")
@@ -229,13 +235,76 @@ def test_a_fork_costs_no_cell_and_its_reply_reuses_what_both_have(browser: Brows
         )
         one.get_by_role("button", name="Fork here").click()
         three = page.get_by_role("region", name="Chat 3", exact=True)
-        expect(three.locator(".fork-note")).to_contain_text("0 extra cells")
+        expect(three.locator(".fork-note")).to_contain_text("nothing is copied")
         three.get_by_label("Message to Chat 3").fill("And <b>goats</b>?")
         three.get_by_label("Message to Chat 3").press("Enter")
         expect(three.locator(".badge").nth(1)).to_have_text(re.compile(r"reused (1,0|9)\d\d of (1,0|9)\d\d"))
+        expect(three.locator(".fork-note")).to_have_text(
+            re.compile(r"its first reply reused (1,0|9)\d\d tokens and computed \d\d$")
+        )
         expect(three.get_by_text("And <b>goats</b>?")).to_be_visible()
         expect(three.get_by_label("Message to Chat 3")).to_have_value("")
         seen.check()
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "refused"])
+def test_a_question_without_a_reply_goes_back_to_where_it_was_typed(browser: Browser, server: Server, stopped: bool) -> None:
+    def refuse(route: Route) -> None:
+        if not stopped:
+            route.fulfill(status=503, json={"error": {"message": "the line is full"}})
+
+    with watched(browser, server, "/chat", key="root") as seen:
+        page = seen.page
+        page.get_by_label("Longest reply").fill("8")
+        chat = page.get_by_role("region", name="Chat 1", exact=True)
+        field = chat.get_by_label("Message to Chat 1")
+        page.route("**/v1/chat/completions", refuse)
+        field.fill("How many sheep?")
+        field.press("Enter")
+        if stopped:
+            chat.get_by_role("button", name="Stop").click()
+        expect(chat.get_by_text("stopped" if stopped else "the line is full")).to_be_visible()
+        expect(field).to_have_value("How many sheep?")
+        expect(chat.locator(".message")).to_have_count(0)
+        page.unroute("**/v1/chat/completions")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            field.press("Enter")
+        expect(chat.locator(".badge")).to_be_visible()
+        body = asked.value.post_data_json
+        assert body is not None
+        assert body["messages"] == [{"role": "user", "content": "How many sheep?"}]
+        expect(chat.get_by_text("stopped" if stopped else "the line is full")).to_have_count(0)
+        seen.check(503)
+
+
+def test_with_an_admin_port_the_pages_say_what_is_where(browser: Browser, tmp_path: Path) -> None:
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    server = Server(tmp_path, "-c", "8192", "--admin-key", "root", "--admin-port", str(port))
+    admin = At(f"http://127.0.0.1:{port}")
+    try:
+        with watched(browser, server, "/") as seen:
+            expect(seen.page.locator(".notice")).to_contain_text("admin port (--admin-port): open this page there")
+            seen.check(404)
+        with watched(browser, server, "/chat") as seen:
+            chat = seen.page.get_by_role("region", name="Chat 1", exact=True)
+            expect(seen.page.locator(".state")).to_have_text("ready; live numbers are on the admin port")
+            seen.page.get_by_label("Longest reply").fill("8")
+            chat.get_by_label("Message to Chat 1").fill("Hi")
+            chat.get_by_label("Message to Chat 1").press("Enter")
+            expect(chat.locator(".badge")).to_be_visible()
+            seen.check(404)
+        with watched(browser, admin, "/", key="root") as seen:
+            expect(seen.page.get_by_text(re.compile(r"of 8,192 cells"))).to_be_visible()
+            seen.check()
+        with watched(browser, admin, "/chat", key="root") as seen:
+            chat = seen.page.get_by_role("region", name="Chat 1", exact=True)
+            chat.get_by_label("Message to Chat 1").fill("Hi")
+            chat.get_by_label("Message to Chat 1").press("Enter")
+            expect(chat.get_by_text("chat on the server's main port")).to_be_visible()
+            expect(chat.get_by_label("Message to Chat 1")).to_have_value("Hi")
+    finally:
+        server.close()
 
 
 def test_typing_tells_the_server_with_every_word_what_will_be_asked(browser: Browser, server: Server) -> None:

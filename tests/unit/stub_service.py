@@ -153,7 +153,7 @@ class StubService:
         return TokenLogprobs(-0.5, tuple((token - i, -0.5 - i) for i in range(request.n_logprobs)))
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
-        return self.found or Whereabouts(len(tokens), 2, 5)
+        return self.found or Whereabouts(len(tokens), 2, 5, {"disk": 64} if deep else {})
 
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:
         self.allowed[namespace] = allowance
@@ -246,6 +246,7 @@ _SCHEDULER = SchedulerStatistics(
     prefilling=2,
     decoding=3,
     swapped=0,
+    users=4,
     submitted_total=10,
     finished_total={"stop": 4},
     rejected_total=0,

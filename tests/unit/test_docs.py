@@ -12,7 +12,7 @@ from typer.main import get_command
 
 import pasture
 from pasture.cli.main import app
-from pasture.config import setting_specs
+from pasture.config import load_configuration, setting_specs
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -85,6 +85,11 @@ def test_every_setting_has_an_environment_variable_and_a_toml_key() -> None:
         assert name == name.lower()
         assert tomllib.loads(f"{name} = 1") == {name: 1}, "a bare key of TOML"
         assert spec.help.endswith("."), f"{name}: help is a sentence"
+
+
+def test_the_services_example_is_a_configuration() -> None:
+    configuration = load_configuration(config_file=ROOT / "deploy" / "pasture.toml")
+    assert configuration.settings.model == "/srv/models/model.gguf"
 
 
 def test_every_command_and_every_flag_is_documented() -> None:

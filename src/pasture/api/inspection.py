@@ -173,6 +173,7 @@ def _props(gateway: Gateway) -> Json:
             "form": shape.form.value,
             "bytes": statistics.live_bytes,
         },
+        "turn_ahead": gateway.settings.turn_ahead,
         "modalities": {"vision": False, "audio": False},
         "chat_template": template.source,
         "bos_token": template.bos,

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pasture.config import format_bytes, format_seconds
+from pasture.config import format_bytes
 
 STRIP_CHARACTERS = 72
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -26,7 +26,7 @@ def picture(snapshot: Json, history: Sequence[float], url: str) -> RenderableTyp
 def title(snapshot: Json, url: str, remark: str = "") -> Text:
     """One line: which model, where, since when."""
     text = Text("pasture ", style="bold")
-    text.append(f"{snapshot['model']} at {url}, up {format_seconds(round(snapshot['uptime_seconds']))}", style="not bold dim")
+    text.append(f"{snapshot['model']} at {url}, up {_lasting(snapshot['uptime_seconds'])}", style="not bold dim")
     if snapshot["draining"]:
         text.append(" draining", style="yellow")
     if remark:
@@ -48,7 +48,7 @@ def _headline(snapshot: Json) -> Text:
     text.append(f" prompt tokens reused ({share})   ")
     text.append(f"{headline['computed_tokens']:,}", style="bold")
     text.append(" computed   ")
-    text.append("–" if saved is None else format_seconds(round(saved)), style="bold green")
+    text.append("–" if saved is None else _lasting(saved), style="bold green")
     text.append(" of computing saved")
     return text
 
@@ -58,6 +58,7 @@ def _now(snapshot: Json, history: Sequence[float]) -> Table:
     states = {"decoding": "replying", "prefilling": "reading", "waiting": "waiting", "swapped": "swapped out"}
     now = ", ".join(f"{requests[state]} {word}" for state, word in states.items())
     table = Table.grid(padding=(0, 2))
+    table.add_row("users", f"{requests['users']:,} now")
     table.add_row("requests", f"{now}; {requests['finished']:,} answered, {requests['rejected']:,} turned away")
     table.add_row("tokens/s", ", ".join(f"{rate:,.0f} {what}" for what, rate in rates.items()))
     table.add_row("", Text(_spark(history), style="green"))
@@ -87,7 +88,7 @@ def _strip(pool: Json) -> Text:
         (used, "▒", "green"),
         (cells, "·", "dim"),
     ):
-        end = round(upto / cells * STRIP_CHARACTERS)
+        end = round(upto / max(1, cells) * STRIP_CHARACTERS)
         text.append(character * max(0, end - drawn), style=style)
         drawn = max(drawn, end)
     return text
@@ -137,11 +138,18 @@ def _named(table: Table) -> Table:
 def _spread(percentiles: Json | None) -> str:
     if percentiles is None:
         return "nobody in the last minute"
-    return ", ".join(f"{name} {_short(percentiles[name])}" for name in ("p50", "p95", "p99"))
+    return ", ".join(f"{name} {_lasting(percentiles[name])}" for name in ("p50", "p95", "p99"))
 
 
-def _short(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+def _lasting(seconds: float) -> str:
+    """As the dashboard says it: `250 ms`, `9.1 s`, `9 min 7 s`, `2 h 5 min`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _spark(values: Sequence[float]) -> str:

@@ -109,6 +109,8 @@ class SchedulerStatistics:
     prefilling: int
     decoding: int
     swapped: int
+    users: int
+    """whose requests these are; as they are queued: by the name that a request gives, else its key, else its address"""
     submitted_total: int
     finished_total: Mapping[str, int]
     """by finish reason"""

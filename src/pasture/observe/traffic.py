@@ -16,7 +16,11 @@ from pasture.observe.requests import LoggedRequest, Message
 _CHARACTERS_A_TOKEN = 4
 _QUOTED = 60
 _LONG = 200
-"""characters from which on a paragraph counts as a document"""
+"""characters from which on a paragraph counts as a document, and a text as one that goes on alike"""
+_CHANGE = 400
+"""characters that a change takes at most"""
+_NEIGHBOURS = 8
+"""prompts that each is compared with: so many applications may take turns"""
 _TIME = re.compile(
     r"\d{1,2}:\d{2}|\d{4}-\d{2}-\d{2}|\d{1,2}[./]\d{1,2}[./]\d{2,4}|\b1\d{9,12}\b"
     r"|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b",
@@ -31,22 +35,26 @@ def examine_traffic(requests: Sequence[LoggedRequest]) -> list[Finding]:
 
 
 def changing_head(requests: Sequence[LoggedRequest]) -> Finding | None:
-    """System prompts that are the same but for a few characters near their beginning."""
+    """System prompts that are the same but for a short change near their beginning, and perhaps for their end."""
     prompts = list(dict.fromkeys(request.system for request in requests if request.system))
     for first, second in _pairs(prompts):
-        at, end_first, end_second = _difference(first, second)
-        agree = at + len(first) - end_first
-        if agree < 0.7 * max(len(first), len(second)) or at > 0.5 * len(first):
+        at = _agreeing(first, second)
+        again = _again(first, second, at)
+        if again is None:
             continue
-        one, other = _around(first, at, end_first), _around(second, at, end_second)
+        on_first, on_second = again
+        behind = _agreeing(first[on_first:], second[on_second:])
+        if behind < at:
+            continue
+        one, other = _around(first, at, on_first), _around(second, at, on_second)
         timed = bool(_TIME.search(one) and _TIME.search(other))
         what = "a timestamp" if timed else "something that changes"
-        lost = (len(first) - at) // _CHARACTERS_A_TOKEN
         n = sum(request.system.startswith(first[:at]) for request in requests)
         return Finding(
             "timestamp_in_head" if timed else "changing_head",
             f"{what} stands {at} characters into a system prompt that is otherwise the same",
-            f"{n} requests begin alike; then “{one}” and “{other}”. About {lost} tokens behind it are computed again each time",
+            f"{n} requests begin alike; then “{one}” and “{other}”. "
+            f"About {behind // _CHARACTERS_A_TOKEN} tokens behind it are computed again each time",
             "move it to the end of the system prompt, or into the last user message"
             + ("; a date without the time changes once a day" if timed else ""),
         )
@@ -119,16 +127,19 @@ def edited_history(requests: Sequence[LoggedRequest]) -> Finding | None:
         for index, (before, after) in enumerate(zip(earlier.messages, later.messages, strict=False)):
             if before == after:
                 continue
-            if index == 0 or _THINKING.sub("", before.content).strip() == after.content.strip():
+            if _THINKING.sub("", before.content).strip() == after.content.strip():
                 break
-            if after in earlier.messages[index + 1 :]:
+            cut = after in earlier.messages[index + 1 :]
+            if index == 0:  # no system prompt: one equal message is somebody who says it again, two in a row are a past
+                cut = cut and any(later.messages[:2] == pair for pair in pairwise(earlier.messages))
+            if cut:
                 return Finding(
                     "history_cut_at_the_front",
                     "old messages are dropped from the beginning of a conversation, so nothing behind them is found",
                     f"line {later.line} goes on from line {earlier.line} without its message {index + 1}",
                     "drop many messages seldom instead of one every turn, or summarise them once",
                 )
-            if not any(message in later.messages[index + 1 :] for message in earlier.messages[index + 1 :]):
+            if index == 0 or not any(message in later.messages[index + 1 :] for message in earlier.messages[index + 1 :]):
                 break  # a branch: nothing of what came after was kept
             return Finding(
                 "edited_history",
@@ -168,21 +179,32 @@ _RULES: tuple[Callable[[Sequence[LoggedRequest]], Finding | None], ...] = (
 
 
 def _pairs(prompts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Neighbours in sorted order: those with the longest common beginnings."""
-    return pairwise(sorted(prompts))
+    """Each with the next few in sorted order: those with the longest common beginnings, also where applications take turns."""
+    ordered = sorted(prompts)
+    for index, first in enumerate(ordered):
+        for second in ordered[index + 1 : index + 1 + _NEIGHBOURS]:
+            yield first, second
 
 
-def _difference(first: str, second: str) -> tuple[int, int, int]:
-    """Where two texts begin to differ, and where in each the common end begins."""
-    at = _agreeing(first, second)
-    tail = _agreeing(first[at:][::-1], second[at:][::-1])
-    return at, len(first) - tail, len(second) - tail
+def _again(first: str, second: str, at: int) -> tuple[int, int] | None:
+    """Where in each the text goes on alike behind a short change that begins at `at`; None where it does not."""
+    for start in range(at, min(at + _CHANGE, len(first) - _LONG + 1)):
+        found = second.find(first[start : start + _LONG], at, at + _CHANGE + _LONG)
+        if found >= 0:
+            return start, found
+    return None
 
 
 def _agreeing(first: str, second: str) -> int:
-    """Characters from the start."""
-    shorter = min(len(first), len(second))
-    return next((i for i, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), shorter)
+    """Characters from the start. Halves the stretch in question, so that comparing is not Python's but C's."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _around(text: str, start: int, end: int) -> str:

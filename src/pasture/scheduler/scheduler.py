@@ -495,6 +495,7 @@ class Scheduler:
             prefilling=len(self.running) - decoding,
             decoding=decoding,
             swapped=len(self.swapped),
+            users=len({(task.request.namespace, task.request.user) for task in self._tasks.values()}),
             submitted_total=accounts.submitted,
             finished_total={str(reason): n for reason, n in accounts.finished.items()},
             rejected_total=0,

@@ -99,7 +99,7 @@ def web_routes(service: Service, live: Live) -> APIRouter:
         if not path:
             raise HTTPException(404, "no such prefix is in the live cache now")
         node = path[-1]
-        found = await service.locate(node.namespace, [token for step in path for token in step.tokens])
+        found = await service.locate(node.namespace, [token for step in path for token in step.tokens], deep=True)
         shown = node.tokens[:SHOWN_TOKENS]
         text = b"".join(service.vocabulary.piece(token, special=True) for token in shown)
         answer = {
@@ -107,7 +107,8 @@ def web_routes(service: Service, live: Live) -> APIRouter:
             "text": text.decode(errors="replace"),
             "tokens_shown": len(shown),
             "tokens": node.n_tokens,
-            "ram_tokens": min(node.n_tokens, max(0, found.ram_tokens - node.start)),
+            "ram_tokens": _of(node, found.ram_tokens),
+            "slow_tokens": {tier: _of(node, n_tokens) for tier, n_tokens in found.slow_tokens.items()},
         }
         return Response(orjson.dumps(answer), media_type="application/json", headers={"cache-control": "no-store"})
 
@@ -123,6 +124,11 @@ def path_to(number: int, prefixes: Sequence[PrefixStatistics]) -> list[PrefixSta
         path.append(step)
         step = None if step.parent is None else known[step.parent]
     return path[::-1]
+
+
+def _of(node: PrefixStatistics, n_tokens: int) -> int:
+    """How many of a prefix's own tokens are among so many from the beginning of its conversation."""
+    return min(node.n_tokens, max(0, n_tokens - node.start))
 
 
 def _file(file: StaticFile, request: Request) -> Response:

@@ -98,6 +98,7 @@ def _headline(statistics: ServiceStatistics) -> Json:
 
 def _requests(scheduler: SchedulerStatistics) -> Json:
     return {
+        "users": scheduler.users,
         "waiting": scheduler.waiting,
         "prefilling": scheduler.prefilling,
         "decoding": scheduler.decoding,
@@ -118,7 +119,7 @@ def _pool(statistics: ServiceStatistics) -> Json:
         "shared_cells": pool.shared_cells,
         "saved_cells": pool.saved_cells,
         "peak_cells": pool.peak_cells,
-        "cell_bytes": statistics.live_bytes / pool.shape.n_cells,
+        "cell_bytes": statistics.live_bytes / max(1, pool.shape.n_cells),  # an ingress without a replica has no cells
         "bytes": statistics.live_bytes,
         "layout": pool.shape.layout.value,
         "form": pool.shape.form.value,

@@ -31,6 +31,15 @@ def test_a_healthy_log_ends_with_0(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("Nothing wrong found in 1 requests")
 
 
+def test_only_line_ends_end_a_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON lets line separators of other kinds stand in its strings as they are."""
+    said = {"messages": [{"role": "user", "content": "one\u2028two\u0085three\u2029"}]}
+    file = tmp_path / "requests.jsonl"
+    file.write_bytes(b"\r\n".join([json.dumps(said, ensure_ascii=False).encode()] * 2))
+    assert ended(str(file)) == 0
+    assert capsys.readouterr().out.startswith("Nothing wrong found in 2 requests")
+
+
 def test_a_fault_ends_with_3_and_says_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(log_of(tmp_path, SORTED, TURNED)) == 3
     assert "change: sort the tools by name" in capsys.readouterr().out

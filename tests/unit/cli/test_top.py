@@ -43,6 +43,16 @@ def test_the_strip_adds_up_and_shows_shared_first() -> None:
     assert strip == "█" * 36 + "▒" * 18 + "·" * 18
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.25, "250 ms"), (9.14, "9.1 s"), (59.7, "1 min 0 s"), (547.02, "9 min 7 s"), (3599.8, "1 h 0 min"), (7500, "2 h 5 min")],
+)
+def test_times_are_said_as_the_dashboard_says_them(seconds: float, words: str) -> None:
+    shown = snapshot()
+    shown["headline"]["saved_seconds"] = seconds
+    assert f"computed   {words} of computing saved" in drawn(shown, [0.0])
+
+
 def test_names_from_the_server_are_text_and_not_markup() -> None:
     shown = snapshot() | {"model": "[red]evil[/]"}
     assert "[red]evil[/]" in drawn(shown, [0.0])

@@ -70,9 +70,15 @@ class Copying(Healthy):
 
 
 class SlowTier(Healthy):
+    """A remote tier so slow that nothing is even sent there."""
+
     def statistics(self) -> ServiceStatistics:
         found = super().statistics()
-        return dataclasses.replace(found, store=dataclasses.replace(found.store, gate_refusals={"fetch": 3}))
+        return dataclasses.replace(found, store=dataclasses.replace(found.store, gate_refusals={"spill": 3}))
+
+    def tier(self, tier: TierStatistics) -> TierStatistics:
+        rate = tier.bytes_per_second if tier.name == "ram" else 4e3
+        return dataclasses.replace(super().tier(tier), bytes_per_second=rate)
 
 
 def without_amx() -> StubService:
@@ -83,8 +89,10 @@ def without_amx() -> StubService:
 def doctor(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]]]:
     """Exit code and findings."""
     with pytest.raises(SystemExit) as end:
-        main(["doctor", *arguments, "--json"])
-    return int(end.value.code or 0), json.loads(capsys.readouterr().out)["findings"]
+        main(["doctor", *arguments, "--watch", "0", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["unseen"] == []
+    return int(end.value.code or 0), told["findings"]
 
 
 @contextmanager
@@ -139,8 +147,24 @@ def test_3_an_edited_history(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_4_a_template_that_strips_reasoning(capsys: pytest.CaptureFixture[str], enough_memory: None) -> None:
-    with served(Healthy(), ApiSettings(chat_template=STRIPPING)) as url:
+    with served(Healthy(), ApiSettings(chat_template=STRIPPING, turn_ahead=False)) as url:
         found(doctor(url, capsys=capsys), "template_strips_reasoning", "<think>")
+
+
+def test_a_template_may_strip_reasoning_where_the_next_turn_is_made_ready(
+    capsys: pytest.CaptureFixture[str], enough_memory: None
+) -> None:
+    with served(Healthy(), ApiSettings(chat_template=STRIPPING)) as url:
+        assert doctor(url, capsys=capsys) == (0, [])
+
+
+def test_what_does_not_open_to_the_key_is_named(capsys: pytest.CaptureFixture[str], enough_memory: None) -> None:
+    with served(Healthy(), ApiSettings(api_keys=("theirs",), admin_key="root")) as url, pytest.raises(SystemExit) as end:
+        main(["doctor", url, "--api-key", "root", "--watch", "0"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert end.value.code in (0, None)
+    assert "Nothing wrong found" in told
+    assert "Not looked at, because it does not open to this key or on this port: the chat template (/apply-template)." in told
 
 
 def test_5_a_pool_too_small_with_the_size_that_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,13 +199,13 @@ def test_9_repacked_weights_turned_off(capsys: pytest.CaptureFixture[str], enoug
 
 def test_10_a_tier_slower_than_recomputing(capsys: pytest.CaptureFixture[str], enough_memory: None) -> None:
     with served(SlowTier()) as url:
-        found(doctor(url, capsys=capsys), "tier_slower_than_computing", "3 fetches refused")
+        found(doctor(url, capsys=capsys), "tier_slower_than_computing", "3 x spill")
 
 
 def test_a_live_pool_that_is_too_small_is_told_a_size_too(capsys: pytest.CaptureFixture[str], enough_memory: None) -> None:
     with served(SmallPool()) as url:
         (finding,) = found(doctor(url, capsys=capsys), "pool_too_small", "9,000 tokens were evicted")
-    assert "--kv-cells 9100" in finding["advice"]
+    assert f"--kv-cells {100 + 4096}" in finding["advice"]
 
 
 def found(told: tuple[int, list[dict[str, Any]]], name: str, evidence: str) -> list[dict[str, Any]]:

@@ -57,6 +57,32 @@ def test_a_name_at_the_head_is_something_that_changes() -> None:
     assert "“Ada.” and “Bob.”" in finding.evidence
 
 
+def test_a_timestamp_is_found_where_the_prompts_end_differs_too() -> None:
+    (finding,) = examine(
+        *(
+            {"messages": said("Hi", system=f"It is 09:{minute}. {RULES} User: {user}, {'since long ' * 60}")}
+            for minute, user in ((10, "Ada"), (11, "Bob"))
+        )
+    )
+    assert finding.name == "timestamp_in_head"
+    assert f"About {len(f'. {RULES} User: ') // 4} tokens" in finding.evidence
+
+
+def test_applications_that_take_turns_do_not_hide_a_timestamp() -> None:
+    jobs = (RULES, "You are the assistant of a bakery. Be warm, sell bread, and never invent prices. " * 7)
+    (finding,) = examine(
+        *({"messages": said("Hi", system=f"It is 09:{minute}. {jobs[minute % 2]}")} for minute in range(10, 14))
+    )
+    assert finding.name == "timestamp_in_head"
+
+
+def test_a_change_behind_most_of_a_prompt_costs_little() -> None:
+    assert (
+        examine(*({"messages": said("Hi", system=f"{RULES} You talk to {name}. {RULES[:300]}")} for name in ("Ada", "Bob")))
+        == []
+    )
+
+
 def test_different_prompts_are_no_changing_head() -> None:
     assert examine({"messages": said("Hi")}, {"messages": said("Hi", system="Quite another job. " * 20)}) == []
 
@@ -112,6 +138,18 @@ def test_a_past_that_loses_its_beginning_is_found() -> None:
     talk = ["one", "1", "two", "2", "three", "3", "four"]
     found = examine({"user": "ada", "messages": said(*talk[:5])}, {"user": "ada", "messages": said(*talk[2:])})
     assert names(found) == ["history_cut_at_the_front"]
+
+
+def test_a_window_that_slides_without_a_system_prompt_is_found() -> None:
+    talk = said("one", "1", "two", "2", "three", "3", "four")[1:]
+    found = examine({"user": "ada", "messages": talk[:5]}, {"user": "ada", "messages": talk[2:]})
+    assert names(found) == ["history_cut_at_the_front"]
+
+
+def test_who_says_the_same_again_has_cut_nothing() -> None:
+    talk = said("one", "1", "thanks")[1:]
+    anew = said("thanks", "You're welcome.", "one")[1:]
+    assert examine({"user": "ada", "messages": talk}, {"user": "ada", "messages": anew}) == []
 
 
 def test_equal_prompts_of_tenants_are_found() -> None:

@@ -346,3 +346,14 @@ def test_layouts_other_than_unified_keep_the_limit_too() -> None:
         scheduler.commit(plan, engine.execute(plan))
         assert scheduler.pool.holdings.held_by.get(Namespace("l"), 0) <= 260
     assert not scheduler.busy
+
+
+def test_whoever_asks_for_several_things_is_one_user_and_only_while_they_last() -> None:
+    server = Server(max_running=1)
+    for i, user in enumerate(("ada", "ada", "bob")):
+        server.submit(f"{user} {i}", prompt_of(i, 40), 4, user=user)
+    server.submit("another bob", prompt_of(3, 40), 4, tenant="other", user="bob")
+    server.step(2)
+    assert server.scheduler.statistics().users == 3, "one runs, the others wait"
+    server.run()
+    assert server.scheduler.statistics().users == 0

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from typing import Any
 
-from pasture.core.statistics import ServiceStatistics
-from pasture.core.values import Form, SeqId
+from rich.console import Console
+
+from pasture.cli import top_picture
+from pasture.cluster.sums import total
+from pasture.core.statistics import NamespaceStatistics, ServiceStatistics
+from pasture.core.values import Form, Namespace, SeqId
 from pasture.web import Live, Recent
-from pasture.web.snapshot import MAX_SEQUENCES
+from pasture.web.snapshot import MAX_NAMESPACES, MAX_SEQUENCES
 from tests.unit.stub_service import StubService
 
 
@@ -153,13 +158,26 @@ def test_the_pool_is_drawn_anew_when_it_has_changed() -> None:
     assert [row[2] for row in after] == [before[0][2] + 1, *(row[2] for row in before[1:])]
 
 
-def test_a_thousand_sequences_are_cut_to_the_longest() -> None:
+def test_an_ingress_without_a_replica_is_drawn_as_empty() -> None:
+    lost = total(StubService.model, [], draining=False)
+    shown = picture(Live(lambda: lost, lambda: "stub", Hands(), Recent(Hands()), Recent(Hands())))
+    assert (shown["pool"]["cells"], shown["pool"]["cell_bytes"], shown["tiers"]) == (0, 0, [])
+    text = Console(file=io.StringIO(), width=100)
+    text.print(top_picture.picture(shown, [0.0], "http://herd:8080"))
+    assert isinstance(text.file, io.StringIO)
+    assert "– of 0 cells" in text.file.getvalue()
+
+
+def test_of_a_thousand_sequences_and_tenants_the_page_is_sent_the_largest() -> None:
     growing, clock = Growing(), Hands()
     (one, *_) = growing.value.pool.sequences
-    many = tuple(dataclasses.replace(one, sequence=SeqId(i), n_tokens=i) for i in range(1000))
-    growing.value = dataclasses.replace(growing.value, pool=dataclasses.replace(growing.value.pool, sequences=many))
+    sequences = tuple(dataclasses.replace(one, sequence=SeqId(i), n_tokens=i) for i in range(1000))
+    tenants = tuple(NamespaceStatistics(Namespace(f"tenant {i}"), 8, 4, 1, i, 0) for i in range(1000))
+    pool = dataclasses.replace(growing.value.pool, sequences=sequences, namespaces=tenants)
+    growing.value = dataclasses.replace(growing.value, pool=pool)
     live, _, _ = live_of(growing, clock)
     shown = picture(live)
-    assert shown["pool"]["sequences"] == 1000
+    assert (shown["pool"]["sequences"], shown["pool"]["namespaces"]) == (1000, 1000)
     assert {row[0] for row in shown["sequences"]} == set(range(1000 - MAX_SEQUENCES, 1000))
-    assert len(live.snapshot()) < 20_000
+    assert {row[4] for row in shown["namespaces"]} == set(range(1000 - MAX_NAMESPACES, 1000))
+    assert len(live.snapshot()) < 16 * 1024

@@ -131,7 +131,14 @@ async def test_what_a_prefix_says_is_told_to_the_administrator_alone() -> None:
         assert (await client.get(path)).status_code == 401
         assert (await client.get(path, headers=bearer("theirs"))).status_code == 401
         shown = await client.get(path, headers=bearer("root"))
-        assert shown.json() == {"number": 7, "text": SECRET, "tokens_shown": len(SECRET), "tokens": 30, "ram_tokens": 5}
+        assert shown.json() == {
+            "number": 7,
+            "text": SECRET,
+            "tokens_shown": len(SECRET),
+            "tokens": 30,
+            "ram_tokens": 5,
+            "slow_tokens": {"disk": 30},
+        }
         assert (await client.get("/v1/admin/prefixes/8", headers=bearer("root"))).status_code == 404
     async with client_of() as client:
         assert (await client.get(path)).status_code == 404, "without an admin key the route does not exist"

@@ -6,13 +6,15 @@ import { ask, events, follow, key } from "./server.js";
 import { header, keyDialog, openKey, speak } from "./shell.js";
 import { count, percent, plural, seconds } from "./words.js";
 
+const NOT_HERE = "nothing is generated on this port: chat on the server's main port";
+
 const page = document.getElementById("app");
 page.replaceChildren();
 const view = { state: "starting", snapshot: null, chats: [], made: 0, document: "", fileName: "", maxTokens: 200 };
 
 function open(messages = [], forked = null) {
   view.made += 1;
-  const chat = { id: view.made, name: `Chat ${view.made}`, messages, forked, withDocument: true, leaving: null };
+  const chat = { id: view.made, name: `Chat ${view.made}`, messages, forked, withDocument: true, leaving: null, trouble: null };
   view.chats.push(chat);
   return chat;
 }
@@ -27,18 +29,15 @@ function close(chat) {
 /** A new chat with everything up to and including a message. */
 function fork(chat, index) {
   const messages = chat.messages.slice(0, index + 1).map((message) => ({ ...message }));
-  const branch = open(messages, { from: chat.name, messages: messages.length, before: view.snapshot && written(view.snapshot), extra: null });
+  const branch = open(messages, { from: chat.name, messages: messages.length, first: null });
   branch.withDocument = chat.withDocument;
   draw();
   speak(`${branch.name} is a fork of ${chat.name}`);
   document.getElementById(`say-${branch.id}`)?.focus();
 }
 
-/** Cells in use beyond what was computed or brought back for anybody: what a fork would add to, if it copied anything. */
-const written = ({ pool, headline: h }) => pool.used_cells - h.computed_tokens - h.generated_tokens - h.ahead_tokens - h.restored_tokens;
-
 function prompt(chat) {
-  const messages = chat.messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
+  const messages = chat.messages.map(({ role, content }) => ({ role, content }));
   const document_ = view.document.trim();
   if (document_ && chat.withDocument) messages.unshift({ role: "system", content: `Answer from this document.\n\n${document_}` });
   return messages;
@@ -46,6 +45,7 @@ function prompt(chat) {
 
 async function say(chat, text) {
   if (chat.leaving || !text.trim()) return;
+  chat.trouble = null;
   chat.messages.push({ role: "user", content: text.trim() });
   const body = {
     model: view.snapshot?.model ?? "default",
@@ -72,13 +72,28 @@ async function say(chat, text) {
       if (event.usage) reply.usage = event.usage;
       reply.found ??= event.pasture?.choices[0].cache?.found ?? null;
     }
+    if (!reply.usage) throw new Error("the connection ended before the reply did");
+    if (chat.forked) chat.forked.first ??= reply.usage;
   } catch (error) {
     if (error.status === 401) openKey();
-    reply.trouble = error.name === "AbortError" ? "stopped" : error.message;
+    endEarly(chat, reply, error);
   }
   chat.leaving = null;
   draw();
-  speak(`${chat.name} has answered. ${badgeWords(reply)}`);
+  speak(chat.trouble ? `${chat.name}: ${chat.trouble}` : `${chat.name} has answered. ${badgeWords(reply)}`);
+}
+
+/** Keeps what has come of a reply. Of one without a word nothing is kept: its question goes back to where it was typed. */
+function endEarly(chat, reply, error) {
+  const trouble = error.name === "AbortError" ? "stopped" : error.status === 404 ? NOT_HERE : error.message;
+  if (reply.content) {
+    reply.trouble = trouble;
+    return;
+  }
+  chat.trouble = trouble;
+  const [question] = chat.messages.splice(-2);
+  const field = document.getElementById(`say-${chat.id}`);
+  if (field) field.value = [question.content, field.value].filter(Boolean).join("\n");
 }
 
 let drawing = 0;
@@ -140,8 +155,9 @@ const column = (chat) => html`
       ${view.document.trim() ? html`<label class="note"><input type="checkbox" .checked=${chat.withDocument} @change=${(event) => { chat.withDocument = event.target.checked; }}> document</label>` : nothing}
       <button type="button" class="quiet" @click=${() => close(chat)} aria-label="Close ${chat.name}">Close</button></div>
     ${chat.forked ? html`<p class="fork-note">A fork of ${chat.forked.from} after ${plural(chat.forked.messages, "message")}:
-      <strong class="extra">${chat.forked.extra !== null ? plural(chat.forked.extra, "extra cell") : view.state === "live" ? "…" : "nothing is copied"}</strong></p>` : nothing}
+      <strong>${forkWords(chat.forked)}</strong></p>` : nothing}
     <ol class="messages" tabindex="0" aria-label="Messages of ${chat.name}">${chat.messages.map((message, index) => bubble(chat, message, index))}</ol>
+    ${chat.trouble ? html`<p class="bad">${chat.trouble}</p>` : nothing}
     <form class="say" @submit=${(event) => { event.preventDefault(); send(chat); }}>
       <label class="unseen" for="say-${chat.id}">Message to ${chat.name}</label>
       <textarea id="say-${chat.id}" rows="2" placeholder="Message" @input=${(event) => typing(chat, event.target)} @keydown=${(event) => sendOnEnter(event, chat)}></textarea>
@@ -183,16 +199,25 @@ function send(chat) {
 
 const bubble = (chat, message, index) => html`
   <li class="message ${message.role}"><span class="who">${message.role === "user" ? "You" : "Reply"}</span>
-    <p class="text">${message.content || (message.trouble ? "" : "…")}</p>
+    <p class="text">${message.content || (message.usage ? "(an empty reply)" : "…")}</p>
     <div class="under">
       ${message.trouble ? html`<span class="bad">${message.trouble}</span>` : nothing}
       ${message.usage ? html`<span class="badge">${badgeWords(message)}</span>` : nothing}
       ${message.role === "assistant" && message.content && !(chat.leaving && index === chat.messages.length - 1) ? html`<button type="button" class="quiet" @click=${() => fork(chat, index)}>Fork here</button>` : nothing}
     </div></li>`;
 
+const reusedOf = (usage) => usage.prompt_tokens_details?.cached_tokens ?? 0;
+
+/** What a fork costs is known when it has been asked something. */
+function forkWords({ first }) {
+  if (!first) return "nothing is copied";
+  const reused = reusedOf(first);
+  return `its first reply reused ${plural(reused, "token")} and computed ${count(first.prompt_tokens - reused)}`;
+}
+
 function badgeWords({ usage, found, first }) {
   if (!usage) return "";
-  const reused = usage.prompt_tokens_details?.cached_tokens ?? 0;
+  const reused = reusedOf(usage);
   return `reused ${count(reused)} of ${plural(usage.prompt_tokens, "token")}${whence(reused, found)}${first === null ? "" : ` · first token ${seconds(first)}`}`;
 }
 
@@ -200,7 +225,7 @@ function badgeWords({ usage, found, first }) {
 function whence(reused, found) {
   if (!reused || !found) return "";
   if (found.live >= reused) return ", live in the cache";
-  return found.ram >= reused ? ", from RAM" : ", from disk or just computed for another";
+  return found.ram >= reused ? ", from RAM" : ", from a slower tier or computed just before";
 }
 
 // Start
@@ -212,14 +237,11 @@ follow(
   (snapshot) => {
     view.state = "live";
     view.snapshot = snapshot;
-    for (const { forked } of view.chats) {
-      if (forked && forked.extra === null) forked.extra = Math.max(0, written(snapshot) - (forked.before ?? written(snapshot)));
-    }
     draw();
   },
   (state) => {
     // a user's key opens the chat, and on a server with an admin key not the numbers
-    view.state = state === "locked" && key("api") ? "private" : state;
+    view.state = state === "elsewhere" ? "apart" : state === "locked" && key("api") ? "private" : state;
     draw();
   },
 );

@@ -13,7 +13,7 @@ const SPEAK_EVERY = 30000;
 
 const page = document.getElementById("app");
 page.replaceChildren();
-const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, inRam: null, listed: false, unfolded: new Set(), turned: new Set() };
+const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, copies: null, listed: false, unfolded: new Set(), turned: new Set() };
 const history = { generated: [], first: [], inter: [] };
 let picture = null;
 let spokenAt = 0;
@@ -76,7 +76,7 @@ function push(list, value) {
 const busy = (r) => r.waiting + r.prefilling + r.decoding + r.swapped;
 
 function summary({ headline, requests, pool }) {
-  return `${plural(busy(requests), "request")} now. ${percent(headline.reused_tokens, headline.prompt_tokens)} of prompt tokens
+  return `${plural(requests.users, "user")} now, ${plural(busy(requests), "request")}. ${percent(headline.reused_tokens, headline.prompt_tokens)} of prompt tokens
     reused. ${percent(pool.used_cells, pool.cells)} of the live cache is used, ${count(pool.saved_cells)} cells are saved by sharing.`;
 }
 
@@ -85,13 +85,17 @@ function summary({ headline, requests, pool }) {
 const template = () => html`
   ${header({ here: "dashboard", model: view.snapshot?.model, state: view.state, draining: view.snapshot?.draining })}
   <main id="main">
-    ${view.state === "locked" ? locked() : nothing}
-    ${view.snapshot ? content(view.snapshot) : view.state === "locked" ? nothing : html`<p class="loading">Looking at the server …</p>`}
+    ${NOTICES[view.state]?.() ?? nothing}
+    ${view.snapshot ? content(view.snapshot) : view.state in NOTICES ? nothing : html`<p class="loading">Looking at the server …</p>`}
   </main>
   ${keyDialog(() => draw())}`;
 
-const locked = () => html`<p class="notice">This server shows its numbers to those who have its key.
-  <button type="button" @click=${openKey}>Enter the key</button></p>`;
+const NOTICES = {
+  locked: () => html`<p class="notice">This server shows its numbers to those who have its key.
+    <button type="button" @click=${openKey}>Enter the key</button></p>`,
+  elsewhere: () => html`<p class="notice">There are no live numbers on this port. The server has an admin port (<code>--admin-port</code>):
+    open this page there.</p>`,
+};
 
 const content = (snapshot) => html`
   ${headline(snapshot)} ${tiles(snapshot)} ${snapshot.cluster ? cluster(snapshot.cluster) : nothing} ${pool(snapshot)} ${tiers(snapshot)}
@@ -110,7 +114,7 @@ const headline = ({ headline: h }) => html`
 
 const tiles = ({ requests: r, rates, latency, headline: h, uptime_seconds: uptime }) => html`
   <section class="tiles" aria-label="Now">
-    ${tile("Requests now", count(busy(r)), `${r.decoding} replying, ${r.prefilling} reading, ${r.waiting} waiting${r.swapped ? `, ${r.swapped} swapped out` : ""}`)}
+    ${tile("Users now", count(r.users), `${plural(busy(r), "request")}: ${r.decoding} replying, ${r.prefilling} reading, ${r.waiting} waiting${r.swapped ? `, ${r.swapped} swapped out` : ""}`)}
     ${tile("Tokens a second", compact(rates.generated), `generated; ${compact(h.generated_tokens)} so far`, history.generated)}
     ${tile("Time to first token", seconds(latency.first_token?.p50), spread(latency.first_token), history.first)}
     ${tile("Between tokens", seconds(latency.inter_token?.p50), spread(latency.inter_token), history.inter)}
@@ -256,7 +260,7 @@ const describe = (node) =>
 
 function select(number) {
   view.selected = view.selected === number ? null : number;
-  view.text = view.inRam = null;
+  view.text = view.copies = null;
   draw();
   if (view.selected !== null) document.getElementById("detail")?.scrollIntoView({ block: "nearest" });
 }
@@ -269,7 +273,7 @@ function detail() {
   return html`<section id="detail" aria-labelledby="detail-title"><h2 id="detail-title">The chosen prefix</h2>
     <dl>
       <dt>Tokens</dt><dd>${count(node.start)} to ${count(node.start + node.tokens)} (${count(node.tokens)})</dd>
-      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}${view.inRam === null ? nothing : view.inRam ? `; a copy of ${plural(view.inRam, "token")} in RAM` : "; no copy in RAM yet"}</dd>
+      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}${view.copies === null ? nothing : `; ${copyWords(node, view.copies)}`}</dd>
       <dt>Held by</dt><dd>${plural(node.holders, "sequence")}${holders.length ? `: ${holders.slice(0, 24).join(", ")}${holders.length > 24 ? " …" : ""}` : ""}</dd>
       <dt>Hits</dt><dd>${plural(node.hits, "request")} found it here</dd>
       <dt>Saves</dt><dd>${saving(node)}</dd>
@@ -277,6 +281,15 @@ function detail() {
     </dl>
     ${view.text ? html`<pre tabindex="0" aria-label="What the prefix says">${view.text}</pre>` : html`<p><button type="button" @click=${showText}>Show what it says</button> <span class="note">needs the admin key</span></p>`}
   </section>`;
+}
+
+const PLACES = { RAM: "in RAM", disk: "on disk" };
+
+/** Which tiers hold how much of a prefix beside the live cache; it may have been split since they were asked. */
+function copyWords(node, copies) {
+  const held = Object.entries(copies).filter(([, tokens]) => tokens);
+  const words = held.map(([tier, tokens]) => `${plural(Math.min(tokens, node.tokens), "token")} ${PLACES[tier] ?? `in ${tier}`}`);
+  return words.length ? `copies of ${words.join(", ")}` : "no copy in a tier yet";
 }
 
 const saving = (node) =>
@@ -287,7 +300,7 @@ async function showText() {
   try {
     const found = await (await ask(`v1/admin/prefixes/${number}`)).json();
     if (view.selected !== number) return;
-    view.inRam = found.ram_tokens;
+    view.copies = { RAM: found.ram_tokens, ...found.slow_tokens };
     view.text = found.text + (found.tokens > found.tokens_shown ? ` … (${plural(found.tokens - found.tokens_shown, "token")} more)` : "");
   } catch (error) {
     if (error.status === 401) openKey();

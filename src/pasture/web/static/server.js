@@ -49,7 +49,10 @@ export async function* events(response) {
   }
 }
 
-/** Calls `onSnapshot` about twice a second for as long as the page is looked at, `onState` with what keeps it from doing so. */
+/**
+ * Calls `onSnapshot` about twice a second for as long as the page is looked at, `onState` with what keeps it from doing so.
+ * Ends where there are no numbers: they are on the server's admin port then.
+ */
 export async function follow(onSnapshot, onState) {
   for (let wait = 500; ; wait = Math.min(wait * 2, 8000)) {
     try {
@@ -68,7 +71,8 @@ export async function follow(onSnapshot, onState) {
       onState("ended");
     } catch (error) {
       if (error.name === "AbortError") continue;
-      onState(error instanceof Refused && error.status === 401 ? "locked" : "lost", error.message);
+      if (error.status === 404) return onState("elsewhere");
+      onState(error.status === 401 ? "locked" : "lost");
       if (error.status === 401) await keyChanged();
     }
     await new Promise((resolve) => setTimeout(resolve, wait));

@@ -10,6 +10,8 @@ const STATES = {
   ended: "the server ended the stream, trying again",
   locked: "a key is needed",
   private: "ready; live numbers need the admin key",
+  elsewhere: "live numbers are on the admin port",
+  apart: "ready; live numbers are on the admin port",
 };
 
 export const header = ({ here, model, state, draining }) => html`
