@@ -335,7 +335,7 @@ def open_store(
     return TieredStore(
         codec,
         memory,
-        gate or CostGate(cell_bytes),
+        gate or CostGate(cell_bytes, clock=clock),
         slow=slow,
         squeezer=Squeezer(memory, codec, compression, allowed),
         guard=MemoryGuard(budget_bytes, available, limits) if available is not None else None,

@@ -172,7 +172,7 @@ def test_a_lift_takes_no_more_than_ram_holds() -> None:
 
 def test_the_gate_refuses_before_anything_is_read() -> None:
     shelf = filled(LONG)
-    gate = CostGate(cell_bytes=24)
+    gate = CostGate(cell_bytes=24, clock=lambda: 0.0)
     gate.observe_prefill(1e9)
     store = fresh(shelf, gate=gate)
     lift(store, LONG)
