@@ -3,7 +3,8 @@
 An estimate made before anything is allocated: llama.cpp would otherwise be killed by the kernel while it clears its buffers,
 without a word. Counted: the KV cells, the logits buffer, the attention mask and the activations of one micro-batch, and the
 weights where they are read rather than mapped, which on a GPU they always are. The free memory of the machine is the smaller
-of what it and what the process's control groups still have; `device` knows a GPU's, whose own allocator has the last word. Stateless.
+of what it and what the process's control groups still have; `device` knows a GPU's, whose own allocator has the last word.
+Stateless.
 """
 
 from __future__ import annotations
