@@ -2,9 +2,9 @@
 
 What waits is a line of blocks in RAM (`unwritten`), so it costs no memory, needs no limit, and a block that is evicted before
 its turn is dropped rather than waited for. Parents come before children. A longer block that took a shorter one's place takes
-it in the slow tier too, once it is there itself. Where the gate says that reading back would lose, nothing is written. While a
-tier takes nothing, its line waits; what it did not take is offered again after a while, but not for ever. Others may overtake
-it meanwhile, since a tier can be full for some blocks and not for others: one of several servers is.
+it in the slow tier too, if and when it is there itself. Where the gate says that reading back would lose, nothing is written.
+While a tier takes nothing, its line waits; what it did not take is offered again after a while, but not for ever. Others may
+overtake it meanwhile, since a tier can be full for some blocks and not for others: one of several servers is.
 
 A slow tier that hangs stops its own thread and nothing else. Nothing raised in a tier leaves this thread.
 """
@@ -112,17 +112,18 @@ class Writer:
 
     def _write(self, item: Unwritten) -> None:
         block = item.block
-        if self._gate.spill_slow(self._tier.name, _tokens_of(block), block.n_bytes):
-            self.in_flight_bytes = block.n_bytes
-            taken = self._put(block)
-            self.in_flight_bytes = 0
-            if not taken and item.refusals + 1 < MAX_OFFERS:
-                self._memory.put_back(self._number, item)
-                if self._again_at is None:
-                    self._again_at = time.monotonic() + AGAIN_SECONDS
-                return
-        for key in item.supersedes:
-            self._remove(key)
+        if not self._gate.spill_slow(self._tier.name, _tokens_of(block), block.n_bytes):
+            return
+        self.in_flight_bytes = block.n_bytes
+        taken = self._put(block)
+        self.in_flight_bytes = 0
+        if taken:
+            for key in item.supersedes:
+                self._remove(key)
+        elif item.refusals + 1 < MAX_OFFERS:
+            self._memory.put_back(self._number, item)
+            if self._again_at is None:
+                self._again_at = time.monotonic() + AGAIN_SECONDS
 
     def _put(self, block: Block) -> bool:
         """Tiers promise not to raise; one that does is broken, which is its own trouble alone."""

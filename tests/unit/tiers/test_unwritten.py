@@ -147,6 +147,31 @@ def test_a_block_is_offered_again_and_not_for_ever(monkeypatch: pytest.MonkeyPat
         assert len(tier.blocks) == n_there
 
 
+class NoMore(OpenGate):
+    """Lets so many tokens be written, and no more at a time."""
+
+    def spill_slow(self, tier: str, n_tokens: int, n_bytes: int) -> bool:
+        return n_tokens <= 40
+
+
+@pytest.mark.parametrize("by_the_gate", [True, False])
+def test_a_shorter_block_stays_where_the_longer_one_is_not_taken(monkeypatch: pytest.MonkeyPatch, by_the_gate: bool) -> None:
+    monkeypatch.setattr(writing, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(writing, "PICTURE_SECONDS", 0.001)
+    talk = conversation(4, 60)
+    longer = path(talk)[0]
+    tier = ShelfTier() if by_the_gate else Refusing("moody", longer.key, refusals=MAX_OFFERS)
+    memory = MemoryTier(1 << 20, n_writers=1)
+    writer = writing.Writer(memory, 0, tier, NoMore() if by_the_gate else OpenGate())
+    shorter = block_at(path(talk[:30])[0], talk[:30])
+    memory.insert(shorter)
+    assert writer.flush(20)
+    memory.insert(block_at(longer, talk))
+    assert writer.flush(20)
+    assert list(tier.blocks) == [shorter.address.key]
+    assert writer.stop(20)
+
+
 def test_a_refused_block_waits_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "AGAIN_SECONDS", 3600.0)
     tier = Refusing("full for one", FIRST.key, refusals=10**6)
