@@ -13,6 +13,7 @@ from pasture.core.storage import BlockKey
 from pasture.core.values import Form
 from pasture.tiers import writing
 from pasture.tiers.block import Block
+from pasture.tiers.compression import Compression, Squeezer
 from pasture.tiers.gate import OpenGate
 from pasture.tiers.keys import Address, chain, root_key
 from pasture.tiers.memory import MemoryTier
@@ -162,7 +163,8 @@ def test_a_shorter_block_stays_where_the_longer_one_is_not_taken(monkeypatch: py
     longer = path(talk)[0]
     tier = ShelfTier() if by_the_gate else Refusing("moody", longer.key, refusals=MAX_OFFERS)
     memory = MemoryTier(1 << 20, n_writers=1)
-    writer = writing.Writer(memory, 0, tier, NoMore() if by_the_gate else OpenGate())
+    squeezer = Squeezer(memory, PlainCodec(), Compression.OFF, ())
+    writer = writing.Writer(memory, 0, tier, NoMore() if by_the_gate else OpenGate(), squeezer)
     shorter = block_at(path(talk[:30])[0], talk[:30])
     memory.insert(shorter)
     assert writer.flush(20)
