@@ -140,8 +140,8 @@ class Readers:
         self._queue: SimpleQueue[PromptLift | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._lifts: set[PromptLift] = set()
-        self._reading_since: dict[int, float] = {}
-        """reader -> when it began the call that it is in"""
+        self._calls: dict[int, tuple[float, int]] = {}
+        """reader -> when it began the call that it is in, and how many tokens' KV that brings"""
         self._closed = False
         self.errors = 0
         self._threads = [
@@ -176,7 +176,7 @@ class Readers:
     @property
     def in_flight_bytes(self) -> int:
         """What is being read at this moment, about."""
-        return len(self._reading_since) * self._gate.stored_bytes(BLOCK_TOKENS)
+        return self._gate.stored_bytes(sum(n_tokens for _, n_tokens in list(self._calls.values())))
 
     # Background
 
@@ -207,8 +207,8 @@ class Readers:
 
     def _stuck(self) -> bool:
         now = self._clock()
-        since = list(self._reading_since.values())
-        return len(since) == len(self._threads) and all(now - started > STUCK_SECONDS for started in since)
+        calls = list(self._calls.values())
+        return len(calls) == len(self._threads) and all(now - started > STUCK_SECONDS for started, _ in calls)
 
     # The readers
 
@@ -232,14 +232,14 @@ class Readers:
         if lift.done:
             lift.begin(())
             return
-        self._reading_since[reader] = self._clock()
+        self._calls[reader] = self._clock(), 0
         try:
             readings = plan(self._memory, self._tiers, self._gate, lift.trail, lift.have)
         except Exception:
             self._failed()
             readings = []
         finally:
-            del self._reading_since[reader]
+            del self._calls[reader]
         with self._lock:  # of two that plan at the same time, one sees what the other takes
             readings = within_room(self._memory, self._gate, readings, sum(other.coming_tokens for other in self._lifts))
             lift.begin(readings)
@@ -254,14 +254,15 @@ class Readers:
     def _read(self, reader: int, batch: Sequence[Reading], deadline: float) -> list[Pin]:
         """The batch's blocks in RAM, up to the first that did not come as it should."""
         tier = batch[0].tier
-        started = self._reading_since[reader] = self._clock()
+        started = self._clock()
+        self._calls[reader] = started, _tokens_of(batch)
         try:
             blocks = tier.get_batch([reading.address for reading in batch], max(0.0, deadline - started))
         except Exception:
             self._failed()
             return []
         finally:
-            del self._reading_since[reader]
+            del self._calls[reader]
         good: list[Block] = []
         for block, reading in zip(blocks, batch, strict=True):
             if block is None or not is_asked_for(block, reading):

@@ -254,6 +254,11 @@ class MemoryTier:
     def pinned_bytes(self) -> int:
         return self._books.pinned_bytes
 
+    @property
+    def gone_bytes(self) -> int:
+        """That have left from the beginning on, be it because a smaller form took their place."""
+        return self._books.gone_bytes
+
     def resize(self, budget_bytes: int) -> None:
         """Another budget; evicts at once what does not fit any more."""
         freed: list[Block] = []
