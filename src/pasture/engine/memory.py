@@ -3,18 +3,19 @@
 An estimate made before anything is allocated: llama.cpp would otherwise be killed by the kernel while it clears its buffers,
 without a word. Counted: the KV cells, the logits buffer, the attention mask and the activations of one micro-batch, and the
 weights where they are read rather than mapped, which on a GPU they always are. The free memory of the machine is the smaller
-of what it and what the control group still have; `device` knows a GPU's, whose own allocator has the last word. Stateless.
+of what it and what the process's control groups still have; `device` knows a GPU's, whose own allocator has the last word.
+Stateless.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from pasture.core.errors import DoesNotFit
 from pasture.core.values import ModelInfo
+from pasture.engine import control_groups
 from pasture.engine.settings import CELL_PADDING, EngineSettings
 
 MIB = 1 << 20
@@ -47,37 +48,10 @@ class MemoryPlan:
 
 
 def available_bytes() -> int:
-    """Memory this process can still take without swapping: the machine's, or the control group's if less."""
+    """Memory this process can still take without swapping: the machine's, or its control groups' if less."""
     available = int(psutil.virtual_memory().available)
-    for limit_file, used_file, cached in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-            "/sys/fs/cgroup/memory/memory.stat",
-        ),
-    ):
-        limit, used = _number_in(limit_file), _number_in(used_file)
-        if limit is not None and used is not None:
-            available = min(available, limit - used + _inactive_file_bytes(cached))
-    return max(0, available)
-
-
-def _number_in(path: str) -> int | None:
-    try:
-        text = Path(path).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _inactive_file_bytes(path: str) -> int:
-    """Page cache the kernel gives back when asked."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "total_inactive_file ")))
+    in_groups = control_groups.bytes_left()
+    return available if in_groups is None else min(available, in_groups)
 
 
 def plan_memory(info: ModelInfo, settings: EngineSettings, *, n_embd: int, available: int | None = None) -> MemoryPlan:

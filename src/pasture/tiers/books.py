@@ -18,6 +18,8 @@ class Books:
     def __init__(self) -> None:
         self.bytes = 0
         self.pinned_bytes = 0
+        self.gone_bytes = 0
+        """that have left from the beginning on, in larger forms of what is still here too"""
         self.hit_tokens = 0
         self.missed_tokens = 0
         self.read_bytes = 0
@@ -32,6 +34,7 @@ class Books:
 
     def leave(self, entry: Entry) -> None:
         """It is not, or not as it was."""
+        self.gone_bytes += entry.size
         self._add(entry, -entry.size)
 
     def pin(self, entry: Entry) -> None:

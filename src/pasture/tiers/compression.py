@@ -1,13 +1,13 @@
 """Stored blocks grow smaller as RAM fills up: which step next, for which block, and the lossless step itself.
 
     auto       RAW -> LOSSLESS where it is worth it -> Q8_0 -> Q4_0, coldest first, above a watermark and only down to it
-    q8_0 ...   everything that is stored, in that one form
+    q8_0 ...   everything that is stored, in that one form: in RAM soon, on slow tiers from the beginning
     off        nothing
 
 What pins hold and what many conversations share comes last. No form outside of `allowed` is ever used (how far each is from the
 truth is measured elsewhere). Blocks are immutable: a smaller one takes the place of a larger one with the same address.
 
-Runs in a background thread; no lock is held while bytes are worked on. ggml's forms are the codec's business. LOSSLESS is byte
+Runs in background threads; no lock is held while bytes are worked on. ggml's forms are the codec's business. LOSSLESS is byte
 planes (f16 exponents beside each other) through zstandard, behind the length of what went in.
 """
 
@@ -107,7 +107,7 @@ def inflate(payload: Bytes) -> Bytes:
 
 
 class Squeezer:
-    """Takes one block a call one step down its ladder."""
+    """Takes one block a call one step down its ladder. One thread steps; any may ask for what is to be written."""
 
     def __init__(self, memory: MemoryTier, codec: SlabCodec, compression: Compression, allowed: Collection[Form]) -> None:
         """The tier must have been made with `squeeze_stages=len(ladder(compression, allowed))`."""
@@ -115,6 +115,7 @@ class Squeezer:
         self._codec = codec
         self._by_pressure = compression is Compression.AUTO
         self._ladder = ladder(compression, allowed)
+        self._lock = threading.Lock()
         self._worthless = 0
         """lossless attempts in a row that did not pay"""
         self.bytes_saved = 0
@@ -141,9 +142,21 @@ class Squeezer:
             smaller, stage = self._next(block, stage)
         finally:
             self.in_flight_bytes = 0
-        if self._memory.replace(block, smaller, stage):
-            self.bytes_saved += block.n_bytes - smaller.n_bytes
+        self._put(block, smaller, stage)
         return True
+
+    def at_rest(self, block: Block) -> Block:
+        """The block as everything rests where that is in one form, in RAM too from now on; else as it is."""
+        if self._by_pressure or not self._ladder:
+            return block
+        smaller, stage = self._next(block, 0)
+        self._put(block, smaller, stage)
+        return smaller
+
+    def _put(self, block: Block, smaller: Block, stage: int) -> None:
+        if self._memory.replace(block, smaller, stage):
+            with self._lock:
+                self.bytes_saved += block.n_bytes - smaller.n_bytes
 
     def _next(self, block: Block, stage: int) -> tuple[Block, int]:
         """The block one step down, and the stage it is at then."""

@@ -2,7 +2,8 @@
 
 An entry belongs to the memory tier and changes only under its lock. The heap serves eviction and compression: both want "the
 least" of tens of thousands of entries, whose keys rise with every use. It keeps the key an item was pushed with and looks again
-when the item comes up, so a use costs nothing and a pop O(log n). Exact for keys that only ever rise.
+when the item comes up, so a use costs nothing and a pop O(log n). Exact for keys that only ever rise, and for those that fall
+where the item is pushed again when they do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BLOCK_OVERHEAD_BYTES = 1536
 class Entry:
     """A block in RAM and its standing."""
 
-    __slots__ = ("block", "doomed", "forks", "gone", "last_used", "owner", "pins", "size", "stage")
+    __slots__ = ("block", "came", "doomed", "forks", "gone", "last_used", "owner", "pins", "size", "stage")
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -38,7 +39,9 @@ class Entry:
         self.size = size_of(block)
         """what it costs in RAM"""
         self.last_used = 0
-        """tick of the last use"""
+        """tick of the last use; 0: nobody has asked for it yet"""
+        self.came = 0
+        """tick at which it came"""
         self.forks = 0
         """how often a second path began somewhere below: many for a system prompt"""
         self.pins = 0
@@ -67,21 +70,23 @@ def size_of(block: Block) -> int:
 
 
 class LazyHeap(Generic[T]):
-    """Items by rising keys, each at most once. `wanted` is asked when an item comes up; who is not, falls out."""
+    """Items by keys that rise, each at most once. `wanted` is asked when an item comes up; who is not, falls out."""
 
     def __init__(self, key: Callable[[T], SortKey], wanted: Callable[[T], bool]) -> None:
         self._key = key
         self._wanted = wanted
         self._heap: list[tuple[SortKey, int, T]] = []
-        self._inside: set[int] = set()
+        self._keys: dict[int, SortKey] = {}
+        """id of an item that is in -> the key that counts; the heap may hold others of it, from before its key fell"""
         self._turn = count()
         self._sweep_at = _FIRST_SWEEP
 
     def push(self, item: T) -> None:
-        """Does nothing for an item that is in already."""
-        if id(item) not in self._inside:
-            self._inside.add(id(item))
-            heapq.heappush(self._heap, (self._key(item), next(self._turn), item))
+        """Does nothing for an item that is in already, unless its key is less now."""
+        key, known = self._key(item), self._keys.get(id(item))
+        if known is None or key < known:
+            self._keys[id(item)] = key
+            heapq.heappush(self._heap, (key, next(self._turn), item))
             if len(self._heap) >= self._sweep_at:
                 self._sweep()
 
@@ -89,22 +94,26 @@ class LazyHeap(Generic[T]):
         """Take out the least item that is wanted; None when there is none."""
         while self._heap:
             key, _, item = self._heap[0]
+            if self._keys.get(id(item)) != key:
+                heapq.heappop(self._heap)
+                continue
             if not self._wanted(item):
                 heapq.heappop(self._heap)
-                self._inside.discard(id(item))
+                del self._keys[id(item)]
                 continue
             now = self._key(item)
             if now > key:
+                self._keys[id(item)] = now
                 heapq.heapreplace(self._heap, (now, next(self._turn), item))
                 continue
             heapq.heappop(self._heap)
-            self._inside.discard(id(item))
+            del self._keys[id(item)]
             return item
         return None
 
     def _sweep(self) -> None:
         """Forget whom nobody wants, so that they do not pile up where nothing is ever popped."""
-        self._heap = [(key, turn, item) for key, turn, item in self._heap if self._wanted(item)]
+        self._heap = [row for row in self._heap if self._keys.get(id(row[2])) == row[0] and self._wanted(row[2])]
         heapq.heapify(self._heap)
-        self._inside = {id(item) for _, _, item in self._heap}
+        self._keys = {id(item): key for key, _, item in self._heap}
         self._sweep_at = max(_FIRST_SWEEP, 2 * len(self._heap))

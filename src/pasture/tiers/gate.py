@@ -4,18 +4,24 @@
     spill   live -> RAM, or RAM -> slow tier              pays when the copy costs less than its return is expected to save
 
 Rates are decaying sums of what was moved over what it took, so large transfers weigh more than small ones, and one odd sample
-fades. Until something is measured, priors hold that favour tiers on ordinary hardware: an optimist that soon learns. Knows no
-tier, no block and no clock. Any thread; one short lock. The idea of comparing both costs: LMCache, CacheGen, vLLM's connectors.
+fades. Until something is measured, priors hold that favour tiers on ordinary hardware: an optimist that soon learns.
+
+A gate that refuses learns nothing, so a refusal ages: what would lose at most a small share of the time since anything of its
+kind was let through is tried, and measured again. So one slow moment does not close the gate for good, however slow it was, and
+where transfers do lose, trying costs that share at most. Knows no tier and no block. Any thread; one short lock. The idea of
+comparing both costs: LMCache, CacheGen, vLLM's connectors.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pasture.core.ports import Clock
 from pasture.core.values import Direction, Form, Transfer
 
 MIB = 1 << 20
@@ -32,6 +38,10 @@ RETURN_PROBABILITY = 0.25
 """that what is stored is asked for again before it is evicted; conversations go on and system prompts return more often"""
 STALE_DESCRIPTIONS = 10
 """of a tier without a read, from which on its own figures count again: what was slow then may not be so any more"""
+TRIED_SHARE = 0.01
+"""of the time since a transfer of its kind, that one may lose which does not seem to pay"""
+MOST_TRIED_SECONDS = 2.0
+"""that one may lose at most, after however long a time"""
 PRIOR_COPY_TOKENS = 64
 """what is assumed of copies counts as much as having seen so many tokens copied"""
 _PRIOR_BYTES = 4 * MIB
@@ -111,10 +121,14 @@ class _SlowTier:
 
 
 class CostGate:
-    """See the module. `cell_bytes`: KV of a token in the live cache, where it is known beforehand."""
+    """See the module. `cell_bytes`: KV of a token in the live cache, where it is known beforehand. `clock` is monotonic."""
 
-    def __init__(self, cell_bytes: int = 0, return_probability: float = RETURN_PROBABILITY) -> None:
+    def __init__(
+        self, cell_bytes: int = 0, return_probability: float = RETURN_PROBABILITY, clock: Clock = time.monotonic
+    ) -> None:
         self._return_probability = return_probability
+        self._clock = clock
+        self._since = clock()
         self._lock = threading.Lock()
         self._prefill = PRIOR_PREFILL_TOKENS_PER_SECOND
         self._cell_bytes = float(cell_bytes or PRIOR_CELL_BYTES)
@@ -123,28 +137,38 @@ class CostGate:
         self._unpack = {form: Rate(rate) for form, rate in _PRIOR_UNPACK.items()}
         self._tiers: dict[str, _SlowTier] = {}
         self._refusals: Counter[str] = Counter()
+        self._let_through: dict[str, float] = {}
+        """kind of transfer -> when the last was"""
 
     # Decisions
 
     def fetch(self, n_tokens: int, stored: Mapping[Form, int]) -> bool:
-        return self._decide("fetch", self.saving_of_fetch(n_tokens, stored))
+        return self._decide("fetch", self.saving_of_fetch(n_tokens, stored), "fetch")
 
     def fetch_slow(self, tier: str, n_tokens: int) -> bool:
-        return self._decide("fetch", self.saving_of_slow_fetch(tier, n_tokens))
+        return self._decide("fetch", self.saving_of_slow_fetch(tier, n_tokens), f"fetch from {tier}")
 
     def spill(self, n_tokens: int) -> bool:
-        return self._decide("spill", self.saving_of_spill(n_tokens))
+        return self._decide("spill", self.saving_of_spill(n_tokens), "spill")
 
     def spill_slow(self, tier: str, n_tokens: int, n_bytes: int) -> bool:
         reading = n_bytes / self._tier(tier).rate.per_second
-        return self._decide("spill", self.recompute_seconds(n_tokens) - reading - self._restore_seconds(n_tokens))
+        saving = self.recompute_seconds(n_tokens) - reading - self._restore_seconds(n_tokens)
+        return self._decide("spill", saving, None)  # a write tells nothing of what it is judged by
 
-    def _decide(self, kind: str, saving_seconds: float) -> bool:
-        if saving_seconds > 0:
-            return True
+    def _decide(self, kind: str, saving_seconds: float, tried_as: str | None) -> bool:
+        """`tried_as`: what it is one of when a refusal has aged; None: of nothing that trying would teach."""
+        now = self._clock()
         with self._lock:
-            self._refusals[kind] += 1
-        return False
+            allowed = saving_seconds > 0
+            if tried_as is not None:
+                since = now - self._let_through.get(tried_as, self._since)
+                allowed = allowed or -saving_seconds <= min(TRIED_SHARE * since, MOST_TRIED_SECONDS)
+                if allowed:
+                    self._let_through[tried_as] = now
+            if not allowed:
+                self._refusals[kind] += 1
+            return allowed
 
     # Expected savings in seconds; negative where recomputing wins
 
@@ -223,5 +247,5 @@ class CostGate:
 class OpenGate(CostGate):
     """Measures as `CostGate` does, and lets everything through."""
 
-    def _decide(self, kind: str, saving_seconds: float) -> bool:
+    def _decide(self, kind: str, saving_seconds: float, tried_as: str | None) -> bool:
         return True

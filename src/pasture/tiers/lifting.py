@@ -5,9 +5,11 @@
     readers            read: each takes the next block, verifies it, puts it into RAM and pins it for the lift
     the last one       ready()
 
-What came is pinned until the lift is released. A block that is missing or not what it claims ends the lift there: what lies
-behind it could not be used. A lift is over at the latest when recomputing would have been, so a slow tier that hangs costs no
-more than its absence; while every reader is stuck, nothing is lifted at all. `ready` is called exactly once, whatever happens.
+What came is pinned until the lift is released, and what is still to come has its room in the budget from the plan on, so that
+lifts which begin together do not exceed it together: the last of them bring less. A block that is missing or not what it claims
+ends the lift there: what lies behind it could not be used. A lift is over at the latest when recomputing would have been, so a
+slow tier that hangs costs no more than its absence; while every reader is stuck, nothing is lifted at all. `ready` is called
+exactly once, whatever happens.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 
 from pasture.core.ports import Clock
@@ -24,7 +26,7 @@ from pasture.core.storage import BLOCK_TOKENS, Pin
 from pasture.tiers.block import Block
 from pasture.tiers.gate import Gate
 from pasture.tiers.memory import MemoryTier
-from pasture.tiers.planning import Reading, plan
+from pasture.tiers.planning import Reading, plan, within_room
 from pasture.tiers.ports import SlowTier
 from pasture.tiers.trail import Trail
 
@@ -50,6 +52,9 @@ class PromptLift:
         self._readings: deque[Reading] | None = None
         """None: not planned yet"""
         self._n_reading = 0
+        """batches that are under way"""
+        self.coming_tokens = 0
+        """in what is to be read or being read"""
         self._done = False
         self._released = False
 
@@ -60,8 +65,7 @@ class PromptLift:
     def release(self) -> None:
         with self._lock:
             pins, self._pins, self._released = self._pins, [], True
-            if self._readings is not None:
-                self._readings.clear()
+            self._read_no_more()
         for pin in pins:
             pin.release()
 
@@ -70,6 +74,7 @@ class PromptLift:
     def begin(self, readings: Sequence[Reading]) -> None:
         with self._lock:
             self._readings = deque(() if self._released or self._done else readings)
+            self.coming_tokens = _tokens_of(self._readings)
 
     @property
     def planned(self) -> bool:
@@ -86,12 +91,13 @@ class PromptLift:
             self._n_reading += bool(batch)
         return batch
 
-    def came(self, pins: Sequence[Pin], *, complete: bool) -> None:
-        """A batch has ended with these blocks in RAM; where it is not complete, the chain ends there."""
+    def came(self, batch: Sequence[Reading], pins: Sequence[Pin]) -> None:
+        """A batch has ended with the first of its blocks in RAM; where that is not all of them, the chain ends there."""
         with self._lock:
             self._n_reading -= 1
-            if not complete and self._readings is not None:
-                self._readings.clear()
+            self.coming_tokens -= _tokens_of(batch)
+            if len(pins) < len(batch):
+                self._read_no_more()
             if not self._released:
                 self._pins += pins
                 pins = ()
@@ -110,12 +116,17 @@ class PromptLift:
             if self._done:
                 return
             self._done = True
-            if self._readings is not None:
-                self._readings.clear()
+            self._read_no_more()
         try:
             self._ready()
         except Exception:
             log.exception("whoever waited for stored blocks failed when told of them")
+
+    def _read_no_more(self) -> None:
+        """The lock is held. What is being read still comes."""
+        if self._readings is not None:
+            self.coming_tokens -= _tokens_of(self._readings)
+            self._readings.clear()
 
 
 class Readers:
@@ -129,8 +140,8 @@ class Readers:
         self._queue: SimpleQueue[PromptLift | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._lifts: set[PromptLift] = set()
-        self._reading_since: dict[int, float] = {}
-        """reader -> when it began the call that it is in"""
+        self._calls: dict[int, tuple[float, int]] = {}
+        """reader -> when it began the call that it is in, and how many tokens' KV that brings"""
         self._closed = False
         self.errors = 0
         self._threads = [
@@ -165,7 +176,7 @@ class Readers:
     @property
     def in_flight_bytes(self) -> int:
         """What is being read at this moment, about."""
-        return len(self._reading_since) * self._gate.stored_bytes(BLOCK_TOKENS)
+        return self._gate.stored_bytes(sum(n_tokens for _, n_tokens in list(self._calls.values())))
 
     # Background
 
@@ -173,12 +184,12 @@ class Readers:
         """Finish the lifts whose time is over; True while others are under way."""
         now = self._clock()
         with self._lock:
-            self._lifts = {lift for lift in self._lifts if not lift.done}
-            late = [lift for lift in self._lifts if lift.deadline <= now]
-            under_way = len(self._lifts) > len(late)
+            self._lifts = {lift for lift in self._lifts if not lift.done or lift.coming_tokens}
+            under_way = [lift for lift in self._lifts if not lift.done]
+        late = [lift for lift in under_way if lift.deadline <= now]
         for lift in late:
             lift.finish()
-        return under_way
+        return len(under_way) > len(late)
 
     def stop(self, timeout_seconds: float) -> bool:
         """Finish every lift and end the threads; False when one is stuck in a slow tier."""
@@ -196,8 +207,8 @@ class Readers:
 
     def _stuck(self) -> bool:
         now = self._clock()
-        since = list(self._reading_since.values())
-        return len(since) == len(self._threads) and all(now - started > STUCK_SECONDS for started in since)
+        calls = list(self._calls.values())
+        return len(calls) == len(self._threads) and all(now - started > STUCK_SECONDS for started, _ in calls)
 
     # The readers
 
@@ -207,8 +218,11 @@ class Readers:
                 if not lift.planned:
                     self._plan(reader, lift)
                 while batch := lift.next(self._batch_of):
-                    pins = self._read(reader, batch, lift.deadline)
-                    lift.came(pins, complete=len(pins) == len(batch))
+                    pins: list[Pin] = []
+                    try:
+                        pins = self._read(reader, batch, lift.deadline)
+                    finally:
+                        lift.came(batch, pins)
                 lift.finish_when_read()
             except Exception:
                 self._failed()
@@ -218,15 +232,17 @@ class Readers:
         if lift.done:
             lift.begin(())
             return
-        self._reading_since[reader] = self._clock()
+        self._calls[reader] = self._clock(), 0
         try:
             readings = plan(self._memory, self._tiers, self._gate, lift.trail, lift.have)
         except Exception:
             self._failed()
             readings = []
         finally:
-            del self._reading_since[reader]
-        lift.begin(readings)
+            del self._calls[reader]
+        with self._lock:  # of two that plan at the same time, one sees what the other takes
+            readings = within_room(self._memory, self._gate, readings, sum(other.coming_tokens for other in self._lifts))
+            lift.begin(readings)
         n_batches = sum(1 / self._batch_of(reading.tier) for reading in readings)
         for _ in range(min(math.ceil(n_batches), len(self._threads)) - 1):
             self._queue.put(lift)  # others help
@@ -238,14 +254,15 @@ class Readers:
     def _read(self, reader: int, batch: Sequence[Reading], deadline: float) -> list[Pin]:
         """The batch's blocks in RAM, up to the first that did not come as it should."""
         tier = batch[0].tier
-        started = self._reading_since[reader] = self._clock()
+        started = self._clock()
+        self._calls[reader] = started, _tokens_of(batch)
         try:
             blocks = tier.get_batch([reading.address for reading in batch], max(0.0, deadline - started))
         except Exception:
             self._failed()
             return []
         finally:
-            del self._reading_since[reader]
+            del self._calls[reader]
         good: list[Block] = []
         for block, reading in zip(blocks, batch, strict=True):
             if block is None or not is_asked_for(block, reading):
@@ -259,6 +276,10 @@ class Readers:
         self.errors += 1
         if self.errors == 1:
             log.exception("a slow tier failed where it should not; it is counted from here on")
+
+
+def _tokens_of(readings: Iterable[Reading]) -> int:
+    return sum(reading.n_tokens for reading in readings)
 
 
 def is_asked_for(block: Block, reading: Reading) -> bool:

@@ -196,15 +196,16 @@ class MemoryTier:
 
     @property
     def tick(self) -> int:
-        """Of the last use so far."""
+        """Of the last use or arrival so far."""
         with self._lock:
             return self._tick
 
     def drop_unused(self, tick: int) -> int:
-        """Drop what was not used since `tick`, unless it is pinned, waits to be written, or something used hangs from it."""
+        """Drop what neither came nor was used since `tick`, unless it is pinned, unwritten, or something used hangs from it."""
         n_dropped = 0
         with self._lock:
-            old = [entry for entry in self._index.values() if entry.last_used <= tick and not self._lines.lack(entry)]
+            old = [entry for entry in self._index.values() if max(entry.came, entry.last_used) <= tick]
+            old = [entry for entry in old if not self._lines.lack(entry)]
             for entry in sorted(old, key=lambda entry: -entry.block.address.p1):  # what hangs from others goes before them
                 if self._evictable(entry):
                     self._remove(entry)
@@ -234,6 +235,7 @@ class MemoryTier:
                     freed.append(self._remove(entry))
                 else:
                     self._owners.offered(entry)
+                    self._offer_to_squeezer(entry)
             for owner in let_go:
                 self._room.keep_within(owner, 0, freed)
             self._room.evict_to(self._room.budget_bytes, freed)
@@ -251,6 +253,11 @@ class MemoryTier:
     @property
     def pinned_bytes(self) -> int:
         return self._books.pinned_bytes
+
+    @property
+    def gone_bytes(self) -> int:
+        """That have left from the beginning on, be it because a smaller form took their place."""
+        return self._books.gone_bytes
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget; evicts at once what does not fit any more."""
@@ -307,8 +314,7 @@ class MemoryTier:
             self._books.enter(entry)
             self._owners.account(entry.owner, entry.size - before)
             entry.stage = stage
-            if self._can_be_squeezed(entry):
-                self._squeezable.push(entry)
+            self._offer_to_squeezer(entry)
             return True
 
     # Pictures
@@ -375,10 +381,11 @@ class MemoryTier:
         self._supersede(entry)
         if self._index.n_children[parent] > 1:
             self._count_fork(parent)
+        self._tick += 1
+        entry.came = self._tick
         if ahead:
             self.aheads.issue(entry)  # its last use stays 0: the cold end of an order by use
         else:
-            self._tick += 1
             entry.last_used = self._tick
         self._index.add(entry)
         self._books.enter(entry)
@@ -386,8 +393,7 @@ class MemoryTier:
         self._books.written_bytes += block.n_bytes
         self._lines.entered(entry, source)
         self._owners.offered(entry)
-        if self._can_be_squeezed(entry):
-            self._squeezable.push(entry)
+        self._offer_to_squeezer(entry)
         return entry
 
     def _supersede(self, entry: Entry) -> None:
@@ -424,6 +430,10 @@ class MemoryTier:
 
     def _evictable(self, entry: Entry) -> bool:
         return not (entry.gone or entry.pins) and self._index.is_leaf(entry)
+
+    def _offer_to_squeezer(self, entry: Entry) -> None:
+        if self._can_be_squeezed(entry):
+            self._squeezable.push(entry)
 
     def _can_be_squeezed(self, entry: Entry) -> bool:
         return not entry.gone and entry.stage < self._squeeze_stages

@@ -35,21 +35,36 @@ class Reading:
     tokens: array[int]
     whole: bool
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens whose KV will be in RAM with it."""
+        return self.address.p1 if self.whole else len(self.tokens)
+
 
 def plan(memory: MemoryTier, tiers: Sequence[SlowTier], gate: Gate, trail: Trail, have: int) -> list[Reading]:
     """The blocks behind `trail.tokens[:have]` that are worth reading, in order; never more than the RAM budget holds."""
     if not memory.divisible:
         return _longest_checkpoint(tiers, gate, trail, have)
     readings, p1 = _following_blocks(memory, tiers, trail, have)
-    room = memory.budget_bytes - memory.pinned_bytes
-    affordable = max(0, room // max(1, gate.stored_bytes(BLOCK_TOKENS)))
-    if len(readings) > affordable:
-        readings = readings[:affordable]
+    affordable = within_room(memory, gate, readings)
+    if len(affordable) < len(readings):
+        readings = affordable
         p1 = readings[-1].address.p1 if readings else have
     while readings and not gate.fetch_slow(readings[-1].tier.name, p1 - max(have, _start_of_last_run(readings))):
         first = _first_of_last_run(readings)
         p1, readings = readings[first].address.p0, readings[:first]
     return readings
+
+
+def within_room(memory: MemoryTier, gate: Gate, readings: Sequence[Reading], coming_tokens: int = 0) -> list[Reading]:
+    """So many of them, from the first, as RAM can pin beside what it pins already and what others are bringing.
+
+    A checkpoint, whose size nobody knows beforehand, may begin as long as there is any room.
+    """
+    room = memory.budget_bytes - memory.pinned_bytes - gate.stored_bytes(coming_tokens)
+    if readings and readings[0].whole:
+        return list(readings[: int(room > 0)])
+    return list(readings[: max(0, room // max(1, gate.stored_bytes(BLOCK_TOKENS)))])
 
 
 def leading_tokens(tier: SlowTier, trail: Trail, *, divisible: bool) -> int:

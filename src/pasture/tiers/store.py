@@ -85,7 +85,7 @@ class TieredStore:
         self._meter = meter or Meter()
         self._trails = Trails(codec.fingerprint)
         self._squeezer = squeezer or Squeezer(memory, codec, Compression.OFF, ())
-        self._writers = Writers(memory, slow, gate)
+        self._writers = Writers(memory, slow, gate, self._squeezer)
         self._readers = Readers(memory, slow, gate, clock) if slow else None
         self._prefetcher: Prefetcher | None = None
         if self._readers is not None:
@@ -335,7 +335,7 @@ def open_store(
     return TieredStore(
         codec,
         memory,
-        gate or CostGate(cell_bytes),
+        gate or CostGate(cell_bytes, clock=clock),
         slow=slow,
         squeezer=Squeezer(memory, codec, compression, allowed),
         guard=MemoryGuard(budget_bytes, available, limits) if available is not None else None,

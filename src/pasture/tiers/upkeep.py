@@ -24,7 +24,8 @@ SQUEEZE_SECONDS = 0.05
 """squeezing at a stretch"""
 GIVE_BACK_BYTES = 64 << 20
 GIVE_BACK_SHARE = 0.125
-"""the system gets memory back when use has fallen by so many bytes and so much of the budget; less is filled again soon"""
+"""the system gets memory back when so many bytes and so much of the budget have left RAM since the last time; the C library
+would keep most of it, and where blocks of many sizes come and go, what it keeps can grow to be as much as what is used"""
 
 
 class Upkeep:
@@ -46,8 +47,8 @@ class Upkeep:
         self._readers = readers
         self._clock = clock
         self._give_back = give_back
-        self._highest_bytes = 0
-        """since memory was given back last"""
+        self._gone_bytes = 0
+        """that had left RAM when memory was given back last"""
         self._stopping = threading.Event()
         self.errors = 0
         self._thread = threading.Thread(target=self._run, name="pasture-upkeep", daemon=True)
@@ -80,10 +81,9 @@ class Upkeep:
             elif budget > self._memory.budget_bytes:
                 self._memory.resize(budget)
         self._memory.trim()
-        used = self._memory.used_bytes
-        self._highest_bytes = max(self._highest_bytes, used)
-        if self._highest_bytes - used > max(GIVE_BACK_BYTES, GIVE_BACK_SHARE * self._memory.budget_bytes):
-            self._highest_bytes = used
+        gone = self._memory.gone_bytes
+        if gone - self._gone_bytes > max(GIVE_BACK_BYTES, GIVE_BACK_SHARE * self._memory.budget_bytes):
+            self._gone_bytes = gone
             self._give_back()
 
     def _run(self) -> None:

@@ -2,9 +2,11 @@
 
 What waits is a line of blocks in RAM (`unwritten`), so it costs no memory, needs no limit, and a block that is evicted before
 its turn is dropped rather than waited for. Parents come before children. A longer block that took a shorter one's place takes
-it in the slow tier too, once it is there itself. Where the gate says that reading back would lose, nothing is written. While a
-tier takes nothing, its line waits; what it did not take is offered again after a while, but not for ever. Others may overtake
-it meanwhile, since a tier can be full for some blocks and not for others: one of several servers is.
+it in the slow tier too, if and when it is there itself. Where the gate says that reading back would lose, nothing is written.
+While a tier takes nothing, its line waits; what it did not take is offered again after a while, but not for ever. Others may
+overtake it meanwhile, since a tier can be full for some blocks and not for others: one of several servers is.
+
+Where all that is stored has one form, a block takes it before it is written.
 
 A slow tier that hangs stops its own thread and nothing else. Nothing raised in a tier leaves this thread.
 """
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 
 from pasture.core.storage import BlockKey, TierStatistics
 from pasture.tiers.block import Block
+from pasture.tiers.compression import Squeezer
 from pasture.tiers.gate import Gate
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.ports import SlowTier
@@ -39,12 +42,13 @@ MAX_OFFERS = 10
 class Writer:
     """Owns the thread that writes to one tier; `tier_statistics` is the last picture it took of it, None before the first."""
 
-    def __init__(self, memory: MemoryTier, number: int, tier: SlowTier, gate: Gate) -> None:
+    def __init__(self, memory: MemoryTier, number: int, tier: SlowTier, gate: Gate, squeezer: Squeezer) -> None:
         """`number`: of the tier among the slow ones, fastest first."""
         self._memory = memory
         self._number = number
         self._tier = tier
         self._gate = gate
+        self._squeezer = squeezer
         self._removals: deque[BlockKey] = deque(maxlen=MAX_REMOVALS)
         self._wake = threading.Event()
         self._settled = threading.Condition()
@@ -55,7 +59,7 @@ class Writer:
         """when refused blocks are offered again; None while there are none"""
         self.errors = 0
         self.in_flight_bytes = 0
-        """of the block that is being written now"""
+        """of the block that is being squeezed or written now"""
         self.tier_statistics: TierStatistics | None = None
         self._thread = threading.Thread(target=self._run, name=f"pasture-write-{tier.name}", daemon=True)
         self._thread.start()
@@ -111,18 +115,21 @@ class Writer:
             self._write(item)
 
     def _write(self, item: Unwritten) -> None:
-        block = item.block
-        if self._gate.spill_slow(self._tier.name, _tokens_of(block), block.n_bytes):
-            self.in_flight_bytes = block.n_bytes
-            taken = self._put(block)
-            self.in_flight_bytes = 0
-            if not taken and item.refusals + 1 < MAX_OFFERS:
-                self._memory.put_back(self._number, item)
-                if self._again_at is None:
-                    self._again_at = time.monotonic() + AGAIN_SECONDS
+        self.in_flight_bytes = item.block.n_bytes
+        try:
+            block = self._squeezer.at_rest(item.block)
+            if not self._gate.spill_slow(self._tier.name, _tokens_of(block), block.n_bytes):
                 return
-        for key in item.supersedes:
-            self._remove(key)
+            taken = self._put(block)
+        finally:
+            self.in_flight_bytes = 0
+        if taken:
+            for key in item.supersedes:
+                self._remove(key)
+        elif item.refusals + 1 < MAX_OFFERS:
+            self._memory.put_back(self._number, item)
+            if self._again_at is None:
+                self._again_at = time.monotonic() + AGAIN_SECONDS
 
     def _put(self, block: Block) -> bool:
         """Tiers promise not to raise; one that does is broken, which is its own trouble alone."""
@@ -163,8 +170,8 @@ class Writer:
 class Writers:
     """One for each tier, fastest first."""
 
-    def __init__(self, memory: MemoryTier, tiers: Sequence[SlowTier], gate: Gate) -> None:
-        self._writers = tuple(Writer(memory, number, tier, gate) for number, tier in enumerate(tiers))
+    def __init__(self, memory: MemoryTier, tiers: Sequence[SlowTier], gate: Gate, squeezer: Squeezer) -> None:
+        self._writers = tuple(Writer(memory, number, tier, gate, squeezer) for number, tier in enumerate(tiers))
 
     @property
     def errors(self) -> int:

@@ -18,7 +18,7 @@ from pasture.tiers.compression import EVERY_FORM, SQUEEZE_ABOVE, Compression, Sq
 from pasture.tiers.gate import OpenGate
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.store import TieredStore
-from tests.tier_support import NAME, OPENED, PlainCodec, cells_of, put, slab_of, toks
+from tests.tier_support import NAME, OPENED, PlainCodec, ShelfTier, cells_of, put, slab_of, toks
 
 PAD = 2000
 SIZE = PAD + 64 * 24 + 1 + 1536
@@ -137,6 +137,49 @@ def test_a_fixed_form_is_used_for_everything_without_pressure(compression: Compr
     assert memory.statistics().bytes_by_form.keys() == {form}
     assert cells_of(store.take(NAME, tokens, 3, 250)) == list(slab_of(tokens, 3, 250).cells)
     assert cells_of(store.take(NAME, tokens, 70, 71)) == list(slab_of(tokens, 70, 71).cells)
+
+
+@pytest.mark.parametrize(
+    ("compression", "allowed", "form"),
+    [
+        (Compression.Q8_0, EVERY_FORM, Form.Q8_0),
+        (Compression.Q4_0, EVERY_FORM, Form.Q4_0),
+        (Compression.LOSSLESS, EVERY_FORM, Form.LOSSLESS),
+        (Compression.Q4_0, frozenset({Form.RAW, Form.Q8_0}), Form.RAW),
+        (Compression.AUTO, EVERY_FORM, Form.RAW),
+        (Compression.OFF, EVERY_FORM, Form.RAW),
+    ],
+)
+def test_a_fixed_form_is_what_slow_tiers_get(compression: Compression, allowed: frozenset[Form], form: Form) -> None:
+    codec, near, far = PlainCodec(pad_bytes=PAD), ShelfTier("near"), ShelfTier("far")
+    memory = MemoryTier(1000 * SIZE, n_writers=2, squeeze_stages=len(ladder(compression, allowed)))
+    squeezer = Squeezer(memory, codec, compression, allowed)
+    store = TieredStore(codec, memory, OpenGate(), slow=(near, far), squeezer=squeezer)
+    OPENED.append(store)
+    store._upkeep.stop(10)  # which squeezes what is in RAM, sooner or later than it is written
+    tokens = toks(range(250))
+    put(store, tokens)
+    assert store.flush(20)
+    for tier in (near, far):
+        assert [block.form for block in tier.blocks.values()] == [form] * 4
+    assert memory.statistics().bytes_by_form.keys() == {form}, "RAM has it too, so that it is made once"
+    assert not squeezer.step()
+    assert cells_of(store.take(NAME, tokens, 0, 250)) == list(slab_of(tokens, 0, 250).cells)
+    memory.check()
+
+
+def test_a_damaged_block_is_written_as_it_is_and_the_writer_goes_on() -> None:
+    class Refusing(PlainCodec):
+        def squeeze(self, payload: Bytes, form: Form) -> Bytes:
+            raise EngineError("damaged")
+
+    memory, tier = MemoryTier(1000 * SIZE, n_writers=1, squeeze_stages=1), ShelfTier()
+    squeezer = Squeezer(memory, Refusing(), Compression.Q8_0, EVERY_FORM)
+    store = TieredStore(PlainCodec(), memory, OpenGate(), slow=(tier,), squeezer=squeezer)
+    OPENED.append(store)
+    put(store, toks(range(250)))
+    assert store.flush(20)
+    assert [block.form for block in tier.blocks.values()] == [Form.RAW] * 4
 
 
 def test_off_is_off() -> None:

@@ -73,6 +73,21 @@ def test_what_waits_to_be_written_stays() -> None:
     assert expiring.round() == 0
 
 
+def test_what_came_ahead_has_as_long_as_what_was_used() -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True)
+    expiring = Expiring(memory, (), 100.0, time)
+    for time.now in (0.0, 50.0, 100.0):
+        expiring.round()
+    time.now = 150.0
+    for block in blocks(memory, conversation(1)):
+        assert memory.insert_ahead(block)
+    for time.now in (200.0, 249.0):
+        assert expiring.round() == 0, "it came a while ago, on a server on which nothing else happens"
+    time.now = 350.0
+    assert expiring.round() == 3
+    assert memory.aheads.unused_bytes == 0
+
+
 def test_the_disk_drops_it_too(tmp_path: Path) -> None:
     time, memory = Time(), MemoryTier(1 << 20, divisible=True)
     disk = DiskTier(tmp_path, 1 << 20, now=time)

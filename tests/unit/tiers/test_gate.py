@@ -5,10 +5,23 @@ from __future__ import annotations
 import pytest
 
 from pasture.core.values import Direction, Form, Transfer
-from pasture.tiers.gate import STALE_DESCRIPTIONS, CostGate, OpenGate, Rate
+from pasture.tiers.gate import MOST_TRIED_SECONDS, STALE_DESCRIPTIONS, TRIED_SHARE, CostGate, OpenGate, Rate
 
 CELL = 23_040
 RAW = {Form.RAW: 1000 * CELL}
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
 
 
 def transfer(direction: Direction, bytes_per_second: float, n_tokens: int = 1000) -> Transfer:
@@ -24,8 +37,8 @@ def test_on_ordinary_hardware_everything_is_open_before_it_is_measured() -> None
     assert not gate.figures().refusals
 
 
-def test_the_optimism_is_bounded() -> None:
-    gate = CostGate(CELL)
+def test_the_optimism_is_bounded(time: Time) -> None:
+    gate = CostGate(CELL, clock=time)
     gate.observe_prefill(1e8)
     assert not gate.fetch(1000, RAW)
     assert not gate.spill(1000)
@@ -34,18 +47,73 @@ def test_the_optimism_is_bounded() -> None:
     assert gate.figures().refusals == {"fetch": 2, "spill": 2}
 
 
-def test_a_slow_restore_closes_the_gate_and_a_fast_one_opens_it_again() -> None:
-    gate = CostGate(CELL)
+def test_slow_restores_close_the_gate(time: Time) -> None:
+    gate = CostGate(CELL, clock=time)
     gate.observe_prefill(5000)  # 1,000 tokens in 0.2 s
     assert gate.fetch(1000, RAW)
     for _ in range(20):
         gate.observe([transfer(Direction.RESTORE, 50e6)])  # 23 MB in 0.46 s
     assert not gate.fetch(1000, RAW)
     assert not gate.spill(1000)
-    for _ in range(60):
-        gate.observe([transfer(Direction.RESTORE, 5e9)])
-    assert gate.fetch(1000, RAW)
-    assert gate.figures().restore_bytes_per_second == pytest.approx(5e9, rel=0.5)
+    assert not gate.fetch_slow("disk", 1000)
+    assert not gate.spill_slow("disk", 1000, 1000 * CELL)
+    assert gate.figures().restore_bytes_per_second == pytest.approx(50e6, rel=0.2)
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_one_slow_moment_closes_the_gate_for_a_moment(time: Time, direction: Direction) -> None:
+    """Nothing is measured here but what the gate has let through, as in a server."""
+    gate = CostGate(CELL, clock=time)
+    gate.observe_prefill(20_000)  # 1,000 tokens in 50 ms
+    speeds = {Direction.SAVE: 10e9, Direction.RESTORE: 10e9}
+    gate.observe([transfer(way, speed, 64) for way, speed in speeds.items()])  # the rehearsal
+    gate.observe([transfer(direction, 0.1e9)])
+    closed_at = [gate.spill(1000), gate.fetch(1000, RAW)].index(False)
+    for time.now in range(120):
+        if gate.spill(1000):
+            gate.observe([transfer(Direction.SAVE, speeds[Direction.SAVE])])
+        if gate.fetch(1000, RAW):
+            gate.observe([transfer(Direction.RESTORE, speeds[Direction.RESTORE])])
+    assert gate.figures().refusals[("spill", "fetch")[closed_at]] > 1
+    assert gate.saving_of_spill(1000) > 0
+    assert gate.saving_of_fetch(1000, RAW) > 0
+
+
+def test_trying_costs_a_small_share_where_transfers_do_lose(time: Time) -> None:
+    gate = CostGate(CELL, clock=time)
+    gate.observe_prefill(100_000)  # 1,000 tokens in 10 ms
+    lost = 0.0
+    for tick in range(60_000):
+        time.now = 0.01 * tick
+        for direction, is_let_through in ((Direction.SAVE, gate.spill(1000)), (Direction.RESTORE, gate.fetch(1000, RAW))):
+            if is_let_through:
+                moved = transfer(direction, 0.5e9)
+                gate.observe([moved])
+                lost += moved.seconds
+    assert gate.figures().restore_bytes_per_second == pytest.approx(0.5e9, rel=0.01)
+    assert 0 < lost < 1.5 * 2 * TRIED_SHARE * time.now
+
+
+def test_however_long_ago_it_was_nobody_waits_long_for_a_try(time: Time) -> None:
+    gate = CostGate(CELL, clock=time)
+    gate.observe([transfer(Direction.RESTORE, 1e6, 10_000)])
+    time.now = 1e9
+    assert not gate.fetch(1000, RAW), "which would have taken about 20 s"
+    assert -gate.saving_of_fetch(50, RAW) < MOST_TRIED_SECONDS
+    assert gate.fetch(50, RAW)
+    assert not gate.fetch(50, RAW)
+
+
+def test_what_lies_on_a_slow_tier_alone_is_tried_too(time: Time) -> None:
+    gate = CostGate(CELL, clock=time)
+    gate.observe_prefill(20_000)
+    gate.observe([transfer(Direction.RESTORE, 0.1e9)])
+    assert not gate.fetch_slow("disk", 1000)
+    time.now = 100.0
+    assert not gate.spill_slow("disk", 1000, 1000 * CELL), "no write tells how fast restoring is"
+    assert gate.fetch_slow("disk", 1000)
+    assert not gate.fetch_slow("disk", 1000)
+    assert gate.fetch(1000, {}), "what came up is restored as well, though another try was just made"
 
 
 def test_saving_must_pay_for_what_may_never_return() -> None:

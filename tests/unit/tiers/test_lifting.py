@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 
+from pasture.core.storage import Lift
 from pasture.core.values import Form
 from pasture.tiers import lifting
 from pasture.tiers import store as store_module
-from pasture.tiers.gate import CostGate, Gate
+from pasture.tiers.block import Block
+from pasture.tiers.entries import BLOCK_OVERHEAD_BYTES
+from pasture.tiers.gate import CostGate, Gate, OpenGate
+from pasture.tiers.keys import Address
+from pasture.tiers.lifting import PromptLift
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.store import TieredStore
+from tests.remote_support import wait_for
 from tests.tier_support import NAME, ShelfTier, cells_of, make_store, put, slab_of, toks
 
 LONG = toks(range(300))
 BUDGET = 1 << 26
+SIZE = 64 * 24 + 1 + BLOCK_OVERHEAD_BYTES
+"""of a block in RAM"""
 
 
 @dataclass
@@ -170,9 +179,60 @@ def test_a_lift_takes_no_more_than_ram_holds() -> None:
     assert shelf.calls("get") == 2
 
 
+class Desk(ShelfTier):
+    """Answers what it has at once, and hands nothing out until it is told to."""
+
+    def __init__(self, *conversations: array[int], divisible: bool) -> None:
+        super().__init__()
+        self.blocks = filled(*conversations, divisible=divisible).blocks
+        self.handing_out = threading.Event()
+
+    def get_batch(self, addresses: Sequence[Address], timeout_seconds: float) -> list[Block | None]:
+        self.handing_out.wait(60)
+        return super().get_batch(addresses, timeout_seconds)
+
+
+def lift_together(store: TieredStore, tier: Desk, conversations: Sequence[array[int]]) -> list[Lift]:
+    """As many readers plan at the same time; returns the lifts when they are over."""
+    tier.open.clear()
+    waiting = [Ready() for _ in conversations]
+    lifts = [store.lift(NAME, tokens, 0, ready) for tokens, ready in zip(conversations, waiting, strict=True)]
+    wait_for(lambda: tier.calls("stored") == len(conversations))
+    tier.open.set()
+    wait_for(lambda: all(isinstance(lift, PromptLift) and lift.planned for lift in lifts))
+    tier.handing_out.set()
+    assert all(ready.event.wait(10) for ready in waiting)
+    return [lift for lift in lifts if lift is not None]
+
+
+@pytest.mark.parametrize("n_blocks", [0, 1, 7, 20])
+def test_lifts_that_begin_together_stay_within_the_budget_together(n_blocks: int) -> None:
+    conversations = [toks(range(1000 * number, 1000 * number + 300)) for number in range(lifting.N_READERS)]
+    shelf = Desk(*conversations, divisible=True)
+    store = fresh(shelf, gate=OpenGate(SIZE // 64), budget=n_blocks * SIZE)
+    lifts = lift_together(store, shelf, conversations)
+    memory = store._memory
+    assert memory.statistics().blocks == n_blocks
+    assert memory.pinned_bytes == memory.used_bytes <= memory.budget_bytes
+    for found in lifts:
+        found.release()
+    if n_blocks == 7:
+        lift(store, next(tokens for tokens in conversations if not store.reach(NAME, tokens)))
+        assert memory.statistics().blocks == 7, "room that was taken for a lift is free again after it"
+        assert sum(store.reach(NAME, tokens) for tokens in conversations) > 300
+
+
+def test_checkpoints_that_are_lifted_together_exceed_the_budget_by_less_than_one() -> None:
+    conversations = [toks(range(1000 * number, 1000 * number + 192)) for number in range(lifting.N_READERS)]
+    shelf = Desk(*conversations, divisible=False)
+    store = fresh(shelf, divisible=False, gate=OpenGate(32), budget=int(1.5 * 192 * 32))
+    lift_together(store, shelf, conversations)
+    assert store._memory.statistics().blocks == 2
+
+
 def test_the_gate_refuses_before_anything_is_read() -> None:
     shelf = filled(LONG)
-    gate = CostGate(cell_bytes=24)
+    gate = CostGate(cell_bytes=24, clock=lambda: 0.0)
     gate.observe_prefill(1e9)
     store = fresh(shelf, gate=gate)
     lift(store, LONG)

@@ -7,6 +7,8 @@ from itertools import takewhile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pasture.core.values import Form, Namespace
 from pasture.tiers.block import Block
@@ -181,6 +183,23 @@ def test_what_nobody_shares_is_squeezed_before_what_many_do() -> None:
     memory.check()
 
 
+def test_what_was_pinned_when_it_was_looked_at_has_its_turn_when_it_is_let_go() -> None:
+    memory = MemoryTier(1 << 20, squeeze_stages=1)
+    for number in range(4):
+        insert(memory, conversation(number, 64))
+    pin = memory.pin(trail(conversation(0, 64)))
+    order = []
+    for _ in range(4):
+        found = memory.next_to_squeeze()
+        assert found is not None
+        block, stage = found
+        order.append(block.tokens[0])
+        assert memory.replace(block, Block(block.address, block.tokens, Form.Q8_0, block.payload), stage + 1)
+        pin.release()
+    assert order == [1, 0, 2, 3], "the coldest was held as the first was taken"
+    assert memory.next_to_squeeze() is None
+
+
 def test_a_damaged_block_goes_though_it_is_pinned() -> None:
     memory = MemoryTier(1 << 20)
     insert(memory, conversation(1))
@@ -209,6 +228,28 @@ def test_a_lazy_heap_follows_keys_that_rise_and_forgets_the_unwanted() -> None:
     assert len(heap._heap) < 2000
     items[0].key = 5000
     assert [heap.pop(), heap.pop(), heap.pop(), heap.pop()] == [items[1000], items[2000], items[0], None]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.sampled_from(["rises", "falls", "pop", "out"]))))
+def test_a_lazy_heap_is_exact_where_falling_keys_are_pushed_again(moves: list[tuple[int, int, str]]) -> None:
+    heap: LazyHeap[Item] = LazyHeap(lambda item: (item.key,), lambda item: item.wanted)
+    items = [Item(5) for _ in range(6)]
+    inside: set[Item] = set()
+    for number, by, move in moves:
+        item = items[number]
+        if move == "pop":
+            popped, least = heap.pop(), min((item.key for item in inside if item.wanted), default=None)
+            assert (popped.key if popped is not None else None) == least
+            inside = {item for item in inside if item.wanted and item is not popped}
+            continue
+        item.wanted = move != "out"
+        item.key += by if move == "rises" else -by
+        heap.push(item)
+        inside.add(item)
+    heap._sweep()
+    rest = list(iter(heap.pop, None))
+    assert [item.key for item in rest] == sorted(item.key for item in inside if item.wanted)
+    assert len(set(rest)) == len(rest)
 
 
 @pytest.mark.parametrize(("a", "b", "n"), [([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1], [2], 0), ([], [1], 0)])

@@ -141,7 +141,7 @@ def test_what_is_held_stays_and_comes_back_whatever_the_budget_says(divisible: b
 
 
 def test_a_model_so_fast_that_fetching_loses_fetches_nothing() -> None:
-    gate = CostGate(cell_bytes=24)
+    gate = CostGate(cell_bytes=24, clock=lambda: 0.0)
     store, _ = ram_store(gate=gate)
     put(store, LONG)
     assert len(store.take(NAME, LONG, 0, 300)) == 5

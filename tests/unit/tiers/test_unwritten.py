@@ -13,6 +13,7 @@ from pasture.core.storage import BlockKey
 from pasture.core.values import Form
 from pasture.tiers import writing
 from pasture.tiers.block import Block
+from pasture.tiers.compression import Compression, Squeezer
 from pasture.tiers.gate import OpenGate
 from pasture.tiers.keys import Address, chain, root_key
 from pasture.tiers.memory import MemoryTier
@@ -145,6 +146,32 @@ def test_a_block_is_offered_again_and_not_for_ever(monkeypatch: pytest.MonkeyPat
         put(store, TALK)
         assert store.flush(20)
         assert len(tier.blocks) == n_there
+
+
+class NoMore(OpenGate):
+    """Lets so many tokens be written, and no more at a time."""
+
+    def spill_slow(self, tier: str, n_tokens: int, n_bytes: int) -> bool:
+        return n_tokens <= 40
+
+
+@pytest.mark.parametrize("by_the_gate", [True, False])
+def test_a_shorter_block_stays_where_the_longer_one_is_not_taken(monkeypatch: pytest.MonkeyPatch, by_the_gate: bool) -> None:
+    monkeypatch.setattr(writing, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(writing, "PICTURE_SECONDS", 0.001)
+    talk = conversation(4, 60)
+    longer = path(talk)[0]
+    tier = ShelfTier() if by_the_gate else Refusing("moody", longer.key, refusals=MAX_OFFERS)
+    memory = MemoryTier(1 << 20, n_writers=1)
+    squeezer = Squeezer(memory, PlainCodec(), Compression.OFF, ())
+    writer = writing.Writer(memory, 0, tier, NoMore() if by_the_gate else OpenGate(), squeezer)
+    shorter = block_at(path(talk[:30])[0], talk[:30])
+    memory.insert(shorter)
+    assert writer.flush(20)
+    memory.insert(block_at(longer, talk))
+    assert writer.flush(20)
+    assert list(tier.blocks) == [shorter.address.key]
+    assert writer.stop(20)
 
 
 def test_a_refused_block_waits_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from pasture.core.values import Form
 from pasture.tiers.compression import Compression, Squeezer
+from pasture.tiers.entries import size_of
 from pasture.tiers.gate import OpenGate
 from pasture.tiers.guard import MIB, GuardLimits, MemoryGuard, give_back_freed_memory
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.store import open_store
 from pasture.tiers.upkeep import GIVE_BACK_BYTES, Upkeep
+from tests.blocks import blocks, conversation
 from tests.tier_support import NAME, OPENED, PlainCodec, put, toks
 
 LIMITS = GuardLimits(reserve_bytes=100 * MIB, comfort_bytes=200 * MIB)
@@ -90,13 +93,28 @@ def test_a_round_shrinks_the_tier_and_gives_the_memory_back() -> None:
     assert (memory.budget_bytes, given_back) == (10_000, [1])
 
 
-def test_much_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_given_back_when_much_has_left_though_as_much_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, given_back = MemoryTier(10 * GIVE_BACK_BYTES), list[int]()
     care = upkeep(memory, None, given_back)
-    for blocks, times in ((9.0, 0), (8.0, 0), (7.0, 1), (6.0, 1)):  # an eighth of the budget is 1.25
-        monkeypatch.setattr(memory._books, "bytes", int(blocks * GIVE_BACK_BYTES))
+    for gone, times in ((1.0, 0), (1.2, 0), (1.3, 1), (2.5, 1), (2.6, 2)):  # an eighth of the budget is 1.25
+        monkeypatch.setattr(memory._books, "gone_bytes", int(gone * GIVE_BACK_BYTES))
         care.round()
         assert len(given_back) == times
+    memory.resize(GIVE_BACK_BYTES)
+    monkeypatch.setattr(memory._books, "gone_bytes", int(3.5 * GIVE_BACK_BYTES))
+    care.round()
+    assert len(given_back) == 2, "it is not worth it for less"
+
+
+def test_what_has_left_is_counted_whether_evicted_or_squeezed() -> None:
+    memory = MemoryTier(1 << 20, squeeze_stages=1)
+    block = next(blocks(conversation(1, 64)))
+    assert memory.insert(block)
+    smaller = replace(block, form=Form.Q8_0, payload=block.payload[:10])
+    assert memory.replace(block, smaller, 1)
+    assert memory.gone_bytes == size_of(block)
+    memory.resize(0)
+    assert memory.gone_bytes == size_of(block) + size_of(smaller)
 
 
 def test_giving_back_does_no_harm() -> None:
