@@ -60,7 +60,7 @@ class DiskTier:
         now: Callable[[], float] = time.time,
     ) -> None:
         """Open the cache in `directory`, or begin one. Raises ConfigError where the directory cannot be trusted."""
-        self._cache = DiskCache(private_directory(directory))
+        self._cache = DiskCache(private_directory(directory), clock)
         self._budget_bytes = budget_bytes
         self._wire: Wire = PlainWire() if wire is None else wire
         self._clock = clock

@@ -8,9 +8,10 @@ index as IndexUnavailable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from pasture.core.storage import Bytes
 from pasture.tiers.disk_files import BlockFiles, FileFacts
@@ -35,11 +36,11 @@ class Verdict:
 
 
 class DiskCache:
-    """The cache in a directory that `private_directory` has approved."""
+    """The cache in a directory that `private_directory` has approved. `clock` is monotonic, in seconds."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Callable[[], float] = monotonic) -> None:
         self.files = BlockFiles(directory)
-        self.index = DiskIndex(self.files.root, self._contents)
+        self.index = DiskIndex(self.files.root, self._contents, clock)
 
     def settle(self, now: float) -> None:
         """Put right what killed processes left: temporary files, files without rows or not worth one, rows without files."""
@@ -119,11 +120,11 @@ class DiskCache:
             return False  # its checksum was right: it is somebody else's
         return True
 
-    def _contents(self) -> Iterator[Row]:
-        """What the files say; stops early where they cannot be listed."""
+    def _contents(self, known: Collection[bytes]) -> Iterator[Row]:
+        """What the files say that have none of these names; stops early where they cannot be listed."""
         try:
             for fact in self.files.scan():
-                if (row := self._row(fact)) is not None:
+                if fact.name not in known and (row := self._row(fact)) is not None:
                     yield row
         except OSError:
             return

@@ -562,6 +562,58 @@ def test_a_busy_index_costs_a_write_and_nothing_else(
     assert len(caplog.records) == 1
 
 
+def test_an_index_in_memory_gives_way_to_one_that_all_share(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
+) -> None:
+    def full(draft: Path, file: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as while_full:
+        while_full.setattr(disk_index, "_publish", full)
+        one, two = open_tier(20 * BLOCK_BYTES), open_tier(20 * BLOCK_BYTES)
+        fill(one, 1, 2, 3)
+        fill(two, 4, 5, 6)
+        assert kept(one, 4) == kept(two, 1) == 0
+        clock.pass_(3)
+        fill(one, 7)
+        assert not list((tmp_path / "cache").rglob("*.sqlite"))
+    fill(one, 8)
+    assert not list((tmp_path / "cache").rglob("*.sqlite")), "not tried at every call"
+    clock.pass_(5)
+    assert (kept(one, 8), kept(two, 8)) == (4, 4)
+    assert (kept(one, 4), kept(two, 1)) == (4, 4)
+    fill(two, 9)
+    assert one.statistics().bytes == two.statistics().bytes == sum(file.stat().st_size for file in files(tmp_path))
+    assert one.statistics().bytes <= 20 * BLOCK_BYTES
+    assert len(list((tmp_path / "cache").rglob("index*.sqlite"))) == 1
+
+
+def test_an_index_that_is_busy_when_it_was_just_made_is_used_later(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
+) -> None:
+    monkeypatch.setattr(disk_index, "BUSY_SECONDS", 0.0)
+    publish = disk_index._publish
+    with ExitStack() as neighbour:
+
+        def publish_and_be_overtaken(draft: Path, file: Path) -> None:
+            publish(draft, file)
+            hog = neighbour.enter_context(closing(sqlite3.connect(file, isolation_level=None)))
+            hog.execute("BEGIN IMMEDIATE")
+
+        monkeypatch.setattr(disk_index, "_publish", publish_and_be_overtaken)
+        tier = open_tier()
+        fill(tier, 1)
+        clock.pass_(3)
+        fill(tier, 2)
+        assert (kept(tier, 1), kept(tier, 2)) == (4, 4), "from an index in memory"
+        tier.remove(path(conversation(1, 200))[3].key)
+    clock.pass_(5)
+    assert (kept(tier, 1), kept(tier, 2)) == (3, 4)
+    other = open_tier()
+    fill(other, 3)
+    assert (kept(other, 1), kept(other, 2), kept(tier, 3)) == (3, 4, 4)
+
+
 def test_a_block_that_claims_another_position_is_not_served(open_tier: Open, tmp_path: Path) -> None:
     tier = open_tier()
     fill(tier, 1)
