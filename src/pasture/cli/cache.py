@@ -113,29 +113,43 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every file of a cache, and take away those that are damaged."""
+    """Read every file of a cache, take away those that are damaged, and name those that cannot be read."""
     from pasture.tiers.sealed import SealedWire, read_secret
 
     secret_file = key_file or _configured_path(load_configuration().settings.kv_key_file)
     wire = SealedWire(read_secret(secret_file)) if secret_file is not None else None
     with _opened(directory) as opened:
         n_files = n_bytes = n_closed = 0
-        damaged = {}
+        damaged, unreadable = {}, {}
         for verdict in opened.verify(wire):
             n_files, n_bytes = n_files + 1, n_bytes + verdict.n_bytes
             if verdict.damage is not None:
                 damaged[verdict.name.hex()] = verdict.damage
+            elif verdict.unreadable is not None:
+                unreadable[verdict.name.hex()] = verdict.unreadable
             elif not verdict.opened:
                 n_closed += 1
         if rebuild:
             opened.index.rebuild()
         opened.settle(time.time())
     if as_json:
-        print_json({"files": n_files, "bytes": n_bytes, "damaged": damaged, "not_opened": n_closed, "rebuilt": rebuild})
+        print_json(
+            {
+                "files": n_files,
+                "bytes": n_bytes,
+                "damaged": damaged,
+                "unreadable": unreadable,
+                "not_opened": n_closed,
+                "rebuilt": rebuild,
+            }
+        )
         return
     for name, reason in damaged.items():
         err().print(f"{name[:NAME_DIGITS]}: {reason}; removed", markup=False, highlight=False)
-    remark = f", {n_closed:,} encrypted ones by their checksum alone" if n_closed else ""
+    for name, reason in unreadable.items():
+        err().print(f"{name[:NAME_DIGITS]}: cannot be read ({reason}); left where it is", markup=False, highlight=False)
+    remark = f", {len(unreadable):,} unreadable" if unreadable else ""
+    remark += f", {n_closed:,} encrypted ones by their checksum alone" if n_closed else ""
     out().print(f"{n_files:,} files, {format_bytes(n_bytes)}: {len(damaged):,} damaged and removed{remark}", highlight=False)
 
 

@@ -29,9 +29,11 @@ class Verdict:
 
     name: bytes
     n_bytes: int
-    damage: str | None
+    damage: str | None = None
     """why it was taken away; None where nothing is wrong with it"""
-    opened: bool
+    unreadable: str | None = None
+    """why it could not be read, and stays"""
+    opened: bool = False
     """its tokens were compared with its key; False for a block under another secret, whose checksum alone was"""
 
 
@@ -90,7 +92,10 @@ class DiskCache:
         return len(names)
 
     def verify(self, wire: Wire | None) -> Iterator[Verdict]:
-        """Read every file, and take away those that are damaged. `wire` opens blocks that are encrypted."""
+        """Read every file, and take away those that are damaged. `wire` opens blocks that are encrypted.
+
+        What the system cannot read stays: it may be a matter of permissions, or of the whole disk.
+        """
         for fact in list(self.files.scan()):
             try:
                 opened = self._check(fact.name, wire)
@@ -98,9 +103,11 @@ class DiskCache:
                 continue
             except BadBlock as error:
                 self.discard(fact.name)
-                yield Verdict(fact.name, fact.n_bytes, str(error), False)
+                yield Verdict(fact.name, fact.n_bytes, damage=str(error))
+            except OSError as error:
+                yield Verdict(fact.name, fact.n_bytes, unreadable=error.strerror or str(error))
             else:
-                yield Verdict(fact.name, fact.n_bytes, None, opened)
+                yield Verdict(fact.name, fact.n_bytes, opened=opened)
 
     def close(self) -> None:
         self.index.close()

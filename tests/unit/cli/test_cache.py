@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -99,6 +101,28 @@ def test_verify_removes_what_is_damaged(cache: Path, tmp_path: Path, capsys: pyt
     assert (stored(cache, 1), stored(cache, 2)) == (4, 0)
     assert run("cache", "verify", str(cache)) == 0
     assert "0 damaged" in capsys.readouterr().out
+
+
+def test_verify_goes_on_after_a_file_that_cannot_be_read(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = path(conversation(1, 200))[0].key.hex()
+    real = os.open
+
+    def open_all_but_one(path: str, flags: int, *rest: int) -> int:
+        if victim in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", open_all_but_one)
+    found = answer(capsys, "verify", str(cache))
+    assert (found["files"], found["damaged"], found["unreadable"]) == (8, {}, {victim: "Permission denied"})
+    assert run("cache", "verify", str(cache)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{victim[:12]}: cannot be read (Permission denied); left where it is\n"
+    assert "0 damaged and removed, 1 unreadable" in printed.out
+    monkeypatch.undo()
+    assert stored(cache, 1) == 4
 
 
 def test_verify_rebuilds_the_index(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

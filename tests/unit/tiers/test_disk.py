@@ -330,20 +330,55 @@ def test_a_disk_that_takes_nothing_costs_writes_and_one_warning(
 
 
 def test_a_disk_that_cannot_be_read_is_a_miss_and_keeps_its_files(
-    open_tier: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Time
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Time
 ) -> None:
     tier = open_tier()
-    fill(tier, 1)
+    fill(tier, 1, 2, 3)
     failing = Failing(monkeypatch, "readv", errno.EIO)
+    addresses = [address for seed in (3, 2, 1) for address in path(conversation(seed, 200))]
+    for n_calls in (3, 4, 5):
+        assert [tier.get(address) for address in addresses] == [None] * 12
+        assert failing.calls == n_calls, "left alone after a few files in a row"
+        assert leading(tier, path(conversation(1, 200))) == 0, "no promise while it fails"
+        clock.pass_(60)
+    assert len(files(tmp_path)) == 10, "the first that failed could have been damaged themselves"
+    assert {record.getMessage().split(":")[0] for record in caplog.records} == {
+        "a file in the disk cache was damaged and is dropped",
+        "the disk cache cannot be read and is left alone for a while",
+    }
+    failing.broken = False
+    clock.pass_(3)
+    assert (kept(tier, 1), kept(tier, 2)) == (4, 4)
+    assert (tier.statistics().damaged_blocks, tier.statistics().errors) == (2, 3)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_one_file_that_cannot_be_read_is_damaged_and_can_be_put_again(
+    open_tier: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    tier = open_tier()
     addresses = path(conversation(1, 200))
-    assert [tier.get(address) for address in addresses] == [None] * 4
-    assert failing.calls == 1
-    assert leading(tier, addresses) == 0, "no promise while it fails"
+    for _ in range(3):  # one bad sector after the other, and never two in a row
+        fill(tier, 1)
+        failing = Failing(monkeypatch, "open", code)
+        assert tier.get(addresses[0]) is None
+        failing.broken = False
+        assert all(tier.get(address) for address in addresses[1:]), "the disk itself is well"
+    fill(tier, 1)
+    assert kept(tier, 1) == 4
+    assert (tier.statistics().damaged_blocks, tier.statistics().errors) == (3, 0)
     assert len(caplog.records) == 1
+
+
+def test_too_many_open_files_damage_nothing(open_tier: Open, monkeypatch: pytest.MonkeyPatch, clock: Time) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    failing = Failing(monkeypatch, "open", errno.EMFILE)
+    assert tier.get(path(conversation(1, 200))[0]) is None
+    assert failing.calls == 1
     failing.broken = False
     clock.pass_(3)
     assert kept(tier, 1) == 4
-    assert tier.statistics().damaged_blocks == 0
 
 
 def test_a_directory_that_cannot_be_written_is_read(
