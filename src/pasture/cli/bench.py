@@ -38,6 +38,7 @@ class Benchmark(StrEnum):
     TRACE = "trace"
     OVERHEAD = "overhead"
     QUALITY = "quality"
+    SHIFT = "shift"
     RESTART = "restart"
     IMPORT = "import"
     REMOTE = "remote"
@@ -55,6 +56,7 @@ class Benchmark(StrEnum):
 _MODULES = {
     Benchmark.OVERHEAD: "pasture.bench.overhead",
     Benchmark.QUALITY: "pasture.cli.quality",
+    Benchmark.SHIFT: "pasture.cli.shift",
     Benchmark.RESTART: "pasture.bench.restart",
     Benchmark.IMPORT: "pasture.bench.importing",
     Benchmark.REMOTE: "pasture.bench.remote",
@@ -227,11 +229,12 @@ def bench(
 
     `trace FILE`: recorded traffic, smaller and slower. `returning`, `turn-ahead`, `foresight`: what is done ahead, on and off.
 
-    `overhead`: what pasture costs beside the model. `quality`: what each stored form does to the answers. `restart`: the first
-    answer after one. `import`: a conversation that goes on at another server. `soak`: whether anything grows. `idle`: thousands
-    of resting conversations. `tiers`: every workload with tiers and without. `timing`: whether a hit of others can be felt.
-    `remote`: a prompt that another server has computed, through a store that both share. `neighbours`: a tenant that sends 50
-    times its share. `forks`: one conversation in 32 branches.
+    `overhead`: what pasture costs beside the model. `quality`: what each stored form does to the answers. `shift`: how long a
+    full live cache takes to be written smaller, and who fits then. `restart`: the first answer after one. `import`: a
+    conversation that goes on at another server. `soak`: whether anything grows. `idle`: thousands of resting conversations.
+    `tiers`: every workload with tiers and without. `timing`: whether a hit of others can be felt. `remote`: a prompt that
+    another server has computed, through a store that both share. `neighbours`: a tenant that sends 50 times its share. `forks`:
+    one conversation in 32 branches.
 
         pasture bench team --users 16 --turns 3 --against isolated,llama-server
         pasture bench docs --against http://other-server:8080 --out results

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,11 +50,14 @@ def ls(
     with _opened(directory) as opened:
         rows = opened.index.rows(limit, leaves=True)
         sizes = [opened.index.path_bytes(row.name) for row in rows]
+        others = _other_versions(opened)
     now = time.time()
     if as_json:
-        print_json({"conversations": [_as_json(row, size, now) for row, size in zip(rows, sizes, strict=True)]})
+        conversations = [_as_json(row, size, now) for row, size in zip(rows, sizes, strict=True)]
+        print_json({"conversations": conversations, "other_versions": others})
         return
-    table = Table(title="Conversations", title_justify="left", caption=_LS_CAPTION, caption_justify="left")
+    caption = "\n".join((_LS_CAPTION, *(f"{name}: {what}." for name, what in _told(others))))
+    table = Table(title="Conversations", title_justify="left", caption=caption, caption_justify="left")
     for heading in ("ends in", "tokens", "size", "form", "written", "used", "hits"):
         table.add_column(heading, justify="left" if heading in ("ends in", "form") else "right", no_wrap=True)
     for row, size in zip(rows, sizes, strict=True):
@@ -73,6 +76,7 @@ def stats(directory: Directory = None, as_json: AsJson = False) -> None:
     with _opened(directory) as opened:
         rows = opened.index.rows()
         conversations = len(opened.index.rows(leaves=True))
+        others = _other_versions(opened)
         free_bytes = shutil.disk_usage(opened.files.root).free
     now = time.time()
     n_blocks, n_bytes = Counter(row.form.value for row in rows), Counter[str]()
@@ -87,6 +91,7 @@ def stats(directory: Directory = None, as_json: AsJson = False) -> None:
         "encrypted_blocks": sum(row.sealed for row in rows),
         "hits": sum(row.hits for row in rows),
         "oldest_use_seconds": round(now - min((row.used for row in rows), default=now), 1),
+        "other_versions": others,
         "free_bytes": free_bytes,
     }
     if as_json:
@@ -100,6 +105,8 @@ def stats(directory: Directory = None, as_json: AsJson = False) -> None:
     table.add_row("encrypted", f"{facts['encrypted_blocks']:,}")
     table.add_row("hits", f"{facts['hits']:,}")
     table.add_row("longest unused", _ago(now - min((row.used for row in rows), default=now)))
+    for name, what in _told(others):
+        table.add_row(name, what)
     table.add_row("free on the disk", format_bytes(free_bytes))
     out().print(table, highlight=False)
 
@@ -113,29 +120,43 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every file of a cache, and take away those that are damaged."""
+    """Read every file of a cache, take away those that are damaged, and name those that cannot be read."""
     from pasture.tiers.sealed import SealedWire, read_secret
 
     secret_file = key_file or _configured_path(load_configuration().settings.kv_key_file)
     wire = SealedWire(read_secret(secret_file)) if secret_file is not None else None
     with _opened(directory) as opened:
         n_files = n_bytes = n_closed = 0
-        damaged = {}
+        damaged, unreadable = {}, {}
         for verdict in opened.verify(wire):
             n_files, n_bytes = n_files + 1, n_bytes + verdict.n_bytes
             if verdict.damage is not None:
                 damaged[verdict.name.hex()] = verdict.damage
+            elif verdict.unreadable is not None:
+                unreadable[verdict.name.hex()] = verdict.unreadable
             elif not verdict.opened:
                 n_closed += 1
         if rebuild:
             opened.index.rebuild()
         opened.settle(time.time())
     if as_json:
-        print_json({"files": n_files, "bytes": n_bytes, "damaged": damaged, "not_opened": n_closed, "rebuilt": rebuild})
+        print_json(
+            {
+                "files": n_files,
+                "bytes": n_bytes,
+                "damaged": damaged,
+                "unreadable": unreadable,
+                "not_opened": n_closed,
+                "rebuilt": rebuild,
+            }
+        )
         return
     for name, reason in damaged.items():
         err().print(f"{name[:NAME_DIGITS]}: {reason}; removed", markup=False, highlight=False)
-    remark = f", {n_closed:,} encrypted ones by their checksum alone" if n_closed else ""
+    for name, reason in unreadable.items():
+        err().print(f"{name[:NAME_DIGITS]}: cannot be read ({reason}); left where it is", markup=False, highlight=False)
+    remark = f", {len(unreadable):,} unreadable" if unreadable else ""
+    remark += f", {n_closed:,} encrypted ones by their checksum alone" if n_closed else ""
     out().print(f"{n_files:,} files, {format_bytes(n_bytes)}: {len(damaged):,} damaged and removed{remark}", highlight=False)
 
 
@@ -146,30 +167,35 @@ def prune(
     older_than: Annotated[
         str | None, typer.Option("--older-than", metavar="TIME", help="Remove what was not used for so long, as 168h.")
     ] = None,
+    other_versions: Annotated[
+        bool, typer.Option("--other-versions", help="Remove what other versions of pasture left.")
+    ] = False,
 ) -> None:
     """Make a cache smaller: least recently used blocks go first, the ends of conversations before their beginnings."""
     from pasture.tiers.disk_cache import NOTHING
 
-    if to is None and older_than is None:
-        raise ConfigError("say what may stay: --to SIZE, --older-than TIME, or both")
+    if to is None and older_than is None and not other_versions:
+        raise ConfigError("say what is to go: --to SIZE, --older-than TIME, --other-versions")
     target_bytes = _parsed("--to", parse_bytes, to)
     age_seconds = _parsed("--older-than", parse_seconds, older_than)
     with _opened(directory) as opened:
         opened.settle(time.time())
         gone = [] if age_seconds is None else opened.evict(NOTHING, used_before=time.time() - age_seconds)
         gone += [] if target_bytes is None else opened.evict(int(target_bytes))
-    _tell_removed(len(gone), sum(row.n_bytes for row in gone))
+        others = _remove_other_versions(opened) if other_versions else {}
+    _tell_removed(len(gone), sum(row.n_bytes for row in gone), others)
 
 
 @cache.command("clear")
 def clear(directory: Directory = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
-    """Remove every block of a cache."""
+    """Remove every block of a cache, and what other versions of pasture left."""
     with _opened(directory) as opened:
         if not yes:
             typer.confirm(f"Remove everything that is cached in {opened.files.root}?", abort=True)
         n_bytes = sum(fact.n_bytes for fact in opened.files.scan())
         n_blocks = opened.clear()
-    _tell_removed(n_blocks, n_bytes)
+        others = _remove_other_versions(opened)
+    _tell_removed(n_blocks, n_bytes, others)
 
 
 @contextmanager
@@ -177,14 +203,16 @@ def _opened(given: Path | None) -> Iterator[DiskCache]:
     from pasture.tiers.disk_cache import DiskCache
     from pasture.tiers.disk_files import LAYOUT, private_directory
     from pasture.tiers.disk_index import IndexUnavailable
+    from pasture.tiers.disk_versions import other_versions
 
     directory = given or _configured_path(load_configuration().settings.kv_cache)
     if directory is None:
         raise ConfigError("which cache? Name its directory, or set PASTURE_KV_CACHE, or kv_cache in pasture.toml")
-    if not (directory / LAYOUT).is_dir():
+    if not (directory / LAYOUT).is_dir() and not (directory.is_dir() and other_versions(directory)):
         raise ConfigError(f"there is no cache in {directory}")
     opened = DiskCache(private_directory(directory))
     try:
+        opened.files.create()  # beside what another version left
         yield opened
     except (OSError, IndexUnavailable) as error:
         raise PastureError(f"the cache in {directory} cannot be used now: {error}") from None
@@ -203,8 +231,30 @@ def _parsed(flag: str, parse: Callable[[str], float], text: str | None) -> float
         raise ConfigError(f"{flag}: {error}") from None
 
 
-def _tell_removed(n_blocks: int, n_bytes: int) -> None:
+def _other_versions(opened: DiskCache) -> Mapping[str, int]:
+    from pasture.tiers.disk_versions import other_versions
+
+    return other_versions(opened.files.root.parent)
+
+
+def _remove_other_versions(opened: DiskCache) -> Mapping[str, int]:
+    """Their names -> bytes that they had."""
+    from pasture.tiers.disk_versions import remove_other_versions
+
+    found = _other_versions(opened)
+    remove_other_versions(opened.files.root.parent)
+    return found
+
+
+def _told(others: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    for name, n_bytes in others.items():
+        yield name, f"{format_bytes(n_bytes)} of another version of pasture, which prune --other-versions removes"
+
+
+def _tell_removed(n_blocks: int, n_bytes: int, others: Mapping[str, int]) -> None:
     out().print(f"{n_blocks:,} blocks removed, {format_bytes(n_bytes)}", highlight=False)
+    for name, n_other_bytes in others.items():
+        out().print(f"{name} of another version of pasture removed, {format_bytes(n_other_bytes)}", highlight=False)
 
 
 def _ago(seconds: float) -> str:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 LOOK_STEPS = 8
 """steps between two looks at unchanged traffic"""
 MAX_LOOKED_AT = 64
-"""requests that one look counts"""
+"""requests whose tokens one look counts; the longest is sought among all"""
 REPLY_TOKENS = 64
 """of a reply that is expected when cells are estimated"""
 LONG_REPLY_TOKENS = 512
@@ -183,7 +183,8 @@ class LayoutKeeper:
     def _look(self) -> Traffic | None:
         scheduler = self._scheduler
         swapped, running = scheduler.swapped.values(), scheduler.running.values()
-        tasks = list(islice((*swapped, *running, *scheduler.waiting), MAX_LOOKED_AT))
+        everybody = (*swapped, *running, *scheduler.waiting)
+        tasks = everybody[:MAX_LOOKED_AT]
         if not tasks:
             return None
         now, pool = self._clock(), scheduler.pool
@@ -194,7 +195,7 @@ class LayoutKeeper:
             attended_cells=sum(len(task.tokens) for task in tasks) + replies,
             distinct_cells=_distinct(tasks) + replies,
             idle_cells=max(0, pool.used_cells - pool.locked_cells),
-            longest_tokens=max(len(task.tokens) + min(task.tokens_to_draw, LONG_REPLY_TOKENS) for task in tasks),
+            longest_tokens=max(len(task.tokens) + min(task.tokens_to_draw, LONG_REPLY_TOKENS) for task in everybody),
             n_ids=max(ids, default=-1) + 1,
         )
 

@@ -4,8 +4,8 @@
          <-- what runs and waits would fit again for a while, or the machine turned out to be slower that way ---
 
 Smaller cells are not free everywhere: some backends compute on them more slowly than what swapping costs. So the tokens a
-second before and after are compared, and a shift that did not pay is undone and not tried again for a while. Pure: no clock, no
-engine.
+second before and after are compared, and a shift that did not pay is undone and not tried again for a while; nor is one, either
+way, for which there was no memory. Pure: no clock, no engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRIAL_SECONDS = 15.0
 LOSS = 0.95
 """a shift must leave at least this much of the tokens a second"""
 BAN_SECONDS = 600.0
-"""before a shift that did not pay is tried again"""
+"""before a shift that did not pay, or could not be made, is tried again"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Shifter:
         self._raw_cells = raw_cells
         self._short_since: float | None = None
         self._ample_since: float | None = None
-        self._banned_until = float("-inf")
+        self._banned_until = self._refused_until = float("-inf")
         self._shifted_at: float | None = None
         self._rate_before = 0.0
         self._steps: deque[tuple[float, float, int]] = deque()
@@ -60,7 +60,7 @@ class Shifter:
 
     def advise(self, form: Form, demand: Demand, now: float) -> Form | None:
         """The form to shift to now; None to stay."""
-        if self._form is None:
+        if self._form is None or now < self._refused_until:
             return None
         return self._down(demand, now) if form is Form.RAW else self._up(demand, now)
 
@@ -74,8 +74,9 @@ class Shifter:
         self._steps.clear()
 
     def refuse(self, now: float) -> None:
-        """It could not be rebuilt: not again for a while."""
-        self._banned_until = now + BAN_SECONDS
+        """It could not be rebuilt: not again for a while, wherever to."""
+        self._refused_until = now + BAN_SECONDS
+        self._short_since = self._ample_since = None
 
     def _down(self, demand: Demand, now: float) -> Form | None:
         if not demand.short:

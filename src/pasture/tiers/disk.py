@@ -3,13 +3,15 @@
     SlowTier calls ─► circuits (a failing disk is left alone) ─► wire (bytes, perhaps encrypted) ─► DiskCache (files, index)
 
 Owns the policy: what a failure means (a miss, or a write that is skipped, with one warning), when to make room, what counts as
-used, how fast the disk is, what each owner may have. The budget is that of the directory, whoever writes to it: totals are in
-the shared index. Nothing read from disk is trusted: `Wire.decode` verifies it, and the address must be the one that was asked
-for. Background threads call it, several at once.
+used, how fast the disk is, what each owner may have. A file that cannot be read is damaged; when several in a row cannot, it is
+the disk that fails. The budget is that of the directory, whoever writes to it: totals are in the shared index. Nothing read
+from disk is trusted: `Wire.decode` verifies it, and the address must be the one that was asked for. Background threads call it,
+several at once.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from array import array
@@ -40,7 +42,12 @@ NOTED_SECONDS = 2.0
 CHILDREN = 8
 """blocks behind one parent that are offered"""
 
+UNREADABLE_IN_A_ROW = 2
+"""files that are damaged when they cannot be read; where more follow, it is the disk"""
+
 _FAILURES = (OSError, IndexUnavailable, MemoryError)
+_OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""say nothing about the file that could not be read"""
 
 
 class DiskTier:
@@ -60,7 +67,7 @@ class DiskTier:
         now: Callable[[], float] = time.time,
     ) -> None:
         """Open the cache in `directory`, or begin one. Raises ConfigError where the directory cannot be trusted."""
-        self._cache = DiskCache(private_directory(directory))
+        self._cache = DiskCache(private_directory(directory), clock)
         self._budget_bytes = budget_bytes
         self._wire: Wire = PlainWire() if wire is None else wire
         self._clock = clock
@@ -71,6 +78,8 @@ class DiskTier:
         self._counts = dict.fromkeys(("hit", "missed", "written", "read", "evicted", "damaged", "errors", "in_flight"), 0)
         self._used: dict[bytes, int] = {}
         self._used_since = clock()
+        self._unreadable = 0
+        """files that could not be read since one could"""
         self._totals: Mapping[Form, tuple[int, int]] = {}
         self._shares: Shares[bytes] = Shares(_disk_bytes, clock)
         self._pace = Pace(self._start(), clock)
@@ -224,9 +233,15 @@ class DiskTier:
             except BadBlock as error:
                 self._damaged(name, error)
                 return None
+            except OSError as error:
+                if not self._is_damage(error):
+                    raise
+                self._damaged(name, error)
+                return None
             self._pace.observe(data.nbytes, self._clock() - begin)
             self._count(read=data.nbytes)
             self._note_use(name, hits=1)
+            self._unreadable = 0
             self._reads.succeeded()
         except _FAILURES as error:
             self._failed(self._reads, "be read", error)
@@ -293,7 +308,15 @@ class DiskTier:
         if used:
             self._cache.index.touch(used, self._now())
 
-    def _damaged(self, name: bytes, error: BadBlock) -> None:
+    def _is_damage(self, error: OSError) -> bool:
+        """Whether a file that could not be read is to blame itself; counts it."""
+        if error.errno in _OF_THE_PROCESS:
+            return False
+        with self._lock:
+            self._unreadable += 1
+            return self._unreadable <= UNREADABLE_IN_A_ROW
+
+    def _damaged(self, name: bytes, error: BadBlock | OSError) -> None:
         self._count(damaged=1)
         self._complaints.about("damage", f"a file in the disk cache was damaged and is dropped: {error}")
         self._cache.discard(name)

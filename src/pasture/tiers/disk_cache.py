@@ -8,9 +8,10 @@ index as IndexUnavailable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from pasture.core.storage import Bytes
 from pasture.tiers.disk_files import BlockFiles, FileFacts
@@ -28,18 +29,20 @@ class Verdict:
 
     name: bytes
     n_bytes: int
-    damage: str | None
+    damage: str | None = None
     """why it was taken away; None where nothing is wrong with it"""
-    opened: bool
+    unreadable: str | None = None
+    """why it could not be read, and stays"""
+    opened: bool = False
     """its tokens were compared with its key; False for a block under another secret, whose checksum alone was"""
 
 
 class DiskCache:
-    """The cache in a directory that `private_directory` has approved."""
+    """The cache in a directory that `private_directory` has approved. `clock` is monotonic, in seconds."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Callable[[], float] = monotonic) -> None:
         self.files = BlockFiles(directory)
-        self.index = DiskIndex(self.files.root, self._contents)
+        self.index = DiskIndex(self.files.root, self._contents, clock)
 
     def settle(self, now: float) -> None:
         """Put right what killed processes left: temporary files, files without rows or not worth one, rows without files."""
@@ -89,7 +92,10 @@ class DiskCache:
         return len(names)
 
     def verify(self, wire: Wire | None) -> Iterator[Verdict]:
-        """Read every file, and take away those that are damaged. `wire` opens blocks that are encrypted."""
+        """Read every file, and take away those that are damaged. `wire` opens blocks that are encrypted.
+
+        What the system cannot read stays: it may be a matter of permissions, or of the whole disk.
+        """
         for fact in list(self.files.scan()):
             try:
                 opened = self._check(fact.name, wire)
@@ -97,9 +103,11 @@ class DiskCache:
                 continue
             except BadBlock as error:
                 self.discard(fact.name)
-                yield Verdict(fact.name, fact.n_bytes, str(error), False)
+                yield Verdict(fact.name, fact.n_bytes, damage=str(error))
+            except OSError as error:
+                yield Verdict(fact.name, fact.n_bytes, unreadable=error.strerror or str(error))
             else:
-                yield Verdict(fact.name, fact.n_bytes, None, opened)
+                yield Verdict(fact.name, fact.n_bytes, opened=opened)
 
     def close(self) -> None:
         self.index.close()
@@ -119,11 +127,11 @@ class DiskCache:
             return False  # its checksum was right: it is somebody else's
         return True
 
-    def _contents(self) -> Iterator[Row]:
-        """What the files say; stops early where they cannot be listed."""
+    def _contents(self, known: Collection[bytes]) -> Iterator[Row]:
+        """What the files say that have none of these names; stops early where they cannot be listed."""
         try:
             for fact in self.files.scan():
-                if (row := self._row(fact)) is not None:
+                if fact.name not in known and (row := self._row(fact)) is not None:
                     yield row
         except OSError:
             return

@@ -1,4 +1,4 @@
-"""Block files in a private directory: `DIR/v1/ab/ab...64 hex digits.kv`, one block each, in the wire format.
+"""Block files in a private directory: `DIR/v2/ab/ab...64 hex digits.kv`, one block each, in the wire format.
 
 A file appears complete or not at all: it is written under a temporary name beside its place and then moved there. It is not
 flushed to the device: after a crash of the machine, not of the process, a file may be torn, which its checksum tells. No two

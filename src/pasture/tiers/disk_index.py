@@ -1,8 +1,9 @@
 """What is in a cache directory, in SQLite: found by name, by parent and by age, and counted to the byte.
 
 The files are the truth and this is their table of contents. It is opened by any number of processes at once (write-ahead
-log); where it is missing, damaged or cannot be opened it is made anew from the files, in memory if need be. A damaged one is
-never replaced under its name, which another process may have open: each index carries a generation in its name, the highest
+log); where it is missing, damaged or cannot be opened it is made anew from the files, in memory if need be: then it does not
+know what others write, and gives way to one in the directory as soon as that takes one (tried ever less often). A damaged one
+is never replaced under its name, which another process may have open: each index carries a generation in its name, the highest
 one counts, the others are unlinked, and who has such a one open moves on with the next call. It is not flushed to the device
 (a crash of the machine may cost the index, which is then made anew).
 
@@ -18,11 +19,11 @@ import re
 import secrets
 import sqlite3
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from time import time
+from time import monotonic, time
 from typing import Any, TypeVar
 
 from pasture.core.values import Form
@@ -42,6 +43,7 @@ from pasture.tiers.disk_rows import (
     touch_paths,
     with_paths_used,
 )
+from pasture.tiers.trouble import Circuit
 
 T = TypeVar("T")
 
@@ -64,11 +66,16 @@ class IndexUnavailable(Exception):
 
 
 class DiskIndex:
-    """The table of contents of the directory `root`. `contents` reads it anew from the files, and does not raise."""
+    """The table of contents of the directory `root`. `clock` is monotonic, in seconds."""
 
-    def __init__(self, root: Path, contents: Callable[[], Iterable[Row]]) -> None:
+    def __init__(
+        self, root: Path, contents: Callable[[Collection[bytes]], Iterable[Row]], clock: Callable[[], float] = monotonic
+    ) -> None:
+        """`contents` reads from the files what has none of these names, and does not raise."""
         self._root = root
         self._contents = contents
+        self._directory = Circuit(clock)
+        """whether it may take an index, while that is in memory"""
         self._lock = Lock()
         self._file: Path | None = None
         self._identity: tuple[int, int] | None = None
@@ -194,20 +201,7 @@ class DiskIndex:
     # The file
 
     def _change(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """All of `work`, or nothing of it."""
-
-        def transaction(db: sqlite3.Connection) -> T:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                result = work(db)
-                db.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):
-                    db.execute("ROLLBACK")
-                raise
-            return result
-
-        return self._do(transaction)
+        return self._do(lambda db: _in_transaction(db, work))
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on the newest index; once more on one made from the files, should this one turn out damaged."""
@@ -226,10 +220,12 @@ class DiskIndex:
                 raise IndexUnavailable(str(error)) from None
 
     def _current(self) -> sqlite3.Connection:
-        """The open connection, unless another process has replaced the file behind it."""
+        """The open connection, unless another process has replaced the file behind it, or the directory takes one by now."""
         if self._connection is None or _identity(self._file) != self._identity:
             self._close()
             self._connection = self._open()
+        elif self._file is None and self._directory.allows:
+            self._leave_memory()
         return self._connection
 
     def _close(self) -> None:
@@ -239,6 +235,10 @@ class DiskIndex:
         self._connection = None
 
     def _open(self) -> sqlite3.Connection:
+        return self._newest() or self._made_or_in_memory()
+
+    def _newest(self) -> sqlite3.Connection | None:
+        """The newest index there is; None where that is no use. Raises sqlite3.Error where it is only busy."""
         if existing := _generations(self._root):
             try:
                 return self._opened(_path_of(self._root, existing[-1]))
@@ -247,7 +247,7 @@ class DiskIndex:
             except sqlite3.Error as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF in _LATER_CODES:
                     raise
-        return self._made_or_in_memory()
+        return None
 
     def _opened(self, file: Path) -> sqlite3.Connection:
         """A connection to an index that is there, whole, and can be written. Raises OSError, sqlite3.Error."""
@@ -276,11 +276,30 @@ class DiskIndex:
         """A new index from the files. In memory, where the directory takes no new files."""
         with suppress(sqlite3.Error, OSError):
             return self._made()
+        self._directory.failed()
         self._file, self._identity = None, None
         connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self._fill(connection)
         connection.execute(TOUCHED)
         return connection
+
+    def _leave_memory(self) -> None:
+        """Move on to an index in the directory if there can be one; files that it does not know are entered."""
+        try:
+            connection = self._newest() or self._made()
+        except (sqlite3.Error, OSError):
+            self._directory.failed()
+            return
+        try:
+            _enter(connection, with_paths_used(self._contents(_names_and_sizes(connection))))
+        except (sqlite3.Error, OverflowError):
+            connection.close()
+            self._file, self._identity = None, None
+            self._directory.failed()
+            return
+        self._close()
+        self._connection = connection
+        self._directory.succeeded()
 
     def _made(self) -> sqlite3.Connection:
         """A new generation from the files; the older ones go. Raises OSError, sqlite3.Error."""
@@ -307,9 +326,30 @@ class DiskIndex:
         connection.executescript(SCHEMA)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("BEGIN")
-        for row in with_paths_used(self._contents()):
+        for row in with_paths_used(self._contents(())):
             insert_row(connection, row)
         connection.execute("COMMIT")
+
+
+def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    """All of `work`, or nothing of it."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(db)
+        db.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
+    return result
+
+
+def _enter(db: sqlite3.Connection, rows: Iterable[Row]) -> None:
+    def work(db: sqlite3.Connection) -> None:
+        for row in rows:
+            _add(db, row)
+
+    _in_transaction(db, work)
 
 
 def _add(db: sqlite3.Connection, row: Row) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,13 +15,16 @@ from typing import Any
 
 import pytest
 
+from pasture.tiers import disk_files
 from pasture.tiers.disk import DiskTier
+from pasture.tiers.disk_files import LAYOUT
 from pasture.tiers.sealed import SealedWire
 from tests.blocks import blocks, conversation, leading, path
 from tests.unit.cli.test_flags import run
 
 BUDGET_BYTES = 1 << 20
 SECRET = bytes(range(32))
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def fill(directory: Path, *seeds: int, secret: bytes | None = None, age_seconds: float = 0.0) -> None:
@@ -101,6 +107,28 @@ def test_verify_removes_what_is_damaged(cache: Path, tmp_path: Path, capsys: pyt
     assert "0 damaged" in capsys.readouterr().out
 
 
+def test_verify_goes_on_after_a_file_that_cannot_be_read(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = path(conversation(1, 200))[0].key.hex()
+    real = os.open
+
+    def open_all_but_one(path: str, flags: int, *rest: int) -> int:
+        if victim in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", open_all_but_one)
+    found = answer(capsys, "verify", str(cache))
+    assert (found["files"], found["damaged"], found["unreadable"]) == (8, {}, {victim: "Permission denied"})
+    assert run("cache", "verify", str(cache)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{victim[:12]}: cannot be read (Permission denied); left where it is\n"
+    assert "0 damaged and removed, 1 unreadable" in printed.out
+    monkeypatch.undo()
+    assert stored(cache, 1) == 4
+
+
 def test_verify_rebuilds_the_index(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [before] = cache.rglob("index-*.sqlite")
     assert answer(capsys, "verify", str(cache), "--rebuild")["rebuilt"]
@@ -133,6 +161,52 @@ def test_clear_asks(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert stored(cache, 1) == 0
 
 
+def test_the_documents_name_the_directory_of_this_version() -> None:
+    assert f"under `DIR/{LAYOUT}/`" in (DOCS / "operations.md").read_text()
+    assert f"`DIR/{LAYOUT}/" in (disk_files.__doc__ or "")
+
+
+@pytest.fixture
+def other_version(cache: Path) -> Path:
+    """The blocks of the cache as another version would have left them, and something of the user's."""
+    left = cache / "v1"
+    shutil.copytree(cache / LAYOUT, left)
+    (left / "notes").write_text("mine")
+    outside = cache.parent / "outside"
+    outside.mkdir()
+    (outside / f"{'0' * 64}.kv").write_text("mine")
+    (left / "00").symlink_to(outside)
+    (cache / "v10").symlink_to(outside)
+    return left
+
+
+def test_what_another_version_left_is_told_and_removed(
+    cache: Path, other_version: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    n_bytes = sum(file.stat().st_size for file in other_version.rglob("*") if file.is_file() and file.name != "notes")
+    for command in ("ls", "stats"):
+        assert answer(capsys, command, str(cache))["other_versions"] == {"v1": n_bytes}
+        assert run("cache", command, str(cache)) == 0
+        assert "of another version of pasture" in capsys.readouterr().out
+    assert run("cache", "prune", str(cache), "--to", "1GiB") == 0
+    assert list(other_version.rglob("*.kv")), "not unasked"
+    capsys.readouterr()
+    assert run("cache", "prune", str(cache), "--other-versions") == 0
+    assert "0 blocks removed, 0 B\nv1 of another version of pasture removed, " in capsys.readouterr().out
+    assert [file.name for file in other_version.iterdir() if not file.is_symlink()] == ["notes"], "nothing foreign is touched"
+    assert len(list((cache.parent / "outside").iterdir())) == 1
+    assert answer(capsys, "stats", str(cache))["other_versions"] == {}
+    assert stored(cache, 1) == stored(cache, 2) == 4
+
+
+def test_clear_takes_another_version_along_also_where_there_is_nothing_else(cache: Path, other_version: Path) -> None:
+    (other_version / "notes").unlink()
+    shutil.rmtree(cache / LAYOUT)
+    assert run("cache", "clear", str(cache), "--yes") == 0
+    assert not list(cache.rglob("*.kv"))
+
+
 def test_settings_may_name_the_cache(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +223,10 @@ def test_mistakes_are_one_line(tmp_path: Path, cache: Path, capsys: pytest.Captu
     for arguments, message in (
         (("ls",), "pasture: which cache? Name its directory, or set PASTURE_KV_CACHE, or kv_cache in pasture.toml\n"),
         (("ls", str(tmp_path)), f"pasture: there is no cache in {tmp_path}\n"),
-        (("prune", str(cache)), "pasture: say what may stay: --to SIZE, --older-than TIME, or both\n"),
+        (
+            ("prune", str(cache)),
+            "pasture: say what is to go: --to SIZE, --older-than TIME, --other-versions\n",
+        ),
         (("prune", str(cache), "--to", "5G"), "pasture: --to: '5G' is not a size: write 5GiB or 5GB\n"),
     ):
         assert run("cache", *arguments) == 2

@@ -17,7 +17,7 @@ from pasture.core.values import (
     Segment,
 )
 from pasture.engine.fake import FakeEngine
-from pasture.scheduler.keeper import STAY_SECONDS, LayoutKeeper
+from pasture.scheduler.keeper import MAX_LOOKED_AT, STAY_SECONDS, LayoutKeeper
 from pasture.scheduler.layout import Target
 from pasture.scheduler.scheduler import Scheduler
 from pasture.scheduler.settings import SchedulerSettings
@@ -39,13 +39,13 @@ class ShortOfMemory(FakeEngine):
 class Server:
     """In streams of 256 cells."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_streams: int = 8) -> None:
         self.now = 0.0
-        self.engine = ShortOfMemory(PoolShape(2048, 8))
+        self.engine = ShortOfMemory(PoolShape(256 * n_streams, n_streams))
         store = still_store_for(self.engine, 1 << 20)
         self.scheduler = Scheduler(self.engine, SchedulerSettings(check_invariants=True), store, lambda: self.now)
         self.keeper = LayoutKeeper(self.engine, self.scheduler, lambda: self.now)
-        self.keeper.move(Target(Layout.STREAMS, 8))
+        self.keeper.move(Target(Layout.STREAMS, n_streams))
         self.finishes: dict[str, Finish] = {}
 
     def submit(self, name: str, n_tokens: int) -> None:
@@ -87,3 +87,12 @@ def test_a_layout_that_does_not_fit_is_tried_again_and_who_needed_it_is_told() -
     server.now += STAY_SECONDS
     server.submit("another", 40)
     assert server.keeper.target() == HOME
+
+
+def test_a_long_prompt_is_seen_behind_any_number_of_others() -> None:
+    server = Server(n_streams=128)
+    for number in range(MAX_LOOKED_AT):
+        server.submit(f"short {number}", 40)
+    assert server.keeper.target() is None, "they are well where they are"
+    server.submit("long", 600)
+    assert server.keeper.target() == Target(Layout.UNIFIED, 128)

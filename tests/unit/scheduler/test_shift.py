@@ -67,8 +67,29 @@ def test_a_shift_that_paid_stays() -> None:
     assert shifter.advise(Form.Q8_0, SHORT, 100 + TRIAL_SECONDS) is None
 
 
-def test_a_cache_that_could_not_be_rebuilt_is_left_alone() -> None:
+def test_a_cache_that_could_not_be_rebuilt_is_left_alone_for_a_while() -> None:
     shifter = Shifter(Form.Q8_0, 1000)
     shifter.advise(Form.RAW, SHORT, 10)
     shifter.refuse(13)
     assert shifter.advise(Form.RAW, SHORT, 20) is None
+    assert shifter.advise(Form.RAW, SHORT, 13 + BAN_SECONDS) is None, "short for a while first"
+    assert shifter.advise(Form.RAW, SHORT, 13 + BAN_SECONDS + SHORT_SECONDS) is Form.Q8_0
+
+
+def test_a_way_back_for_which_there_was_no_memory_is_left_alone_for_a_while() -> None:
+    shifter = shifted()
+    steps(shifter, 100, 100)
+    shifter.advise(Form.Q8_0, AMPLE, 120)
+    assert shifter.advise(Form.Q8_0, AMPLE, 120 + AMPLE_SECONDS) is Form.RAW
+    shifter.refuse(141)
+    for now in (142, 200, 141 + BAN_SECONDS):
+        assert shifter.advise(Form.Q8_0, AMPLE, now) is None
+    assert shifter.advise(Form.Q8_0, AMPLE, 141 + BAN_SECONDS + AMPLE_SECONDS) is Form.RAW
+
+
+def test_a_shift_that_did_not_pay_but_could_not_be_undone_is_undone_later() -> None:
+    shifter = shifted(rate_before=100)
+    steps(shifter, 101, 80)
+    assert shifter.advise(Form.Q8_0, AMPLE, 100 + TRIAL_SECONDS) is Form.RAW  # and what ran did not fit
+    shifter.advise(Form.Q8_0, AMPLE, 120)
+    assert shifter.advise(Form.Q8_0, AMPLE, 120 + AMPLE_SECONDS) is Form.RAW

@@ -330,20 +330,55 @@ def test_a_disk_that_takes_nothing_costs_writes_and_one_warning(
 
 
 def test_a_disk_that_cannot_be_read_is_a_miss_and_keeps_its_files(
-    open_tier: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Time
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Time
 ) -> None:
     tier = open_tier()
-    fill(tier, 1)
+    fill(tier, 1, 2, 3)
     failing = Failing(monkeypatch, "readv", errno.EIO)
+    addresses = [address for seed in (3, 2, 1) for address in path(conversation(seed, 200))]
+    for n_calls in (3, 4, 5):
+        assert [tier.get(address) for address in addresses] == [None] * 12
+        assert failing.calls == n_calls, "left alone after a few files in a row"
+        assert leading(tier, path(conversation(1, 200))) == 0, "no promise while it fails"
+        clock.pass_(60)
+    assert len(files(tmp_path)) == 10, "the first that failed could have been damaged themselves"
+    assert {record.getMessage().split(":")[0] for record in caplog.records} == {
+        "a file in the disk cache was damaged and is dropped",
+        "the disk cache cannot be read and is left alone for a while",
+    }
+    failing.broken = False
+    clock.pass_(3)
+    assert (kept(tier, 1), kept(tier, 2)) == (4, 4)
+    assert (tier.statistics().damaged_blocks, tier.statistics().errors) == (2, 3)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_one_file_that_cannot_be_read_is_damaged_and_can_be_put_again(
+    open_tier: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    tier = open_tier()
     addresses = path(conversation(1, 200))
-    assert [tier.get(address) for address in addresses] == [None] * 4
-    assert failing.calls == 1
-    assert leading(tier, addresses) == 0, "no promise while it fails"
+    for _ in range(3):  # one bad sector after the other, and never two in a row
+        fill(tier, 1)
+        failing = Failing(monkeypatch, "open", code)
+        assert tier.get(addresses[0]) is None
+        failing.broken = False
+        assert all(tier.get(address) for address in addresses[1:]), "the disk itself is well"
+    fill(tier, 1)
+    assert kept(tier, 1) == 4
+    assert (tier.statistics().damaged_blocks, tier.statistics().errors) == (3, 0)
     assert len(caplog.records) == 1
+
+
+def test_too_many_open_files_damage_nothing(open_tier: Open, monkeypatch: pytest.MonkeyPatch, clock: Time) -> None:
+    tier = open_tier()
+    fill(tier, 1)
+    failing = Failing(monkeypatch, "open", errno.EMFILE)
+    assert tier.get(path(conversation(1, 200))[0]) is None
+    assert failing.calls == 1
     failing.broken = False
     clock.pass_(3)
     assert kept(tier, 1) == 4
-    assert tier.statistics().damaged_blocks == 0
 
 
 def test_a_directory_that_cannot_be_written_is_read(
@@ -560,6 +595,58 @@ def test_a_busy_index_costs_a_write_and_nothing_else(
     assert kept(tier, 2) == 4
     assert [index] == list((tmp_path / "cache").rglob("index*.sqlite")), "busy is no damage"
     assert len(caplog.records) == 1
+
+
+def test_an_index_in_memory_gives_way_to_one_that_all_share(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
+) -> None:
+    def full(draft: Path, file: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as while_full:
+        while_full.setattr(disk_index, "_publish", full)
+        one, two = open_tier(20 * BLOCK_BYTES), open_tier(20 * BLOCK_BYTES)
+        fill(one, 1, 2, 3)
+        fill(two, 4, 5, 6)
+        assert kept(one, 4) == kept(two, 1) == 0
+        clock.pass_(3)
+        fill(one, 7)
+        assert not list((tmp_path / "cache").rglob("*.sqlite"))
+    fill(one, 8)
+    assert not list((tmp_path / "cache").rglob("*.sqlite")), "not tried at every call"
+    clock.pass_(5)
+    assert (kept(one, 8), kept(two, 8)) == (4, 4)
+    assert (kept(one, 4), kept(two, 1)) == (4, 4)
+    fill(two, 9)
+    assert one.statistics().bytes == two.statistics().bytes == sum(file.stat().st_size for file in files(tmp_path))
+    assert one.statistics().bytes <= 20 * BLOCK_BYTES
+    assert len(list((tmp_path / "cache").rglob("index*.sqlite"))) == 1
+
+
+def test_an_index_that_is_busy_when_it_was_just_made_is_used_later(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
+) -> None:
+    monkeypatch.setattr(disk_index, "BUSY_SECONDS", 0.0)
+    publish = disk_index._publish
+    with ExitStack() as neighbour:
+
+        def publish_and_be_overtaken(draft: Path, file: Path) -> None:
+            publish(draft, file)
+            hog = neighbour.enter_context(closing(sqlite3.connect(file, isolation_level=None)))
+            hog.execute("BEGIN IMMEDIATE")
+
+        monkeypatch.setattr(disk_index, "_publish", publish_and_be_overtaken)
+        tier = open_tier()
+        fill(tier, 1)
+        clock.pass_(3)
+        fill(tier, 2)
+        assert (kept(tier, 1), kept(tier, 2)) == (4, 4), "from an index in memory"
+        tier.remove(path(conversation(1, 200))[3].key)
+    clock.pass_(5)
+    assert (kept(tier, 1), kept(tier, 2)) == (3, 4)
+    other = open_tier()
+    fill(other, 3)
+    assert (kept(other, 1), kept(other, 2), kept(tier, 3)) == (3, 4, 4)
 
 
 def test_a_block_that_claims_another_position_is_not_served(open_tier: Open, tmp_path: Path) -> None:
