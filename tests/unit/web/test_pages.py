@@ -12,7 +12,7 @@ import pytest
 
 from pasture.api import ApiSettings, create_app
 from pasture.core.statistics import NamespaceStatistics, PrefixStatistics, ServiceStatistics
-from pasture.core.values import DEFAULT_NAMESPACE, Namespace
+from pasture.core.values import DEFAULT_NAMESPACE, Namespace, Whereabouts
 from pasture.web.routes import static_files
 from pasture.web.snapshot import NAMESPACE_FIELDS, PREFIX_FIELDS, SEQUENCE_FIELDS
 from tests.unit.stub_service import StubService
@@ -130,6 +130,8 @@ async def test_what_a_prefix_says_is_told_to_the_administrator_alone() -> None:
     async with client_of(KEYED) as client:
         assert (await client.get(path)).status_code == 401
         assert (await client.get(path, headers=bearer("theirs"))).status_code == 401
+        assert (await client.get("/v1/admin/prefixes/8", headers=bearer("root"))).status_code == 404
+    async with client_of(KEYED, Wrote(found=Whereabouts(30, 2, 5, {"disk": 64}))) as client:
         shown = await client.get(path, headers=bearer("root"))
         assert shown.json() == {
             "number": 7,
@@ -139,7 +141,6 @@ async def test_what_a_prefix_says_is_told_to_the_administrator_alone() -> None:
             "ram_tokens": 5,
             "slow_tokens": {"disk": 30},
         }
-        assert (await client.get("/v1/admin/prefixes/8", headers=bearer("root"))).status_code == 404
     async with client_of() as client:
         assert (await client.get(path)).status_code == 404, "without an admin key the route does not exist"
 
