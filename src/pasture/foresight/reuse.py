@@ -8,7 +8,7 @@
 What tells conversations apart is where they part. A next turn has the whole earlier prompt before it, but for the last block,
 where the reply began. A stranger with the same system prompt leaves the earlier prompt before that, and from then on the blocks
 that both have are known to be common: they do not show whose conversation goes on. An earlier request that still runs has no
-next turn yet. What is taken for a stranger too early is a turn that was rewritten far back, which is a conversation of its own.
+next turn yet. A turn that was rewritten far back counts as a conversation of its own.
 
 Keys are remembered whether or not any tier has the blocks, so a conversation whose KV was dropped is recognised when it comes
 back. Everything is bounded: so many keys, so many rates, the least recently used forgotten. What a block's second in the cache
