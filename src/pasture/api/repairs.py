@@ -2,7 +2,8 @@
 
 A server that was ended properly finds its KV on disk, one that crashed finds what was written by then. What is missing is known
 from the state: declared prefixes, and the conversations of sessions. Each is brought from disk as far as it is there and the
-rest is computed, as anything that is done ahead: in steps of its own, never beside a request, the conversation used last first.
+rest is computed. A prefix is a request of the lowest priority, which others go before. Conversations are computed as anything
+that is done ahead: in steps of their own, never beside a request, the one used last first.
 One for an app; belongs to its event loop.
 """
 

@@ -97,8 +97,7 @@ class ExpectedSaving:
 
     def expects(self, key: BlockKey) -> float:
         now = self._clock()
-        if now >= self._next_order:
-            self._make_order(now)
+        self._refresh(now)
         return self.model.rate(key, now)
 
     def value(self, entry: Entry, now: float) -> float:
@@ -116,9 +115,12 @@ class ExpectedSaving:
         if len(self._heap) > self._sweep_at:  # where nobody asks for a victim, what has left would pile up
             self._value_anew(now)
 
-    def _make_order(self, now: float) -> None:
+    def _refresh(self, now: float) -> None:
         if now >= self.model.refreshed_at + ORDER_SECONDS:
             self.model.refresh(now)
+
+    def _make_order(self, now: float) -> None:
+        self._refresh(now)
         self._value_anew(now)
         self._next_order = now + max(ORDER_SECONDS, len(self._leaves) / LEAVES_A_SECOND)
 

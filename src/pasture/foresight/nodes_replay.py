@@ -207,8 +207,7 @@ class FleetReplay:
 
     def _end(self, node: Node, job: Job) -> None:
         node.ended(job)
-        if job.request.finished_at is not None:
-            node.tier.finished(job.trail, job.request.expects)
+        node.tier.finished(job.trail, job.request.expects)
         self._rule.finished(job)
         self.tally.ended += 1
         self.tally.ended_at = self.clock.now

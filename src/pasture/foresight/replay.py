@@ -3,7 +3,8 @@
 A request looks for the longest prefix of its blocks that is there, uses it, and stores the rest: as a request does that finds
 nothing in the live cache and leaves it at once. A trace's block of 512 tokens is one block here (the tier's code never asks how
 long a block is, only how many there are), its id is its key and its tokens, and every block weighs the same. Events reach the
-tier in order of time, and nothing of the trace but what has happened by then: a reply's end is told when it ends.
+tier in order of time, and nothing of the trace but what has happened by then: a reply's end is told when it ends, and where the
+trace does not say when that was, at once.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ class Replay:
         tally.blocks += trail.n_blocks
         tally.prompt_tokens += request.n_tokens
         tally.hit_tokens += min(n_found * TRACE_BLOCK_TOKENS, request.n_tokens)
-        if request.finished_at is not None:
+        if request.finished_at is None:
+            tier.finished(trail, request.expects)
+        else:
             heapq.heappush(self._endings, _Ending(request.finished_at, tally.requests, trail, request.expects))
 
     def _end_until(self, at: float) -> None:

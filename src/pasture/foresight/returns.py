@@ -64,7 +64,7 @@ def bin_of(age_seconds: float) -> int:
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """One wait. Its owner may change `category`; everything else changes here."""
+    """One wait. Its owner may change it until it begins, and then it changes here alone."""
 
     category: int
     since: float
@@ -81,7 +81,7 @@ class Returns:
         self._members: Table = np.array([[float(group == mine) for mine in group_of] for group in range(max(group_of) + 1)])
         self._events = np.zeros((n_categories, N_BINS))
         self._seconds = np.zeros((n_categories, N_BINS))
-        self._open: list[deque[tuple[Wait, float]]] = [deque() for _ in range(N_BINS)]
+        self._open: list[deque[Wait]] = [deque() for _ in range(N_BINS)]
         """the waits at each age, oldest first: all of a bin entered it at the same age, so their order never changes"""
         self._n_open = 0
         self._n_returns = 0.0
@@ -90,16 +90,11 @@ class Returns:
         self.refresh()
 
     def begin(self, wait: Wait) -> None:
-        self._open[0].append((wait, wait.since))
+        self._open[0].append(wait)
         self._n_open += 1
         if self._n_open > OPEN_WAITS:
             next(waits for waits in reversed(self._open) if waits).popleft()
             self._n_open -= 1
-
-    def restart(self, wait: Wait, now: float) -> None:
-        """The wait really begins only now."""
-        wait.since = now
-        self.begin(wait)
 
     def end(self, wait: Wait, now: float) -> None:
         """It returned. Does nothing for a wait that is over."""
@@ -120,13 +115,13 @@ class Returns:
         """Count what open waits have waited. O(waits that grew into another age)."""
         for at in range(N_BINS - 1):
             waits, end = self._open[at], EDGES[at + 1]
-            while waits and now - waits[0][1] >= end:
-                wait, since = waits.popleft()
-                if wait.over or wait.since != since:
+            while waits and now - waits[0].since >= end:
+                wait = waits.popleft()
+                if wait.over:
                     self._n_open -= 1
                     continue
                 self._seconds[wait.category, at] += end - EDGES[at]
-                self._open[at + 1].append((wait, since))
+                self._open[at + 1].append(wait)
 
     # What follows from the counts
 

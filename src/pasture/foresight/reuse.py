@@ -1,9 +1,14 @@
 """Which blocks will be wanted again, and when: the reuse model, online, from nothing but the keys of the requests so far.
 
     visit            one request's way through its blocks; each block remembers the last visit that came through it
-    conversation     a request that goes on from most of what an earlier one left behind continues it: turn, turn + 1, ...
+    conversation     a request that begins with an earlier one's prompt continues it: turn, turn + 1, ...
     category         what is expected next (a person, a tool, nothing) x how many turns the conversation has had: `returns`
     shared prefix    a block that other conversations' requests come through too has an arrival rate of its own
+
+What tells conversations apart is where they part. A next turn has the whole earlier prompt before it, but for the last block,
+where the reply began. A stranger with the same system prompt leaves the earlier prompt before that, and from then on the blocks
+that both have are known to be common: they do not show whose conversation goes on. An earlier request that still runs has no
+next turn yet. A turn that was rewritten far back counts as a conversation of its own.
 
 Keys are remembered whether or not any tier has the blocks, so a conversation whose KV was dropped is recognised when it comes
 back. Everything is bounded: so many keys, so many rates, the least recently used forgotten. What a block's second in the cache
@@ -25,8 +30,8 @@ REMEMBERED_KEYS = 1 << 17
 REMEMBERED_RATES = 1 << 14
 TURNS = 8
 """turns of a conversation that are told apart; later ones count as the last of them"""
-CONTINUES = 0.5
-"""share of an earlier request's blocks above which a request that begins with them continues its conversation"""
+REMEMBERED_REQUESTS = 1 << 13
+"""of those that run; the oldest are forgotten"""
 RATE_SECONDS = 600.0
 """over which arrival rates are averaged"""
 LEFT_BEHIND = 0.05
@@ -42,10 +47,13 @@ class Visit:
     """A request's way through its blocks."""
 
     n_blocks: int
+    """of its prompt; the last may be short"""
     turn: int
     """0 for the first request of a conversation"""
     kind: Kind
     wait: Wait
+    n_running: int = 0
+    """answers that are still being computed; the wait begins when there are none"""
     rate: float = 0.0
     valued_at: int = 0
     """number of the refresh since which `rate` stands"""
@@ -74,6 +82,8 @@ class ReuseModel:
         self.returns = Returns(_GROUPS)
         self._visits: OrderedDict[BlockKey, Visit] = OrderedDict()
         """block -> the last visit that came through, longest ago first"""
+        self._running: OrderedDict[BlockKey, list[Visit]] = OrderedDict()
+        """the last block of a prompt that is surely whole -> who runs from there, first come first"""
         self._arrivals: OrderedDict[BlockKey, _Arrivals] = OrderedDict()
         self._refreshes = 1
         self.refreshed_at = -math.inf
@@ -83,40 +93,29 @@ class ReuseModel:
     def arrived(self, path: Sequence[BlockKey], now: float) -> Visit:
         """A request over these blocks begins; `path` is a whole prefix, from its first block on."""
         self.returns.advance(now)
-        before = self.continued(path)
-        kind, turn = Kind.CHAT, 0
-        if before is not None:
-            self.returns.end(before.wait, now)
-            before.valued_at = 0
-            kind, turn = before.kind, before.turn + 1
-        visit = Visit(len(path), turn, kind, Wait(_category(kind, turn), now))
-        self.returns.begin(visit.wait)
-        visits = self._visits
-        for key in path:
-            last = visits.pop(key, None)
-            visits[key] = visit
-            if last is not None and last is not before:
-                self._count_arrival(key, now)
-        while len(visits) > self._remembered_keys:
-            visits.popitem(last=False)
+        visit = self._same(path) or self._begin(path, now)
+        visit.n_running += 1
+        if path:
+            self._running.setdefault(_last_whole(path), []).append(visit)
+            while len(self._running) > REMEMBERED_REQUESTS:
+                self._running.popitem(last=False)
         return visit
 
     def finished(self, path: Sequence[BlockKey], kind: Kind, now: float) -> None:
-        """The last request over these blocks has ended: from here on `kind` is waited for. What its reply added is its own."""
-        visit, n_new = None, 0
-        for key in reversed(path):
-            visit = self._visits.get(key)
-            if visit is not None:
-                break
-            n_new += 1
-        if visit is None or visit.wait.over:
+        """A request has ended, `path` has its reply too: from here on `kind` is waited for. What the reply added is its own."""
+        visit = self._end(path)
+        if visit is None:
             return
-        for key in path[len(path) - n_new :]:
-            self._visits[key] = visit
+        for key in path[visit.n_blocks - 1 :]:
+            self._visits.setdefault(key, visit)
         visit.kind = kind
-        visit.valued_at = 0
+        visit.n_running -= 1
         visit.wait.category = _category(kind, visit.turn)
-        self.returns.restart(visit.wait, now)
+        visit.wait.since = now
+        visit.valued_at = 0
+        if not visit.n_running:
+            self.returns.advance(now)
+            self.returns.begin(visit.wait)
 
     def adopt(self, key: BlockKey, parent: BlockKey) -> None:
         """A block was stored that no request has asked for yet: what a reply added belongs to whoever it was given to."""
@@ -126,11 +125,12 @@ class ReuseModel:
                 self._visits[key] = visit
 
     def continued(self, path: Sequence[BlockKey]) -> Visit | None:
-        """The visit this one goes on from: the deepest known block's, if it is most of what that visit left."""
+        """The visit that this one goes on from."""
         for index in range(len(path) - 1, -1, -1):
             visit = self._visits.get(path[index])
             if visit is not None:
-                return visit if index + 1 > CONTINUES * visit.n_blocks else None
+                contained = index + 1 >= visit.n_blocks - 1
+                return visit if contained and not visit.n_running and path[index] not in self._arrivals else None
         return None
 
     # The future
@@ -169,6 +169,40 @@ class ReuseModel:
 
     # Inside
 
+    def _same(self, path: Sequence[BlockKey]) -> Visit | None:
+        """The visit with just this prompt that still runs: somebody wants several answers."""
+        visit = self._visits.get(path[-1]) if path else None
+        return visit if visit is not None and visit.n_running and visit.n_blocks == len(path) else None
+
+    def _begin(self, path: Sequence[BlockKey], now: float) -> Visit:
+        before = self.continued(path)
+        kind, turn = Kind.CHAT, 0
+        if before is not None:
+            self.returns.end(before.wait, now)
+            before.valued_at = 0
+            kind, turn = before.kind, before.turn + 1
+        visit = Visit(len(path), turn, kind, Wait(_category(kind, turn), now))
+        visits = self._visits
+        for key in path:
+            last = visits.pop(key, None)
+            visits[key] = visit
+            if last is not None and last is not before:
+                self._count_arrival(key, now)
+        while len(visits) > self._remembered_keys:
+            visits.popitem(last=False)
+        return visit
+
+    def _end(self, path: Sequence[BlockKey]) -> Visit | None:
+        """Take out the first to come of those that run and whose prompt reaches farthest into these blocks."""
+        for key in reversed(path):
+            running = self._running.get(key)
+            if running is not None:
+                visit = running.pop(0)
+                if not running:
+                    del self._running[key]
+                return visit
+        return None
+
     def _value(self, visit: Visit, now: float) -> float:
         wait = visit.wait
         rate = self.returns.index(wait.category, now - wait.since)
@@ -184,6 +218,10 @@ class ReuseModel:
                 self._arrivals.popitem(last=False)
         arrivals.add(now)
         self._arrivals[key] = arrivals
+
+
+def _last_whole(path: Sequence[BlockKey]) -> BlockKey:
+    return path[max(0, len(path) - 2)]
 
 
 def _category(kind: Kind, turn: int) -> int:

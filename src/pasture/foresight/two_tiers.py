@@ -151,9 +151,14 @@ class TwoTiers:
     def _finish(self, request: TraceRequest, trail: TraceTrail, path: Sequence[BlockKey]) -> None:
         if self._paths is not None:
             self._paths.learn(path)
-        if request.finished_at is not None:
+        if request.finished_at is None:
+            self._ended(trail, request.expects)
+        else:
             heapq.heappush(self._endings, (request.finished_at, self.tally.requests, trail, request.expects))
-        elif self._prefetcher is not None:
+
+    def _ended(self, trail: TraceTrail, expects: Kind) -> None:
+        self.ram.finished(trail, expects)
+        if self._prefetcher is not None:
             self._prefetcher.finished(trail)
 
     def _pass_time(self, until: float) -> None:
@@ -162,9 +167,7 @@ class TwoTiers:
             at, _, trail, expects = heapq.heappop(self._endings)
             self._rounds(at)
             self.clock.now = at
-            self.ram.finished(trail, expects)
-            if self._prefetcher is not None:
-                self._prefetcher.finished(trail)
+            self._ended(trail, expects)
         self._rounds(until)
         self.clock.now = until
 

@@ -100,10 +100,11 @@ class MemoryTier:
             self._owners.shares.allow(owner, allowance)
             self._room.keep_within(owner, 0, freed)
 
-    def expected(self, keys: Sequence[BlockKey]) -> list[float]:
-        """Uses a second that the policy expects of each block; nothing of what is here already."""
+    def expected(self, trails: Sequence[Trail]) -> list[float]:
+        """Uses a second that the policy expects of each one's last block; nothing of what is here already."""
+        ends = [(trail.owner, trail[trail.n_blocks - 1].key) for trail in trails]
         with self._lock:
-            return [0.0 if key in self._index else self._owners.expects(key) for key in keys]
+            return [0.0 if key in self._index else self._owners.expects(owner, key) for owner, key in ends]
 
     # Looking
 

@@ -53,8 +53,9 @@ class Owners:
     def offered(self, entry: Entry) -> None:
         self._policy(entry.owner).offered(entry)
 
-    def expects(self, key: BlockKey) -> float:
-        return max(policy.expects(key) for policy in self._policies.values())
+    def expects(self, owner: Owner, key: BlockKey) -> float:
+        """What the owner's policy expects of one of its blocks."""
+        return self._policy(owner).expects(key)
 
     # Accounts
 
@@ -76,8 +77,6 @@ class Owners:
         self._blocks[owner] -= 1
         if not self._blocks[owner]:
             del self._blocks[owner], self.bytes[owner]
-            if owner is not None and not self.shares.knows(owner):
-                del self._policies[owner]
 
     def account(self, owner: Owner, n_bytes: int) -> None:
         """So many more, or fewer."""
@@ -144,8 +143,15 @@ class Owners:
     def _policy(self, owner: Owner) -> EvictionPolicy:
         policy = self._policies.get(owner)
         if policy is None:
+            self._forget()
             policy = self._policies[owner] = self._make(self._wanted)
         return policy
+
+    def _forget(self) -> None:
+        """The policies of owners that have nothing here and have not asked for anything lately."""
+        for owner in list(self._policies):
+            if not (owner is None or owner in self._blocks or self.shares.knows(owner)):
+                del self._policies[owner]
 
 
 def _ram_bytes(allowance: Allowance) -> int | None:

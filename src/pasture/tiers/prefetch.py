@@ -282,7 +282,7 @@ class Prefetcher:
             for key in looked_at:
                 self._waiting.move_to_end(key)
             asked = [waiting for key in looked_at if (waiting := self._waiting[key]).not_before <= now]
-        rates = self._memory.expected([waiting.trail[waiting.trail.n_blocks - 1].key for waiting in asked])
+        rates = self._memory.expected([waiting.trail for waiting in asked])
         found = [(rate, waiting) for rate, waiting in zip(rates, asked, strict=True) if rate >= RATE_FLOOR]
         return [waiting for _, waiting in sorted(found, key=lambda pair: -pair[0])]
 

@@ -79,11 +79,10 @@ def test_categories_are_told_apart_and_rare_ones_lean_on_the_others() -> None:
     assert returns.probability(1, 0.0, 60.0) < unknown < unknown_of_group, "its group says more than all do"
 
 
-def test_a_wait_ends_once_and_a_restarted_one_counts_from_then() -> None:
+def test_a_wait_ends_once() -> None:
     returns = Returns([0])
-    wait = Wait(0, 0.0)
+    wait = Wait(0, 500.0)
     returns.begin(wait)
-    returns.restart(wait, 500.0)
     returns.advance(520.0)
     returns.end(wait, 520.0)
     returns.end(wait, 521.0)

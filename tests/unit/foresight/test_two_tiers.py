@@ -7,8 +7,9 @@ import random
 import pytest
 
 from pasture.core.storage import BlockKey
+from pasture.core.values import Kind
 from pasture.foresight.belady import unbounded_hit_ratio
-from pasture.foresight.bounds import foreseeable
+from pasture.foresight.bounds import _stays, foreseeable
 from pasture.foresight.paths import Paths, Reading
 from pasture.foresight.policies import POLICIES
 from pasture.foresight.replay import TrailMaker, key_of
@@ -150,6 +151,15 @@ def test_what_can_be_foreseen_grows_with_ram_and_is_nothing_where_nobody_returns
     assert shares[0] < 0.2
     assert shares[-1] == 1.0
     assert foreseeable([request(i, [100 * i + 1, 100 * i + 2]) for i in range(20)], 10 * ONE) == 0.0
+
+
+def test_the_bound_times_a_wait_from_the_end_of_its_reply_and_knows_what_it_waits_for() -> None:
+    turns = [(10.0 * turn, list(range(1, 3 + turn))) for turn in range(30)]
+    requests = [TraceRequest(at, len(ids) * ONE, tuple(ids), at + 7.0, Kind.TOOL) for at, ids in turns]
+    stays, _ = _stays(requests)
+    assert [stay.visit.wait.since for stay in stays] == [at + 7.0 for at, _ in turns]
+    assert [stay.until - stay.visit.wait.since for stay in stays[:-1]] == [3.0] * 29
+    assert {stay.visit.kind for stay in stays} == {Kind.TOOL}
 
 
 def test_a_comparison_measures_recall_by_what_lru_lifts() -> None:

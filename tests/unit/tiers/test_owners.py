@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from pasture.core.shares import BY_WEIGHT, LATELY_SECONDS, Shares
+from pasture.core.storage import BlockKey
 from pasture.core.values import Allowance, Form, Namespace
 from pasture.foresight.policies import POLICIES
 from pasture.tiers.block import Block
 from pasture.tiers.disk import DiskTier
-from pasture.tiers.entries import size_of
+from pasture.tiers.entries import Entry, size_of
+from pasture.tiers.eviction import Ordered, Wanted
 from pasture.tiers.memory import MemoryTier
+from pasture.tiers.owners import Owners
 from pasture.tiers.sealed import SealedWire
 from pasture.tiers.trail import Trail
 from pasture.tiers.wire import PlainWire, Wire
@@ -155,6 +158,51 @@ def test_a_block_on_nobodys_account_has_a_place_and_no_guarantee() -> None:
     insert(memory, 2, "quiet", 256)
     assert memory.reach(Trail(Namespace("default"), FINGERPRINT, tokens)) < 128
     memory.check()
+
+
+class Asked(Ordered):
+    """A policy that counts what it is asked."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__(lambda entry: (entry.last_used,), wanted)
+        self.n_asked = 0
+
+    def expects(self, key: BlockKey) -> float:
+        self.n_asked += 1
+        return 1.0
+
+
+def test_of_a_conversation_only_the_policy_of_its_owner_is_asked() -> None:
+    made: list[Asked] = []
+
+    def make(wanted: Wanted) -> Asked:
+        made.append(Asked(wanted))
+        return made[-1]
+
+    memory = MemoryTier(100 * SIZE, policy=make)
+    for number in range(20):
+        insert(memory, number, f"tenant {number}")
+    trails = [Trail(Namespace("tenant 3"), FINGERPRINT, conversation(seed, 128)) for seed in (3, 300, 301)]
+    assert memory.expected(trails) == [0.0, 1.0, 1.0], "what is here already is not expected"
+    assert sum(policy.n_asked for policy in made) == 2
+
+
+def test_the_policy_of_an_owner_that_has_nothing_and_asks_for_nothing_is_forgotten() -> None:
+    clock = Time()
+    block = next(blocks(conversation(0, 64), namespace="holder"))
+    entry = Entry(block)
+    owners = Owners(POLICIES["s3fifo"](clock), lambda entry: not entry.gone, clock)
+    owners.shares.allow(QUIET, Allowance())
+    owners.arrived(QUIET, [])
+    owners.entered(entry)
+    for number in range(50):
+        owners.arrived(root(f"passer-by {number}"), [])
+    assert set(owners._policies) == {None, QUIET, root("holder"), root("passer-by 49")}
+    owners.removed(entry)
+    clock.seconds += LATELY_SECONDS
+    owners.shares.allow(GREEDY, Allowance())
+    owners.arrived(GREEDY, [])
+    assert set(owners._policies) == {None, GREEDY}
 
 
 # Disk
