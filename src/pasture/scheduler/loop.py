@@ -294,8 +294,8 @@ class EngineLoop:
         due = self._clock() - self._snapshot_at > max(SNAPSHOT_SECONDS, self._draw_seconds / SNAPSHOT_SHARE)
         if due or (ended and not self._scheduler.busy):
             self.snapshot = self._draw()
-        elif ended:
-            self.snapshot = self.snapshot[0], self._scheduler.statistics()
+        elif ended or self._scheduler.accounts.submitted > self.snapshot[1].submitted_total:
+            self.snapshot = self.snapshot[0], self._scheduler.statistics()  # who comes and goes quickly is seen all the same
         if events:
             self._publish(events)
 

@@ -508,3 +508,23 @@ async def test_at_the_end_readers_are_told_before_anything_is_written(monkeypatc
     assert not closing.done()
     may_end.set()
     await closing
+
+
+async def test_who_comes_soon_after_the_last_picture_is_in_the_numbers() -> None:
+    engine = PatientEngine()
+    with served(engine) as service:
+        for number in range(3):  # each ends with a picture
+            await collect(service, request(f"r{number}", SYSTEM))
+            engine.patient = True
+            asked = asyncio.create_task(collect(service, request(f"s{number}", (7, *SYSTEM), 40)))
+            assert await asyncio.to_thread(engine.begun.wait, 5.0)
+            engine.patient = False
+            engine.interrupt(True)
+            engine.interrupt(False)
+            async with asyncio.timeout(5):
+                while not service.statistics().scheduler.users and not asked.done():
+                    await asyncio.sleep(0)
+            seen = service.statistics().scheduler.users
+            await asked
+            engine.begun.clear()
+            assert seen == 1
