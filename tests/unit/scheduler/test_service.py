@@ -522,7 +522,7 @@ async def test_who_comes_soon_after_the_last_picture_is_in_the_numbers() -> None
             engine.interrupt(True)
             engine.interrupt(False)
             async with asyncio.timeout(5):
-                while not service.statistics().scheduler.users and not asked.done():
+                while not service.statistics().scheduler.users and not asked.done():  # noqa: ASYNC110
                     await asyncio.sleep(0)
             seen = service.statistics().scheduler.users
             await asked
