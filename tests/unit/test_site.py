@@ -53,7 +53,7 @@ def test_the_reference_has_every_route_of_the_schema(site: Path) -> None:
 def test_every_picture_is_small_and_is_shown() -> None:
     pages = "".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     for picture in PICTURES.glob("*.png"):
-        assert picture.stat().st_size < 200_000, picture.name
+        assert picture.stat().st_size < 240_000, picture.name
         assert f"img/{picture.name}" in pages, f"{picture.name} is shown nowhere"
 
 

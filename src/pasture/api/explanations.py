@@ -13,17 +13,12 @@ an answer that told "somebody else has it" would tell what they ask.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pasture.core.storage import BLOCK_TOKENS
-from pasture.core.values import Namespace, Usage, Whereabouts
+from pasture.core.values import Usage, Whereabouts
 
 Json = dict[str, object]
-
-MAX_BLOCKS = 1 << 16
-"""of prompts, remembered as asked for: 4 million tokens"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +31,6 @@ class Past:
     """the first message that differs from what was said; None: the conversation only goes on"""
     template_changed: bool = False
     """whether something else differs that its prompt is made from"""
-
-
-class Asked:
-    """What prompts have begun with since the start; what was asked for longest ago is forgotten. Event loop."""
-
-    def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
-        self._max_blocks = max_blocks
-        self._blocks: OrderedDict[int, None] = OrderedDict()
-
-    def note(self, namespace: Namespace, prompt: Sequence[int]) -> int:
-        """Remember a prompt's whole blocks; returns how many of its leading tokens were asked for before."""
-        parent, known, all_known = hash(namespace), 0, True
-        for end in range(BLOCK_TOKENS, len(prompt) + 1, BLOCK_TOKENS):
-            parent = hash((parent, tuple(prompt[end - BLOCK_TOKENS : end])))
-            all_known = all_known and parent in self._blocks
-            known = end if all_known else known
-            self._blocks[parent] = None
-            self._blocks.move_to_end(parent)
-        while len(self._blocks) > self._max_blocks:
-            self._blocks.popitem(last=False)
-        return known
 
 
 def explain(usage: Usage, found: Whereabouts, n_asked: int, past: Past | None) -> Json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 
 from pasture.api.expecting import Expecting
-from pasture.api.explanations import Asked
 from pasture.api.jobs import Jobs
 from pasture.api.joining import Membership
 from pasture.api.metrics import Metrics
@@ -13,6 +12,7 @@ from pasture.api.pinned import Pinned
 from pasture.api.publics import Publics
 from pasture.api.repairs import Repairs
 from pasture.api.settings import ApiSettings
+from pasture.core.asked import Asked
 from pasture.core.ports import Clock, Service
 from pasture.sessions.state import State
 from pasture.sessions.values import Message, OpenSession

@@ -18,12 +18,12 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pasture.core.asked import Asked
 from pasture.core.ports import Clock
 from pasture.core.storage import SlabCodec, Store
 from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, Slab
 from pasture.kv.pool import Pool
 from pasture.kv.sequence import Sequence
-from pasture.scheduler.branches import Branches
 from pasture.scheduler.samples import Samples
 from pasture.scheduler.settings import SchedulerSettings
 from pasture.scheduler.task import Task
@@ -63,7 +63,8 @@ class Resting:
         self._saving: dict[int, _Saving] = {}
         self._copied: dict[Sequence, int] = {}
         """length at which an idle sequence was copied out last; its id says nothing, because the next to come gets it again"""
-        self._branches = Branches()
+        self._asked = Asked()
+        """of models whose state cannot be cut: the first may have left the live cache when the second parts from it"""
         pool.before_eviction = self._before_eviction
 
     # Out of the live cache
@@ -240,7 +241,7 @@ class Resting:
         """Where a state that cannot be cut should be kept, because two prompts part behind it; None: nowhere ahead."""
         if self._pool.cuttable or not self._pool.shares:
             return None
-        position = self._branches.part(task.request.namespace, task.tokens[:-1])
+        position = self._asked.note(task.request.namespace, task.tokens[:-1])
         return position if position > task.computed else None
 
     def _public_reach(self, task: Task) -> int:

@@ -10,11 +10,11 @@ import pytest
 
 from pasture.api import pressure
 from pasture.api.diagnosis import hit_rate, interference, memory_growth, memory_pressure, slowed_by
-from pasture.api.explanations import Asked, Past, explain
+from pasture.api.explanations import Past, explain
 from pasture.api.pressure import Memory, read_memory
 from pasture.core.statistics import ServiceStatistics, Verification
 from pasture.core.storage import StoreStatistics, TierStatistics
-from pasture.core.values import Namespace, Usage, Whereabouts
+from pasture.core.values import Usage, Whereabouts
 from pasture.sessions.state import State, Sweeper
 from tests.session_support import world
 from tests.unit.api.conftest import Connect
@@ -158,18 +158,6 @@ def test_reasons(found: Whereabouts, n_asked: int, past: Past | None, reason: st
     assert told["reason"] == reason
     assert told["found"] == {"live": 200, "shared": 0, "ram": found.ram_tokens, **found.slow_tokens}
     assert explain(replace(USED, cached_tokens=999), found, n_asked, past)["reason"] is None
-
-
-def test_what_was_asked_for_is_remembered_a_namespace_and_so_far() -> None:
-    asked, one, two = Asked(max_blocks=4), Namespace("one"), Namespace("two")
-    prompt = tuple(range(150))
-    assert asked.note(one, prompt) == 0
-    assert asked.note(two, prompt) == 0
-    assert asked.note(one, (*prompt[:128], *range(70))) == 128
-    assert asked.note(one, (*prompt[:127], 0, *prompt[128:])) == 64
-    for start in range(0, 400, 100):
-        asked.note(one, range(start + 1000, start + 1064))
-    assert asked.note(one, prompt) == 0
 
 
 async def test_what_has_made_way_is_told_from_what_is_new_without_a_session() -> None:

@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from pasture.core.values import DEFAULT_NAMESPACE, Namespace, PoolShape, Request, RequestId, SamplingParams
+from pasture.core.values import PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import FakeEngine, expected_reply
-from pasture.kv.radix import token_array
-from pasture.scheduler.branches import Branches
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import SchedulerSettings
 from tests.store_support import store_for
 
 HEAD = tuple(range(150))
 GREEDY = SamplingParams(temperature=0.0)
-
-
-def test_two_prompts_part_at_the_end_of_a_block() -> None:
-    branches = Branches()
-    prompts = [token_array((*HEAD, *[200 + i] * 60)) for i in range(3)]
-    assert [branches.part(DEFAULT_NAMESPACE, prompt) for prompt in prompts] == [0, 128, 128]
-    assert branches.part(DEFAULT_NAMESPACE, prompts[0]) == 192
-    assert branches.part(Namespace("others"), prompts[0]) == 0
-    assert branches.part(DEFAULT_NAMESPACE, prompts[0][:63]) == 0
-
-
-def test_what_is_remembered_is_bounded() -> None:
-    branches = Branches(remembered=4)
-    for first in range(100):
-        branches.part(DEFAULT_NAMESPACE, token_array([first] * 128))
-    assert len(branches._seen) == 4
-    assert branches.part(DEFAULT_NAMESPACE, token_array([99] * 128)) == 128
 
 
 async def test_a_state_that_cannot_be_cut_is_shared_by_people_who_come_long_after_each_other() -> None:
