@@ -6,7 +6,6 @@ Two services in one process, equal but for what rests in the store of one. In th
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ from pasture.bench.idle import (
 from pasture.bench.options import BenchOptions, Rest
 from pasture.bench.report import seconds
 from pasture.bench.run import describe, machine, progress_bar
-from pasture.cli.output import err, report
+from pasture.cli.output import deliver, err, report
 from pasture.cli.quality import model_settings
 from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError, PastureError
@@ -94,14 +93,7 @@ def main(options: BenchOptions) -> int:
     except KeyboardInterrupt:
         return 130
     answer = {"settings": describe(options), "machine": machine(), "found": _plain(found)}
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        for table in (form_table(found, options), speed_table(found, options)):
-            Console().print(table)
+    deliver(answer, [form_table(found, options), speed_table(found, options)], options.out, as_json=options.as_json)
     return 0
 
 

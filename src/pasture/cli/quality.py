@@ -6,19 +6,17 @@ Puts engine and texts together; the measuring is `pasture.engine.quality`'s, the
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
-from rich.console import Console
 from rich.table import Table
 
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
 from pasture.bench.systems import default_model, default_threads
-from pasture.cli.output import err, print_json, report
+from pasture.cli.output import deliver, err, report
 from pasture.config import Settings, validate_settings
 from pasture.core.errors import ConfigError, PastureError
 from pasture.core.values import Form
@@ -60,14 +58,7 @@ def main(options: BenchOptions) -> int:
         "held_tokens": HELD_TOKENS,
         "weights": [asdict(one) for one in measured],
     }
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print_json(answer)
-    else:
-        for one in measured:
-            Console().print(table(one))
+    deliver(answer, map(table, measured), options.out, as_json=options.as_json)
     return 0
 
 

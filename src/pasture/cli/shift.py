@@ -5,18 +5,16 @@ In the calling thread.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from statistics import median
 
-from rich.console import Console
 from rich.table import Table
 
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
 from pasture.bench.run import describe, machine, progress_bar
 from pasture.bench.shifting import N_COMPUTED, N_TOKENS, REPLY_TOKENS, USER_CELLS, Found, measure
-from pasture.cli.output import err, report
+from pasture.cli.output import deliver, err, report
 from pasture.cli.quality import model_settings
 from pasture.core.errors import PastureError
 from pasture.core.values import Form
@@ -41,13 +39,7 @@ def main(options: BenchOptions) -> int:
     except KeyboardInterrupt:
         return 130
     answer = {"settings": describe(options), "machine": machine(), "found": asdict(found)}
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        Console().print(table(found))
+    deliver(answer, [table(found)], options.out, as_json=options.as_json)
     return 0
 
 
