@@ -81,7 +81,7 @@ class Replica:
             gate=OpenGate(engine.model.cell_bytes),
             policy=watched(least_recently_used, self.journal),
         )
-        self.service = LocalService(engine, store, SchedulerSettings(check_invariants=True))
+        self.service = LocalService(engine, store, SchedulerSettings(check_invariants=True, expire_seconds=3600.0))
         fingerprint = engine.codec.fingerprint.hex()
         limit = self.service.max_conversation_tokens
         identity = Identity(engine.model, fingerprint, vocabulary_mark(engine.vocabulary), limit)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError
 from pasture.core.ports import Engine, Service
 from pasture.core.storage import Store
-from pasture.core.values import Form, Layout, ModelInfo, PoolShape, SamplingParams
+from pasture.core.values import Form, Layout, ModelInfo, Namespace, PoolShape, SamplingParams
 from pasture.engine import EngineSettings, OnProgress, open_engine, probe_model
 from pasture.engine.device import plan_pool
 from pasture.engine.fake import FakeEngine
@@ -106,7 +106,7 @@ def serve(settings: Settings, on_started: Callable[[str, Service], None], on_loa
     ):
         api = replace(api, tracing=tracing)
         settle()
-        state.keep_sweeping(min(SWEEP_SECONDS, settings.session_idle / SWEEPS))
+        keep_sweeping(state, service, settings)
         run(
             create_app(service, replace(api, admin_port=None if admin is None else admin.getsockname()[1]), state=state),
             ssl_cert_file=settings.ssl_cert_file,
@@ -216,6 +216,16 @@ def open_state(settings: Settings, keys: Sequence[str] = ()) -> State:
     """Tenants and sessions, where the settings say that they are kept. The caller closes it."""
     limits = Limits(idle_seconds=settings.session_idle, lifetime_seconds=settings.session_lifetime)
     return State(settings.state, keys=keys, share=Share(settings.share), limits=limits)
+
+
+def keep_sweeping(state: State, service: Service, settings: Settings) -> None:
+    """Have what is due forgotten while the server runs: rows by the state, KV by the service."""
+    longest = settings.kv_expire
+
+    def keep_kv(seconds: Mapping[Namespace, float]) -> None:
+        service.keep_for(seconds if longest is None else {name: min(own, longest) for name, own in seconds.items()})
+
+    state.keep_sweeping(keep_kv, min(SWEEP_SECONDS, settings.session_idle / SWEEPS))
 
 
 def scheduler_settings(settings: Settings) -> SchedulerSettings:

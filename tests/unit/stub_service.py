@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pasture.core.errors import InvariantBroken
@@ -120,6 +120,8 @@ class StubService:
     """of those, what somebody is typing"""
     allowed: dict[Namespace, Allowance] = field(default_factory=dict)
     """what namespaces may hold, as far as anybody said"""
+    kept_for: dict[Namespace, float] | None = None
+    """how long their KV is kept; None: nobody said"""
     lifted: list[tuple[int, ...]] = field(default_factory=list)
     """what was to be brought into RAM"""
 
@@ -158,6 +160,9 @@ class StubService:
 
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:
         self.allowed[namespace] = allowance
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        self.kept_for = dict(seconds)
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> StubPin:
         self.pins.append(StubPin((namespace, tuple(tokens))))

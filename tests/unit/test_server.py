@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from pasture.config import Settings, validate_settings
 from pasture.core.errors import ConfigError, ModelError
 from pasture.core.values import ModelInfo
 from pasture.scheduler.settings import LayoutChoice
+from tests.unit.stub_service import StubService
 
 MODEL = ModelInfo("small", "small.gguf", "llama", "llama 1M", 1, 1 << 20, 512, 2, 8192, cell_bytes=1000, shareable=True)
 
@@ -75,6 +78,18 @@ def test_the_schedulers_part() -> None:
     assert (part.share_prefix, part.layout, part.max_waiting) == (False, LayoutChoice.STREAMS, 3)
     assert part.itl_target_seconds == pytest.approx(0.05)
     assert part.default_deadline_seconds == 9
+
+
+@pytest.mark.parametrize(("settings", "kept"), [({}, 9000.0), ({"kv_expire": "1h"}, 3600.0), ({"kv_expire": "24h"}, 9000.0)])
+def test_kv_of_a_tenant_is_kept_for_its_idle_time_and_no_longer_than_any(settings: dict[str, object], kept: float) -> None:
+    service, given = StubService(), validate_settings(settings)
+    with closing(server.open_state(given)) as state:
+        hasty = state.tenants.create("hasty", idle_seconds=9000.0)
+        server.keep_sweeping(state, service, given)
+        until = time.monotonic() + 10.0
+        while service.kept_for is None and time.monotonic() < until:
+            time.sleep(0.001)
+        assert service.kept_for == {hasty.namespace(): kept}
 
 
 def test_https_part_with_keys_from_both_places(tmp_path: Path) -> None:

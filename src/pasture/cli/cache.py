@@ -172,15 +172,13 @@ def prune(
     ] = False,
 ) -> None:
     """Make a cache smaller: least recently used blocks go first, the ends of conversations before their beginnings."""
-    from pasture.tiers.disk_cache import NOTHING
-
     if to is None and older_than is None and not other_versions:
         raise ConfigError("say what is to go: --to SIZE, --older-than TIME, --other-versions")
     target_bytes = _parsed("--to", parse_bytes, to)
     age_seconds = _parsed("--older-than", parse_seconds, older_than)
     with _opened(directory) as opened:
         opened.settle(time.time())
-        gone = [] if age_seconds is None else opened.evict(NOTHING, used_before=time.time() - age_seconds)
+        gone = [] if age_seconds is None else opened.expire(time.time() - age_seconds, {})
         gone += [] if target_bytes is None else opened.evict(int(target_bytes))
         others = _remove_other_versions(opened) if other_versions else {}
     _tell_removed(len(gone), sum(row.n_bytes for row in gone), others)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from array import array
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TypeVar
 
 from pasture.cluster import messages
@@ -114,6 +114,9 @@ class Link:
 
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:
         self._wire.send(messages.Allow(namespace, allowance))
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        self._wire.send(messages.KeepFor(dict(seconds)))
 
     def anticipate(self, namespace: Namespace, tokens: array[int], *, typing: bool) -> None:
         self._wire.send(messages.Anticipate(namespace, tokens.tobytes(), typing))

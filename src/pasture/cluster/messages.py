@@ -76,6 +76,12 @@ class Allow(Frame, frozen=True, tag=True):
     allowance: Allowance
 
 
+class KeepFor(Frame, frozen=True, tag=True):
+    """See `core.ports.Service.keep_for`."""
+
+    seconds: dict[Namespace, float]
+
+
 class Anticipate(Frame, frozen=True, tag=True):
     namespace: Namespace
     tokens: bytes
@@ -133,7 +139,7 @@ class HandOver(Frame, frozen=True, tag=True):
 
 
 Call = Locate | Export | Restore | Pin | Prefetch | Verify | HandOver
-ToReplica = Generate | Acknowledge | Cancel | Watch | AskSnapshot | Allow | Anticipate | Unpin | Call
+ToReplica = Generate | Acknowledge | Cancel | Watch | AskSnapshot | Allow | KeepFor | Anticipate | Unpin | Call
 
 
 # From a replica

@@ -5,7 +5,8 @@
 
 A client of a stream whose replica dies sees a pause. A request ends with an error only when no replica takes it for
 `patience_seconds`, when several replicas in a row are lost before any of them writes a token (it may be what kills them), or
-when it is the request's own fault. One event loop: everything but `statistics`, `close` and the release of pins belongs to it.
+when it is the request's own fault. One event loop: everything but `statistics`, `keep_for`, `close` and the
+release of pins belongs to it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
@@ -248,6 +249,16 @@ class ClusterService:
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:
         for link in self.links.open.values():
             link.allow(namespace, allowance)
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        """Of the replicas that there are now: those that come later hear it the next time that it is said."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended, and this service with it
+                self._loop.call_soon_threadsafe(self._keep_for, seconds)
+
+    def _keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        for link in self.links.open.values():
+            link.keep_for(seconds)
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         link = self._likely(namespace, tokens)

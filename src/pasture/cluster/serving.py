@@ -206,6 +206,8 @@ class _Caller:
                 self._replica.tell_snapshot(self._wire)
             case messages.Allow(namespace, allowance):
                 self._replica.service.allow(namespace, allowance)
+            case messages.KeepFor(seconds):
+                self._replica.service.keep_for(seconds)
             case messages.Anticipate(namespace, tokens, typing):
                 self._replica.service.anticipate(namespace, messages.unpack_tokens(tokens), typing=typing)
             case messages.Unpin(number):

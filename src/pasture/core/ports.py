@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from pasture.core.statistics import ServiceStatistics, Verification
@@ -159,6 +159,13 @@ class Service(Protocol):
 
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:
         """What the namespace may hold: for what brings KV in without a request, which says so itself. Returns at once."""
+        ...
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        """How long KV of these namespaces is kept unused; that of others as long as the service was told when it was made.
+
+        All of them each time: who is not named any more is one of the others. Any thread; returns at once.
+        """
         ...
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:

@@ -95,6 +95,10 @@ class Store(Protocol):
         """Somebody of this namespace asks for something, under these terms: what it may hold below the live cache."""
         ...
 
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        """How long what nobody uses is kept of these namespaces, all that differ; nothing where nothing expires."""
+        ...
+
     def finished(self, namespace: Namespace, tokens: array[int], kind: Kind) -> None:
         """A request has ended with these tokens, its reply included; `kind` is what is expected next."""
         ...

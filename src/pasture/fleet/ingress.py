@@ -25,7 +25,7 @@ from pasture.core.values import ModelInfo
 from pasture.engine.fake import FakeEngine
 from pasture.fleet.loops import LoopThread
 from pasture.fleet.routes import cluster_routes, picture
-from pasture.server import api_settings, open_state, settle, start_engine
+from pasture.server import api_settings, keep_sweeping, open_state, settle, start_engine
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,9 @@ class RunningIngress:
 
     def __init__(self, settings: Settings, key: bytes, directory: Directory) -> None:
         self._tracing = open_tracing(settings.otel_endpoint)
+        self._settings = settings
         api = replace(api_settings(settings), tracing=self._tracing)
-        self._drain_seconds = settings.drain_timeout
         self._state = open_state(settings, api.api_keys)
-        self._state.keep_sweeping()
         model, vocabulary = model_and_vocabulary(settings)
         self.service = ClusterService(
             model,
@@ -75,9 +74,9 @@ class RunningIngress:
         if not self._serving.done():
             self._loop.loop.call_soon_threadsafe(self._server.stop)
             try:
-                self._serving.result(self._drain_seconds + 1.0)
+                self._serving.result(self._settings.drain_timeout + 1.0)
             except TimeoutError:
-                log.warning("open replies were cut off: they took longer than %g s", self._drain_seconds)
+                log.warning("open replies were cut off: they took longer than %g s", self._settings.drain_timeout)
         self.service.close()
         self._loop.stop()
         self._state.close()
@@ -85,6 +84,7 @@ class RunningIngress:
 
     async def _serve(self, listeners: list[socket.socket]) -> None:
         self.service.start()
+        keep_sweeping(self._state, self.service, self._settings)
         await self._server.serve(sockets=listeners)
 
 

@@ -15,7 +15,7 @@ find what it saved itself. Engine thread; owns no KV.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pasture.core.asked import Asked
@@ -59,6 +59,8 @@ class Resting:
         self._clock = clock
         self._idle_live_seconds = settings.idle_live_seconds
         self._expire_seconds = settings.expire_seconds
+        self._own_seconds: Mapping[Namespace, float] = {}
+        """of namespaces whose KV is kept for another time"""
         self._wake = wake
         self._saving: dict[int, _Saving] = {}
         self._copied: dict[Sequence, int] = {}
@@ -127,21 +129,30 @@ class Resting:
     def expire(self) -> None:
         """Forget what nobody has used for too long. It is not saved: that would make it young again."""
         while self.expires_in() == 0:
-            oldest = self._oldest()
-            assert oldest is not None
-            self._copied.pop(oldest, None)
-            self._pool.drop(oldest, "expired", unsaved=True)
+            due = min(self._idle(), key=self._expires_at)
+            self._copied.pop(due, None)
+            self._pool.drop(due, "expired", unsaved=True)
 
     def expires_in(self) -> float | None:
         """Seconds until something idle has been unused for too long; None when nothing can come to that."""
-        oldest = self._oldest()
-        if oldest is None or self._expire_seconds is None:
+        if self._expire_seconds is None:
             return None
-        return max(0.0, oldest.tail.last_used + self._expire_seconds - self._clock())
+        first = min(map(self._expires_at, self._idle()), default=None)
+        return None if first is None else max(0.0, first - self._clock())
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        """How long these namespaces' may rest unused before it is forgotten; others' as long as the settings say."""
+        self._own_seconds = seconds
+
+    def _expires_at(self, sequence: Sequence) -> float:
+        assert self._expire_seconds is not None
+        return sequence.tail.last_used + self._own_seconds.get(sequence.namespace, self._expire_seconds)
 
     def _oldest(self) -> Sequence | None:
-        idle = [sequence for sequence in self._pool.sequences.values() if sequence.idle]
-        return min(idle, key=lambda sequence: sequence.tail.last_used, default=None)
+        return min(self._idle(), key=lambda sequence: sequence.tail.last_used, default=None)
+
+    def _idle(self) -> Iterator[Sequence]:
+        return (sequence for sequence in self._pool.sequences.values() if sequence.idle)
 
     def start_over(self) -> None:
         """The live cache was emptied: what was to be saved of it never will be."""

@@ -15,7 +15,7 @@ Owns the tasks; the pool owns cells. Knows no threads and no asyncio: `pasture.s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from pasture.core.errors import DeadlineExceeded, EngineError, InvariantBroken, PastureError, PromptTooLong, RequestError
 from pasture.core.ports import Clock, Engine
@@ -105,6 +105,11 @@ class Scheduler:
         """Somebody of this namespace asks for something, under these terms: what it may hold."""
         self.pool.evictor.shares.allow(namespace, allowance)
         self.resting.store.allow(namespace, allowance)
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        """How long KV of these namespaces is kept unused, in the live cache and below it; that of others for the usual time."""
+        self.resting.keep_for(seconds)
+        self.resting.store.keep_for(seconds)
 
     def cancel(self, request_id: RequestId) -> None:
         """Without effect when the request has ended."""

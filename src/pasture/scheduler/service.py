@@ -13,7 +13,7 @@ import dataclasses
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
@@ -142,6 +142,10 @@ class LocalService:
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:
         """See `pasture.core.ports.Service.allow`. Without effect on a server that ends."""
         self._tell(lambda scheduler: scheduler.allow(namespace, allowance))
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        """See `pasture.core.ports.Service.keep_for`. Without effect on a server that ends."""
+        self._tell(lambda scheduler: scheduler.keep_for(seconds))
 
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
         """See `pasture.core.ports.Service.pin`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from pasture.core.errors import NotFound
 from pasture.core.ports import Clock
+from pasture.core.values import Namespace
 from pasture.sessions.database import Database
 from pasture.sessions.expiry import Expiry
 from pasture.sessions.gate import Gate
@@ -25,6 +26,9 @@ from pasture.sessions.values import DEFAULT_TENANT, Limits, Share, Tenant
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
+KeepFor = Callable[[Mapping[Namespace, float]], None]
+"""see `core.ports.Service.keep_for`"""
+
 MISSED_SWEEPS = 3
 """before something is wrong with them"""
 HIGHEST_PRIORITY = 1
@@ -76,10 +80,13 @@ class State:
         self._ended = threading.Event()
         self.gate = Gate(clock=clock)
 
-    def keep_sweeping(self, seconds: float = SWEEP_SECONDS) -> None:
-        """Forget what is due every so often, on a thread of its own, until `close`."""
+    def keep_sweeping(self, keep_kv: KeepFor, seconds: float = SWEEP_SECONDS) -> None:
+        """Forget what is due now and every so often, on a thread of its own, until `close`.
+
+        `keep_kv` is told each time for how long KV of tenants is kept that have an idle time of their own.
+        """
         self._sweep_seconds, self._swept_at = seconds, self._clock()
-        self._sweeper = threading.Thread(target=self._sweep, args=(seconds,), name="pasture-expiry", daemon=True)
+        self._sweeper = threading.Thread(target=self._sweep, args=(keep_kv,), name="pasture-expiry", daemon=True)
         self._sweeper.start()
 
     @property
@@ -88,6 +95,14 @@ class State:
         if self._sweeper is None:
             return None
         return Sweeper(self._sweeper.is_alive(), self._sweep_seconds, self._clock() - self._swept_at)
+
+    def idle_seconds(self) -> dict[Namespace, float]:
+        """By the namespaces of tenants that have an idle time of their own; none where everybody shares one."""
+        if self.share is Share.ALL:
+            return {}
+        usual = self.tenants.usual.idle_seconds
+        own = [tenant for tenant in self.tenants.all() if tenant.limits.idle_seconds != usual]
+        return {tenant.namespace(): tenant.limits.idle_seconds for tenant in own}
 
     def tenant_named(self, name: str) -> Tenant | None:
         """Who sessions are filed under; None for a tenant whose key is no longer in the settings."""
@@ -114,13 +129,15 @@ class State:
             self._sweeper.join()
         self.database.close()
 
-    def _sweep(self, seconds: float) -> None:
-        while not self._ended.wait(seconds):
+    def _sweep(self, keep_kv: KeepFor) -> None:
+        while True:
             try:
+                keep_kv(self.idle_seconds())
                 swept = self.expiry.sweep()
+                self._swept_at = self._clock()
+                if swept.sessions or swept.responses:
+                    log.info("forgot %d sessions and %d responses that nobody used", swept.sessions, swept.responses)
             except Exception:  # whatever it is, there is a next time
                 log.exception("nothing could be forgotten this time")
-                continue
-            self._swept_at = self._clock()
-            if swept.sessions or swept.responses:
-                log.info("forgot %d sessions and %d responses that nobody used", swept.sessions, swept.responses)
+            if self._ended.wait(self._sweep_seconds):
+                return

@@ -160,10 +160,12 @@ class DiskTier:
         except _FAILURES as error:
             self._failed(self._writes, "be written", error)
 
-    def expire(self, unused_seconds: float) -> None:
+    def expire(self, unused_seconds: float, own_seconds: Mapping[BlockKey, float]) -> None:
+        now = self._now()
+        own = {self._wire.name(owner): now - seconds for owner, seconds in own_seconds.items()}
         try:
             self._enter_uses()
-            self._count(evicted=len(self._cache.evict(0, used_before=self._now() - unused_seconds)))
+            self._count(evicted=len(self._cache.expire(now - unused_seconds, own)))
         except _FAILURES as error:
             self._failed(self._writes, "be written", error)
 

@@ -8,7 +8,7 @@ index as IndexUnavailable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -68,11 +68,13 @@ class DiskCache:
         finally:
             self.files.remove(name)
 
-    def evict(
-        self, target_bytes: int, *, used_before: float | None = None, guaranteed: Guaranteed = lambda owner: 0
-    ) -> list[Row]:
+    def evict(self, target_bytes: int, *, guaranteed: Guaranteed = lambda owner: 0) -> list[Row]:
         """Take blocks away until at most `target_bytes` are left, least recently used first; see `DiskIndex.evict`."""
-        return self._removed(self.index.evict(target_bytes, used_before=used_before, guaranteed=guaranteed))
+        return self._removed(self.index.evict(target_bytes, guaranteed=guaranteed))
+
+    def expire(self, used_before: float, own: Mapping[bytes, float]) -> list[Row]:
+        """Take away what was not used for too long; see `DiskIndex.expire`."""
+        return self._removed(self.index.expire(used_before, own))
 
     def evict_owner(self, owner: bytes, target_bytes: int) -> list[Row]:
         """The same for what is on one account."""

@@ -38,6 +38,7 @@ from pasture.tiers.disk_rows import (
     bytes_by_owner,
     evict_rows,
     evict_rows_of,
+    expire_rows,
     insert_row,
     rows_of,
     touch_paths,
@@ -141,15 +142,19 @@ class DiskIndex:
         """Strike out what is not there any more."""
         self._change(lambda db: db.executemany("DELETE FROM blocks WHERE name = ?", [(name,) for name in names]))
 
-    def evict(
-        self, target_bytes: int, *, used_before: float | None = None, guaranteed: Guaranteed = lambda owner: 0
-    ) -> list[Row]:
+    def evict(self, target_bytes: int, *, guaranteed: Guaranteed = lambda owner: 0) -> list[Row]:
         """Strike out least recently used blocks, deepest first, until at most `target_bytes` are left; the caller deletes them.
 
-        With `used_before` (seconds since the epoch), only blocks that were not used since then. What an owner is guaranteed
-        stays while somebody else holds more.
+        What an owner is guaranteed stays while somebody else holds more.
         """
-        return self._change(lambda db: list(evict_rows(db, target_bytes, used_before, guaranteed)))
+        return self._change(lambda db: list(evict_rows(db, target_bytes, guaranteed)))
+
+    def expire(self, used_before: float, own: Mapping[bytes, float]) -> list[Row]:
+        """Strike out what was not used since `used_before` (seconds since the epoch); the caller deletes it.
+
+        `own`: the same of owners that have a time of their own.
+        """
+        return self._change(lambda db: list(expire_rows(db, used_before, own)))
 
     def evict_owner(self, owner: bytes, target_bytes: int) -> list[Row]:
         """The same until at most `target_bytes` are left on this owner's account."""

@@ -143,16 +143,25 @@ def bytes_by_owner(db: sqlite3.Connection) -> dict[bytes, int]:
     return dict(db.execute("SELECT owner, n_bytes FROM owners WHERE n_bytes > 0"))
 
 
-def evict_rows(db: sqlite3.Connection, target_bytes: int, used_before: float | None, guaranteed: Guaranteed) -> Iterator[Row]:
+def expire_rows(db: sqlite3.Connection, used_before: float, own: Mapping[bytes, float]) -> Iterator[Row]:
+    """Delete rows that were not used since then, or since their owner's own time."""
+    for owner in bytes_by_owner(db):
+        while found := _coldest(db, [owner], own.get(owner, used_before)):
+            for row in found:
+                db.execute("DELETE FROM blocks WHERE name = ?", (row.name,))
+                yield row
+
+
+def evict_rows(db: sqlite3.Connection, target_bytes: int, guaranteed: Guaranteed) -> Iterator[Row]:
     """Delete rows, least recently used first, of owners that hold more than they are guaranteed while there are any."""
     held = bytes_by_owner(db)
     left = sum(held.values())
     while left > target_bytes:
         beyond = [owner for owner, n_bytes in held.items() if n_bytes > guaranteed(owner)]
-        found = _coldest(db, beyond or list(held), used_before)
+        found = _coldest(db, beyond or list(held))
         if not found and beyond:
             beyond = []
-            found = _coldest(db, list(held), used_before)
+            found = _coldest(db, list(held))
         if not found:
             return
         for row in found:
@@ -168,7 +177,7 @@ def evict_rows(db: sqlite3.Connection, target_bytes: int, used_before: float | N
 def evict_rows_of(db: sqlite3.Connection, owner: bytes, target_bytes: int) -> Iterator[Row]:
     """The same for what is on one account."""
     left = bytes_by_owner(db).get(owner, 0)
-    while left > target_bytes and (found := _coldest(db, [owner], None)):
+    while left > target_bytes and (found := _coldest(db, [owner])):
         for row in found:
             if left <= target_bytes:
                 return
@@ -177,13 +186,12 @@ def evict_rows_of(db: sqlite3.Connection, owner: bytes, target_bytes: int) -> It
             yield row
 
 
-def _coldest(db: sqlite3.Connection, owners: Sequence[bytes], used_before: float | None) -> list[Row]:
+def _coldest(db: sqlite3.Connection, owners: Sequence[bytes], used_before: float = float("inf")) -> list[Row]:
     """The least recently used rows of these owners, deepest first; rows that make no sense are struck out on the way."""
     question = f"SELECT {COLUMNS} FROM blocks WHERE owner = ? AND last_used < ? ORDER BY last_used, p1 DESC LIMIT ?"
-    before = float("inf") if used_before is None else used_before
     found: list[Row] = []
     for owner in owners:
-        for values in db.execute(question, (owner, before, EVICT_ROWS)).fetchall():
+        for values in db.execute(question, (owner, used_before, EVICT_ROWS)).fetchall():
             if (row := row_of(values)) is not None:
                 found.append(row)
             else:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pasture.core.errors import InvariantBroken
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, TierStatistics
@@ -201,12 +201,20 @@ class MemoryTier:
         with self._lock:
             return self._tick
 
-    def drop_unused(self, tick: int) -> int:
-        """Drop what neither came nor was used since `tick`, unless it is pinned, unwritten, or something used hangs from it."""
+    def drop_unused(self, tick: int | None, own: Mapping[BlockKey, int | None]) -> int:
+        """Drop what neither came nor was used since `tick`, unless it is pinned, unwritten, or something used hangs from it.
+
+        `own`: the ticks of owners that have one of their own. None: all of it stays.
+        """
+        if tick is None and all(since is None for since in own.values()):
+            return 0
         n_dropped = 0
         with self._lock:
-            old = [entry for entry in self._index.values() if max(entry.came, entry.last_used) <= tick]
-            old = [entry for entry in old if not self._lines.lack(entry)]
+            old = []
+            for entry in self._index.values():
+                since = tick if entry.owner is None else own.get(entry.owner, tick)
+                if since is not None and max(entry.came, entry.last_used) <= since and not self._lines.lack(entry):
+                    old.append(entry)
             for entry in sorted(old, key=lambda entry: -entry.block.address.p1):  # what hangs from others goes before them
                 if self._evictable(entry):
                     self._remove(entry)

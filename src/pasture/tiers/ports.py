@@ -7,7 +7,7 @@ says with `accepts` when it wants to be left alone for a while.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from pasture.core.storage import BlockKey, TierStatistics
@@ -78,4 +78,6 @@ class SlowTier(Protocol):
 class Expires(Protocol):
     """A tier that can drop what nobody has used for so long; others see to that by themselves."""
 
-    def expire(self, unused_seconds: float) -> None: ...
+    def expire(self, unused_seconds: float, own_seconds: Mapping[BlockKey, float]) -> None:
+        """`own_seconds`: of owners whose blocks are kept for another time."""
+        ...

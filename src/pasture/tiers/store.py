@@ -123,6 +123,10 @@ class TieredStore:
         for tier in self._accounts:
             tier.allow(owner, allowance)
 
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        if self._expiring is not None:
+            self._expiring.keep_for({root_key(self._codec.fingerprint, name): time for name, time in seconds.items()})
+
     def finished(self, namespace: Namespace, tokens: array[int], kind: Kind) -> None:
         trail = self._trails.of(namespace, tokens)
         self._memory.finished(trail, kind)
@@ -322,7 +326,7 @@ def open_store(
     `divisible` and `cell_bytes`: `ModelInfo.shareable` and `.cell_bytes`. `slow`: fastest first. `allowed`: forms that the
     quality bound admits. `available`: bytes that the process can still take; with it, RAM shrinks where that falls below
     `limits`. `policy`: who leaves RAM first; its clock is its own. `prefetch`: whether slow tiers are read on a guess.
-    `expire_seconds`: what nobody uses for so long is dropped.
+    `expire_seconds`: what nobody uses for so long is dropped; None: nothing is, whatever `keep_for` says.
     """
     meter = Meter()
     memory = MemoryTier(

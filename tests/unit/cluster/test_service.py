@@ -314,6 +314,20 @@ async def test_every_replica_hears_what_a_namespace_may_hold() -> None:
                 pass
 
 
+async def test_every_replica_hears_how_long_kv_is_kept() -> None:
+    async with fleet() as made:
+        await asyncio.to_thread(made.service.keep_for, {DEFAULT_NAMESPACE: 0.0})
+
+        def due(scheduler: Scheduler) -> float | None:
+            return scheduler.resting.expires_in()
+
+        for name, replica in enumerate(made.replicas.values()):
+            await collect(replica.service, request(f"a{name}", PROMPT, 4))
+            while await replica.service._ask(due) is not None:
+                pass
+            assert await replica.service._ask(lambda scheduler: scheduler.pool.evicted_cells["expired"]) == len(PROMPT) + 3
+
+
 async def test_ingresses_agree_on_where_a_conversation_is() -> None:
     async with fleet(usual(), usual(), usual()) as made:
         other = made.another_ingress()

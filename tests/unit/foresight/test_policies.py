@@ -120,7 +120,7 @@ def test_what_left_before_room_was_needed_is_forgotten(policy: str) -> None:
         trail = TrailMaker().trail([number])
         tier.insert(trail.blocks[0])
         if number % 100 == 99:
-            tier.drop_unused(tier.tick - 10)  # as blocks expire where memory is plenty
+            tier.drop_unused(tier.tick - 10, {})  # as blocks expire where memory is plenty
     assert tier.statistics().blocks == 10
     assert entries_alive() - before < 10_000
     tier.check()

@@ -31,10 +31,10 @@ def resting() -> Iterator[Resting]:
         yield Resting(pool, store, engine.codec, lambda: 0.0, SchedulerSettings(), lambda: None)
 
 
-def rest(pool: Pool, first: int, n_tokens: int = 100, *, after: int = 0) -> Sequence:
+def rest(pool: Pool, first: int, n_tokens: int = 100, *, after: int = 0, namespace: Namespace = NAME) -> Sequence:
     """A request that leaves an idle sequence of so many tokens, of which `after` are everybody's."""
     tokens = token_array([*range(after), *range(first, first + n_tokens - after)])
-    sequence = pool.join(NAME, tokens, RequestId("r"))
+    sequence = pool.join(namespace, tokens, RequestId("r"))
     assert sequence is not None
     pool.extend(sequence, tokens[sequence.length :])
     pool.finish(sequence)
@@ -95,6 +95,23 @@ def test_what_nobody_used_for_too_long_is_forgotten_and_not_saved() -> None:
         assert not pool.used_cells
         assert pool.evicted_cells["expired"] == 150
         assert not any(isinstance(operation, Save) for operation in pool.operations())
+
+
+def test_a_namespace_may_have_a_time_of_its_own() -> None:
+    engine, now = FakeEngine(PoolShape(1024, 8)), [0.0]
+    pool = Pool(engine.shape, clock=lambda: now[0])
+    with closing(store_for(engine)) as store:
+        resting = Resting(pool, store, engine.codec, lambda: now[0], SchedulerSettings(expire_seconds=100.0), lambda: None)
+        rest(pool, 1000, after=50)
+        now[0] = 10.0
+        rest(pool, 2000, after=50, namespace=Namespace("hasty"))
+        assert resting.expires_in() == 90.0
+        resting.keep_for({Namespace("hasty"): 20.0})
+        assert resting.expires_in() == 20.0
+        now[0] = 30.0
+        resting.expire()
+        assert [sequence.namespace for sequence in pool.sequences.values()] == [NAME]
+        assert resting.expires_in() == 70.0
 
 
 def test_a_server_that_nobody_asks_anything_forgets_too() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Mapping
+from contextlib import closing
 from itertools import count
 
 import pytest
 
+from pasture.core.values import Namespace
 from pasture.sessions.expiry import Swept
 from pasture.sessions.state import State
-from pasture.sessions.values import DAY_SECONDS, Counters
+from pasture.sessions.values import DAY_SECONDS, Counters, Limits, Share
 from tests.unit.sessions.conftest import Time, rows, stored_bytes
 from tests.unit.sessions.test_store import say
 
@@ -55,9 +59,37 @@ def test_many_sessions_leave_nothing_behind(state: State, clock: Time) -> None:
     assert rows(state, "sessions") == rows(state, "responses") == rows(state, "turns") == stored_bytes(state) == 0
 
 
+def test_tenants_with_a_time_of_their_own_are_told_with_every_sweep() -> None:
+    state, told, twice = State(limits=Limits(idle_seconds=500.0)), list[Mapping[Namespace, float]](), threading.Event()
+    state.tenants.create("usual")
+    hasty = state.tenants.create("hasty", idle_seconds=10.0)
+
+    def keep_kv(seconds: Mapping[Namespace, float]) -> None:
+        if told and seconds != told[-1]:
+            twice.set()
+        told.append(seconds)
+
+    state.keep_sweeping(keep_kv, 0.01)
+    try:
+        while not told:
+            time.sleep(0.001)
+        state.tenants.limit("hasty", idle_seconds=20.0)
+        assert twice.wait(10)
+    finally:
+        state.close()
+    assert told[0] == {hasty.namespace(): 10.0}
+    assert told[-1] == {hasty.namespace(): 20.0}
+
+
+def test_where_everybody_shares_one_namespace_nobody_has_a_time_of_their_own() -> None:
+    with closing(State(share=Share.ALL)) as state:
+        state.tenants.create("hasty", idle_seconds=10.0)
+        assert not state.idle_seconds()
+
+
 def test_the_sweeper_ends_with_the_state() -> None:
-    state = State()
-    state.keep_sweeping(3600.0)
+    state, kept = State(), list[Mapping[Namespace, float]]()
+    state.keep_sweeping(kept.append, 3600.0)
     state.close()
     assert state._sweeper is not None
     assert not state._sweeper.is_alive()
@@ -78,7 +110,7 @@ def test_the_sweeper_goes_on_whatever_went_wrong_and_says_when_it_last_did_well(
         return Swept(0, 0)
 
     monkeypatch.setattr(state.expiry, "sweep", sweep)
-    state.keep_sweeping(0.001)
+    state.keep_sweeping(lambda _: None, 0.001)
     assert went_on.wait(10)
     assert "a bad row" in caplog.text
     assert state.sweeper is not None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from array import array
 from pathlib import Path
+from time import monotonic, sleep
 
 import numpy as np
 
+from pasture.core.storage import BlockKey
 from pasture.core.values import Form, Namespace
 from pasture.tiers.block import Block
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.expiring import Expiring
+from pasture.tiers.keys import root_key
 from pasture.tiers.memory import MemoryTier
 from pasture.tiers.trail import Trail, Trails
 from tests.tier_support import toks
@@ -26,13 +29,17 @@ class Time:
         return self.now
 
 
-def trail(tokens: array[int]) -> Trail:
-    return TRAILS.of(Namespace("n"), tokens)
+def trail(tokens: array[int], name: str = "n") -> Trail:
+    return TRAILS.of(Namespace(name), tokens)
 
 
-def blocks(memory: MemoryTier, tokens: array[int]) -> list[Block]:
-    missing = memory.missing(trail(tokens), 0, len(tokens), use=True)
-    return [Block(a, tokens[a.p0 : a.p1], Form.RAW, np.zeros(100, np.uint8)) for a in missing]
+def owner(name: str) -> BlockKey:
+    return root_key(b"model", Namespace(name))
+
+
+def blocks(memory: MemoryTier, tokens: array[int], name: str = "n") -> list[Block]:
+    missing = memory.missing(trail(tokens, name), 0, len(tokens), use=True)
+    return [Block(a, tokens[a.p0 : a.p1], Form.RAW, np.zeros(100, np.uint8), owner=owner(name)) for a in missing]
 
 
 def conversation(number: int, n_tokens: int = 192) -> array[int]:
@@ -61,6 +68,60 @@ def test_ram_drops_what_was_not_used_for_so_long() -> None:
     expiring.round()
     assert memory.used_bytes == 0
     memory.check()
+
+
+def test_owners_may_have_a_time_of_their_own(tmp_path: Path) -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True)
+    disk = DiskTier(tmp_path, 1 << 20, now=time)
+    expiring = Expiring(memory, (disk,), 100.0, time)
+    mine, others = conversation(1), conversation(2)
+    for name, tokens in (("mine", mine), ("others", others)):
+        for block in blocks(memory, tokens, name):
+            assert memory.insert(block)
+            assert disk.put(block)
+
+    def left() -> tuple[int, int, int]:
+        expiring.round()
+        return memory.reach(trail(mine, "mine")), memory.reach(trail(others, "others")), disk.statistics().blocks
+
+    for time.now in (0.0, 15.0, 30.0):
+        assert left() == (192, 192, 6)
+    expiring.keep_for({owner("mine"): 20.0})
+    assert left() == (0, 192, 3), "what was unused for so long before it was said counts"
+    expiring.keep_for({})
+    time.now = 99.0
+    assert left() == (0, 192, 3)
+    time.now = 110.0
+    assert left() == (0, 0, 0)
+    disk.close()
+
+
+def test_a_longer_time_of_ones_own_outlives_the_others() -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True)
+    expiring = Expiring(memory, (), 100.0, time)
+    for block in blocks(memory, conversation(1), "mine"):
+        assert memory.insert(block)
+    expiring.keep_for({owner("mine"): 300.0})
+    for time.now in (0.0, 100.0, 200.0, 299.0):
+        assert expiring.round() == 0
+    time.now = 301.0
+    assert expiring.round() == 3
+
+
+def test_whoever_says_so_is_heard_at_once() -> None:
+    memory = MemoryTier(1 << 20, divisible=True)
+    expiring = Expiring(memory, (), 1e6, monotonic)
+    for block in blocks(memory, conversation(1)):
+        assert memory.insert(block)
+    expiring.start()
+    try:
+        expiring.keep_for({owner("n"): 0.02})
+        deadline = monotonic() + 10.0
+        while memory.used_bytes and monotonic() < deadline:
+            sleep(0.005)
+        assert not memory.used_bytes
+    finally:
+        assert expiring.stop(10.0)
 
 
 def test_what_waits_to_be_written_stays() -> None:
