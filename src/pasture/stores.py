@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pasture.config import Settings
@@ -18,6 +19,7 @@ from pasture.foresight.policies import POLICIES
 from pasture.tiers.compression import Compression
 from pasture.tiers.disk import DiskTier
 from pasture.tiers.eviction import PolicyMaker
+from pasture.tiers.gate import CostGate
 from pasture.tiers.ports import SlowTier
 from pasture.tiers.remote import RemoteTier
 from pasture.tiers.remote_mooncake import MooncakeShelf
@@ -57,16 +59,19 @@ def store_for(
 
     `watch` wraps the policy of the RAM tier, which hears what enters and leaves it.
     """
+    slow, gate = slow_tiers(settings), CostGate(model.cell_bytes)
+    policy = POLICIES[settings.kv_policy](time.monotonic, partial(gate.fetch_price, [tier.name for tier in slow]))
     return open_store(
         codec,
         ram_bytes(settings, available()),
         divisible=model.shareable,
         cell_bytes=model.cell_bytes,
-        slow=slow_tiers(settings),
+        slow=slow,
         compression=Compression(settings.kv_compress),
         allowed=allowed_forms(settings),
         available=available,
-        policy=watch(POLICIES[settings.kv_policy](time.monotonic)),
+        gate=gate,
+        policy=watch(policy),
         prefetch=settings.prefetch,
         expire_seconds=settings.kv_expire or settings.session_idle,
     )

@@ -1,9 +1,11 @@
-"""Eviction and admission by expected saving: uses a second x seconds of computing that a use saves, per byte kept.
+"""Eviction and admission by expected saving: uses a second x what a use saves, per byte kept.
 
-How often a block will be used is the reuse model's answer; what recomputing it would cost grows with its depth, because a token
-attends to everything before it. Values change as time passes without anything being used, so the order is made anew every few
-seconds; in between, who comes up for eviction is valued again, which catches all that rose. A block that is worth no more than
-the least of what is there is not let in: one-hit wonders do not displace what has proven itself.
+How often a block will be used is the reuse model's answer. What a use saves is what it would take to have the block otherwise:
+to compute it, which grows with its depth because a token attends to everything before it, or to fetch it from the tier behind
+this one, where there is one and that is less (what goes from here is there, or on its way). Values change as time passes
+without anything being used, so the order is made anew every few seconds; in between, who comes up for eviction is valued again,
+which catches all that rose. A block that is worth no more than the least of what is there is not let in: one-hit wonders do not
+displace what has proven itself.
 
 Owned by one tier, under its lock. Making the order anew costs about 5 us a leaf, so a thousandth of the time at most.
 """
@@ -11,7 +13,8 @@ Owned by one tier, under its lock. Making the order anew costs about 5 us a leaf
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import count
 
 from pasture.core.ports import Clock
@@ -30,12 +33,24 @@ FRESH_LEAVES = 4_096
 ATTENTION_TOKENS = 65_536.0
 """depth at which a token costs twice what the first one does"""
 
+FetchPrice = Callable[[], float]
+"""what a token takes to be fetched from the tier behind, where computing it takes 1"""
+
+
+def nothing_behind() -> float:
+    return math.inf
+
 
 class ExpectedSaving:
-    def __init__(self, wanted: Wanted, clock: Clock, model: ReuseModel | None = None) -> None:
+    def __init__(
+        self, wanted: Wanted, clock: Clock, model: ReuseModel | None = None, fetch_price: FetchPrice = nothing_behind
+    ) -> None:
         self.model = model if model is not None else ReuseModel()
         self._wanted = wanted
         self._clock = clock
+        self._fetch_price = fetch_price
+        self._price = fetch_price()
+        """as the present order has it"""
         self._leaves: dict[int, Entry] = {}
         """whoever was offered, by identity; some may have stopped being leaves"""
         self._heap: list[tuple[float, int, Entry]] = []
@@ -101,10 +116,10 @@ class ExpectedSaving:
         return self.model.rate(key, now)
 
     def value(self, entry: Entry, now: float) -> float:
-        """Seconds of computing saved per second and byte, in units of this machine's speed at depth 0."""
+        """Seconds saved per second and byte, in units of what a token takes to compute on this machine at depth 0."""
         address = entry.block.address
         p0 = address.p0
-        cost = (address.p1 - p0) * (1 + p0 / ATTENTION_TOKENS)
+        cost = (address.p1 - p0) * min(1 + p0 / ATTENTION_TOKENS, self._price)
         return self.model.rate(address.key, now) * cost / entry.size
 
     def _take_in(self, now: float) -> None:
@@ -121,6 +136,7 @@ class ExpectedSaving:
 
     def _make_order(self, now: float) -> None:
         self._refresh(now)
+        self._price = self._fetch_price()
         self._value_anew(now)
         self._next_order = now + max(ORDER_SECONDS, len(self._leaves) / LEAVES_A_SECOND)
 

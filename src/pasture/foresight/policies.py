@@ -7,26 +7,32 @@ foresight    what is least worth keeping goes first, and nothing comes in for wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from pasture.core.ports import Clock
-from pasture.foresight.expected import ExpectedSaving
+from pasture.foresight.expected import ExpectedSaving, FetchPrice, nothing_behind
 from pasture.foresight.reuse import ReuseModel
 from pasture.foresight.s3fifo import S3Fifo
 from pasture.tiers.eviction import PolicyMaker, least_recently_used
 
 
-def _lru(clock: Clock) -> PolicyMaker:
+class Policy(Protocol):
+    """What makes a tier's policies: one for each owner, who have common what they have learnt."""
+
+    def __call__(self, clock: Clock, fetch_price: FetchPrice = nothing_behind) -> PolicyMaker: ...
+
+
+def _lru(clock: Clock, fetch_price: FetchPrice = nothing_behind) -> PolicyMaker:
     return least_recently_used
 
 
-def _s3fifo(clock: Clock) -> PolicyMaker:
+def _s3fifo(clock: Clock, fetch_price: FetchPrice = nothing_behind) -> PolicyMaker:
     return S3Fifo
 
 
-def _foresight(clock: Clock) -> PolicyMaker:
+def _foresight(clock: Clock, fetch_price: FetchPrice = nothing_behind) -> PolicyMaker:
     model = ReuseModel()  # one for all the owners of a tier, so that each can value the others' blocks
-    return lambda wanted: ExpectedSaving(wanted, clock, model)
+    return lambda wanted: ExpectedSaving(wanted, clock, model, fetch_price)
 
 
-POLICIES: dict[str, Callable[[Clock], PolicyMaker]] = {"lru": _lru, "s3fifo": _s3fifo, "foresight": _foresight}
+POLICIES: dict[str, Policy] = {"lru": _lru, "s3fifo": _s3fifo, "foresight": _foresight}

@@ -14,6 +14,7 @@ comparing both costs: LMCache, CacheGen, vLLM's connectors.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,8 @@ PRIOR_READ_BYTES_PER_SECOND = 500e6
 PRIOR_READ_SECONDS = 1e-3
 """latency of a slow tier nobody has asked yet"""
 PRIOR_CELL_BYTES = 64 * 1024
+USUAL_FETCH_TOKENS = 1024
+"""that are read together: a part of a conversation"""
 CALL_SECONDS = 2e-4
 """one save or restore, however small"""
 RETURN_PROBABILITY = 0.25
@@ -188,6 +191,13 @@ class CostGate:
 
     def recompute_seconds(self, n_tokens: int) -> float:
         return n_tokens / self._prefill
+
+    def fetch_price(self, tiers: Sequence[str]) -> float:
+        """What a token takes to be read from the fastest of these tiers, where computing it takes 1; infinite without any."""
+        found = [self._tier(tier) for tier in tiers]
+        n_bytes = self.stored_bytes(USUAL_FETCH_TOKENS)
+        reading = (slow.latency_seconds + n_bytes / slow.rate.per_second for slow in found)
+        return min(reading, default=math.inf) / self.recompute_seconds(USUAL_FETCH_TOKENS)
 
     def stored_bytes(self, n_tokens: int) -> int:
         return int(n_tokens * self._cell_bytes)

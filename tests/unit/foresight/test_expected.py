@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pytest
 
 from pasture.core.storage import BLOCK_TOKENS
 from pasture.core.values import Form
-from pasture.foresight.expected import FRESH_LEAVES, ExpectedSaving
+from pasture.foresight.expected import ATTENTION_TOKENS, FRESH_LEAVES, ExpectedSaving
 from pasture.foresight.replay import TrailMaker, VirtualClock
 from pasture.tiers.block import Block
 from pasture.tiers.entries import BLOCK_OVERHEAD_BYTES, Entry
@@ -32,6 +35,28 @@ def test_smaller_and_deeper_blocks_are_worth_more() -> None:
     squeezed = Entry(block(maker, [1, 2], 0, 1000))
     assert policy.value(deep, clock()) > policy.value(shallow, clock())
     assert policy.value(squeezed, clock()) > 2 * policy.value(shallow, clock())
+
+
+def test_what_can_be_fetched_is_worth_no_more_than_that_takes() -> None:
+    prices, clock, maker = [math.inf], VirtualClock(), TrailMaker()
+    policy = ExpectedSaving(lambda entry: not entry.gone, clock, fetch_price=lambda: prices[0])
+    path = maker.trail([1, *range(100, 400), 2])
+    policy.arrived([path[index].key for index in range(path.n_blocks)])
+    shallow, deep = (Entry(block(maker, [1, *range(100, 400), 2], index)) for index in (0, 301))
+
+    def ratio() -> float:
+        policy.offered(shallow)
+        clock.now += 10.0
+        policy.victim()  # the order is made anew, with it the price
+        return policy.value(deep, clock()) / policy.value(shallow, clock())
+
+    assert ratio() == pytest.approx(1 + 301 * BLOCK_TOKENS / ATTENTION_TOKENS)
+    prices[0] = 1.1
+    assert ratio() == pytest.approx(1.1)
+    prices[0] = 0.1
+    worth = policy.value(shallow, clock())
+    assert ratio() == pytest.approx(1.0)
+    assert policy.value(shallow, clock()) < 0.2 * worth
 
 
 def test_the_order_follows_the_clock_without_any_use() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from pasture.core.values import Direction, Form, Transfer
@@ -45,6 +47,18 @@ def test_the_optimism_is_bounded(time: Time) -> None:
     assert not gate.fetch_slow("disk", 1000)
     assert not gate.spill_slow("disk", 64, 64 * CELL)
     assert gate.figures().refusals == {"fetch": 2, "spill": 2}
+
+
+def test_the_price_of_a_fetch_is_the_fastest_tiers_against_computing() -> None:
+    gate = CostGate(CELL)
+    gate.observe_prefill(1000)
+    assert gate.fetch_price([]) == math.inf
+    gate.describe_tier("disk", 0.001, CELL * 10_000)
+    gate.describe_tier("redis", 0.001, CELL * 100)
+    assert gate.fetch_price(["redis", "disk"]) == pytest.approx(0.1, rel=0.02)
+    assert gate.fetch_price(["redis"]) == pytest.approx(10, rel=0.02)
+    gate.observe_prefill(10_000)
+    assert gate.fetch_price(["disk"]) == pytest.approx(1, rel=0.02)
 
 
 def test_slow_restores_close_the_gate(time: Time) -> None:
