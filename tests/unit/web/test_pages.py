@@ -158,8 +158,8 @@ async def test_a_snapshot_has_the_numbers_of_the_statistics() -> None:
     assert dict(zip(SEQUENCE_FIELDS, snapshot["sequences"][1], strict=True))["idle_seconds"] == 2.5
     busiest, _ = (dict(zip(NAMESPACE_FIELDS, row, strict=True)) for row in snapshot["namespaces"])
     assert (busiest["number"], busiest["hit_tokens"]) == (2, 90), "numbered as they came, the busiest first"
-    assert snapshot["prefixes"] == [[7, None, 1, 0, 30, 2, 1, 0.0, 5], [9, 7, 2, 30, 30, 1, 0, 2.2, 0]]
-    assert len(PREFIX_FIELDS) == 9
+    assert snapshot["prefixes"] == [[7, None, 1, 0, 30, 2, 1, 0.0, 5, None], [9, 7, 2, 30, 30, 1, 0, 2.2, 0, None]]
+    assert len(PREFIX_FIELDS) == 10
 
 
 async def test_the_stream_ends_when_the_server_drains() -> None:
