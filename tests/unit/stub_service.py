@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pasture.core.errors import InvariantBroken
 from pasture.core.statistics import (
     PoolStatistics,
+    PrefixContent,
     SchedulerStatistics,
     SequenceState,
     SequenceStatistics,
@@ -110,6 +111,8 @@ class StubService:
     """generators that have begun and not ended"""
     found: Whereabouts | None = None
     """where every prompt is"""
+    contents: dict[int, PrefixContent] = field(default_factory=dict)
+    """what prefixes say, by number"""
     pins: list[StubPin] = field(default_factory=list)
     restored: list[tuple[str, tuple[int, ...], bytes]] = field(default_factory=list)
     broken: bool = False
@@ -157,6 +160,10 @@ class StubService:
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         found = self.found or Whereabouts(len(tokens), 2, 5)
         return found if deep else dataclasses.replace(found, slow_tokens={})
+
+    async def open_prefix(self, number: int, n_tokens: int) -> PrefixContent | None:
+        content = self.contents.get(number)
+        return None if content is None else dataclasses.replace(content, tokens=content.tokens[:n_tokens])
 
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:
         self.allowed[namespace] = allowance

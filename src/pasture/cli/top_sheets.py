@@ -36,7 +36,7 @@ class Sheet:
 
 def sheets(snapshot: Json) -> tuple[Sheet, ...]:
     """The tables that such a server has something for."""
-    return (*_ONE_SERVER, _REPLICAS) if "cluster" in snapshot else _ONE_SERVER
+    return (_SEQUENCES, _PREFIXES_OF_ALL, *_OTHERS, _REPLICAS) if "cluster" in snapshot else (_SEQUENCES, _PREFIXES, *_OTHERS)
 
 
 def _sequences(snapshot: Json) -> Iterator[Row]:
@@ -45,10 +45,15 @@ def _sequences(snapshot: Json) -> Iterator[Row]:
 
 
 def _prefixes(snapshot: Json) -> Iterator[Row]:
-    for number, parent, namespace, start, tokens, holders, running, idle, hits in snapshot["prefixes"]:
+    for number, parent, namespace, start, tokens, holders, running, idle, hits, _ in snapshot["prefixes"]:
         saved = tokens * max(0, holders - 1)
         counts = (number, parent, namespace, start, tokens, holders, running, hits, saved)
         yield *map(_number, counts), _seconds(idle)
+
+
+def _prefixes_of_all(snapshot: Json) -> Iterator[Row]:
+    for cells, row in zip(_prefixes(snapshot), snapshot["prefixes"], strict=True):
+        yield *cells, _word(row[-1])
 
 
 def _tenants(snapshot: Json) -> Iterator[Row]:
@@ -94,14 +99,15 @@ def _word(value: str) -> Cell:
     return Cell(value, value)
 
 
-_ONE_SERVER = (
-    Sheet("Sequences", ("sequence", "state", "tokens", "shared", "idle for", "prefix"), _sequences, 2),
-    Sheet(
-        "Prefixes",
-        ("prefix", "parent", "tenant", "start", "tokens", "holders", "running", "hits", "cells saved", "idle for"),
-        _prefixes,
-        8,
-    ),
+_SEQUENCES = Sheet("Sequences", ("sequence", "state", "tokens", "shared", "idle for", "prefix"), _sequences, 2)
+_PREFIXES = Sheet(
+    "Prefixes",
+    ("prefix", "parent", "tenant", "start", "tokens", "holders", "running", "hits", "cells saved", "idle for"),
+    _prefixes,
+    8,
+)
+_PREFIXES_OF_ALL = Sheet("Prefixes", (*_PREFIXES.columns, "replica"), _prefixes_of_all, 8)
+_OTHERS = (
     Sheet("Tenants", ("tenant", "cells", "shared", "sequences", "tokens hit", "tokens missed", "hit ratio"), _tenants, 4),
     Sheet(
         "Tiers",

@@ -17,7 +17,7 @@ from typing import TypeVar
 from pasture.cluster import messages
 from pasture.cluster.frames import NotOfThisCluster, Wire, connect
 from pasture.cluster.members import Identity, Member
-from pasture.core.statistics import Verification
+from pasture.core.statistics import PrefixContent, Verification
 from pasture.core.values import Allowance, Namespace, Request, TokenEvent, Whereabouts
 
 SILENCE_SECONDS = 5.0
@@ -26,7 +26,7 @@ ACKNOWLEDGE_EVENTS = 64
 """read so many before the replica is told"""
 
 OnNews = Callable[[messages.News, bytes], None]
-_Answer = TypeVar("_Answer", messages.Located, messages.Counted, messages.Done)
+_Answer = TypeVar("_Answer", messages.Located, messages.Opened, messages.Counted, messages.Done)
 _Waiting = asyncio.Queue[TokenEvent | tuple[messages.Answer, bytes] | None]
 """what comes for one call or stream; None: the connection has ended"""
 
@@ -93,6 +93,11 @@ class Link:
     async def locate(self, namespace: Namespace, tokens: array[int], *, deep: bool = False) -> Whereabouts:
         answer, _ = await self._call(messages.Located, messages.Locate(next(self._numbers), namespace, tokens.tobytes(), deep))
         return answer.found
+
+    async def open_prefix(self, number: int, n_tokens: int) -> PrefixContent | None:
+        """`number`: as the replica itself counts."""
+        answer, _ = await self._call(messages.Opened, messages.OpenPrefix(next(self._numbers), number, n_tokens))
+        return answer.content
 
     async def export(self, namespace: Namespace, tokens: array[int]) -> bytes:
         _, exported = await self._call(messages.Done, messages.Export(next(self._numbers), namespace, tokens.tobytes()))
@@ -176,7 +181,7 @@ class Link:
                 for event in frame.events:
                     if event.id in self._waiting:
                         self._waiting[event.id].put_nowait(event.value)
-            case messages.Located() | messages.Counted() | messages.Done() | messages.Failed():
+            case messages.Located() | messages.Opened() | messages.Counted() | messages.Done() | messages.Failed():
                 if frame.id in self._waiting:
                     self._waiting[frame.id].put_nowait((frame, payload))
             case messages.Delta() | messages.Snapshot() | messages.Homes() | messages.Statistics() | messages.Pulled():

@@ -1,9 +1,9 @@
 """What travels between ingresses and replicas: one type a frame, as MessagePack, and checked against the type on arrival.
 
     to a replica        Generate, Acknowledge, Cancel; Watch, AskSnapshot; Anticipate, Unpin; and the calls: Locate, Export,
-                        Restore, Pin, Prefetch, Verify, HandOver
-    from a replica      Hello; Events; the answers to calls: Located, Counted, Done, and Failed; to those who watch: Delta,
-                        Snapshot, Homes, Statistics, Pulled
+                        Restore, Pin, Prefetch, OpenPrefix, Verify, HandOver
+    from a replica      Hello; Events; the answers to calls: Located, Opened, Counted, Done, and Failed; to those who watch:
+                        Delta, Snapshot, Homes, Statistics, Pulled
 
 What may be large travels behind its frame as bytes: what was exported, and the keys of blocks. `tokens` are C ints as
 they lie in memory. Errors of pasture's own arrive as what they were. Values and their encoding; no I/O.
@@ -20,7 +20,7 @@ from pasture.cluster.members import Identity, Member
 from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core import errors
 from pasture.core.errors import PastureError, QueueFull, RequestError
-from pasture.core.statistics import ServiceStatistics
+from pasture.core.statistics import PrefixContent, ServiceStatistics
 from pasture.core.values import Allowance, Finish, Namespace, Request, TokenEvent, TokenLogprobs, Usage, Whereabouts
 
 _Frame = TypeVar("_Frame")
@@ -125,6 +125,15 @@ class Prefetch(OfTokens, frozen=True, tag=True):
     """Answered by `Done`."""
 
 
+class OpenPrefix(Frame, frozen=True, tag=True):
+    """Answered by `Opened`."""
+
+    id: int
+    number: int
+    """the replica's own"""
+    n_tokens: int
+
+
 class Verify(Frame, frozen=True, tag=True):
     """Answered by `Counted`: tokens that were compared, those that differ."""
 
@@ -138,7 +147,7 @@ class HandOver(Frame, frozen=True, tag=True):
     members: tuple[Member, ...]
 
 
-Call = Locate | Export | Restore | Pin | Prefetch | Verify | HandOver
+Call = Locate | Export | Restore | Pin | Prefetch | OpenPrefix | Verify | HandOver
 ToReplica = Generate | Acknowledge | Cancel | Watch | AskSnapshot | Allow | KeepFor | Anticipate | Unpin | Call
 
 
@@ -180,6 +189,11 @@ class Located(Frame, frozen=True, tag=True):
     found: Whereabouts
 
 
+class Opened(Frame, frozen=True, tag=True):
+    id: int
+    content: PrefixContent | None
+
+
 class Counted(Frame, frozen=True, tag=True):
     id: int
     counts: dict[str, int]
@@ -217,6 +231,8 @@ class Homes(Frame, frozen=True, tag=True):
 
 
 class Statistics(Frame, frozen=True, tag=True):
+    """Of the prefixes without their tokens: what people wrote stays on its machine, unless an administrator asks for it."""
+
     statistics: ServiceStatistics
 
 
@@ -227,7 +243,7 @@ class Pulled(Frame, frozen=True, tag=True):
     seconds: float
 
 
-Answer = Located | Counted | Done | Failed
+Answer = Located | Opened | Counted | Done | Failed
 News = Delta | Snapshot | Homes | Statistics | Pulled
 FromReplica = Hello | Events | Answer | News
 

@@ -20,6 +20,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from pasture.cluster.continuing import Continuing
+from pasture.cluster.forest import marks, origin
 from pasture.cluster.link import Link, ReplicaLost
 from pasture.cluster.links import Links
 from pasture.cluster.members import Directory, vocabulary_mark
@@ -31,7 +32,7 @@ from pasture.cluster.survival import Story
 from pasture.cluster.values import Decision, Placement, Reason, ReplicaId, SessionKey
 from pasture.core.errors import Conflict, EngineError, NoReplica, NotFound, QueueFull, ShuttingDown
 from pasture.core.ports import Clock, Vocabulary
-from pasture.core.statistics import ServiceStatistics, Verification
+from pasture.core.statistics import PrefixContent, ServiceStatistics, Verification
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
 from pasture.core.values import Allowance, FinishReason, ModelInfo, Namespace, Request, RequestId, TokenEvent, Whereabouts
 from pasture.tiers.keys import chain, root_key
@@ -237,6 +238,17 @@ class ClusterService:
         """Of the replica that has most; slow tiers are not asked."""
         return (await self._best(namespace, array("i", tokens), deep=deep))[1]
 
+    async def open_prefix(self, number: int, n_tokens: int) -> PrefixContent | None:
+        """Of the replica that it lives on; None where that has gone."""
+        own, mark = origin(number)
+        replica = next((replica for replica, its in self._marks().items() if its == mark), None)
+        if replica is None:
+            return None
+        try:
+            return await self.links.open[replica].open_prefix(own, n_tokens)
+        except (ReplicaLost, ShuttingDown):
+            return None
+
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> Pin:
         """On the replica that has most; gone with it."""
         path = array("i", tokens)
@@ -346,7 +358,10 @@ class ClusterService:
 
     def statistics(self) -> ServiceStatistics:
         """The sum over the replicas, as of their last reports."""
-        return total(self._model, list(self.links.statistics.values()), draining=self._draining)
+        return total(self._model, self.links.statistics, self._marks(), draining=self._draining)
+
+    def _marks(self) -> dict[ReplicaId, int]:
+        return marks(link.member for link in self.links.open.values())
 
     async def drain(self) -> bool:
         """This ingress takes nothing new and lets what runs through it finish."""

@@ -151,7 +151,8 @@ class ReplicaServer:
 
     def tell_statistics(self, *wires: Wire[messages.ToReplica]) -> None:
         found = self.service.statistics()
-        found = replace(found, pool=replace(found.pool, prefixes=()))  # what people wrote stays on its machine
+        prefixes = tuple(replace(prefix, tokens=()) for prefix in found.pool.prefixes)  # what people wrote stays here
+        found = replace(found, pool=replace(found.pool, prefixes=prefixes))
         for wire in wires:
             wire.send(messages.Statistics(found))
 
@@ -290,6 +291,8 @@ class _Caller:
                 self._pins[number] = await service.pin(namespace, messages.unpack_tokens(tokens))
             case messages.Prefetch(_, namespace, tokens):
                 await service.prefetch(namespace, messages.unpack_tokens(tokens))
+            case messages.OpenPrefix(number, prefix, n_tokens):
+                return messages.Opened(number, await service.open_prefix(prefix, n_tokens)), b""
             case messages.Verify(number):
                 return messages.Counted(number, asdict(await service.verify())), b""
             case messages.HandOver(number, members):

@@ -1,18 +1,20 @@
 """The statistics of several replicas as those of one service.
 
-Numbers add up, shares are means, latencies are the worst; tables are merged by their keys, rows by their names, and sequences
-keep apart because each replica's ids follow on the ids of the one before. Goes by the fields of the values, so whatever they
-come to hold is summed as well. Pure.
+Numbers add up, shares are means, latencies are the worst; tables are merged by their keys, rows by their names. Sequences keep
+apart because each replica's ids follow on the ids of the one before, prefixes as `forest` says. Goes by the fields of the
+values, so whatever they come to hold is summed as well. Pure.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from pasture.core.statistics import SequenceStatistics, ServiceStatistics
+from pasture.cluster.forest import forest, number_of
+from pasture.cluster.values import ReplicaId
+from pasture.core.statistics import PoolStatistics, SequenceStatistics, ServiceStatistics
 from pasture.core.values import ModelInfo, SeqId
 
 _MEANS = {"fragmentation"}
@@ -23,29 +25,36 @@ _NAMES = ("name", "namespace")
 _T = TypeVar("_T")
 
 
-def total(model: ModelInfo, statistics: Sequence[ServiceStatistics], *, draining: bool) -> ServiceStatistics:
-    """All of them together; of nobody, zeros."""
+def total(
+    model: ModelInfo, statistics: Mapping[ReplicaId, ServiceStatistics], marked: Mapping[ReplicaId, int], *, draining: bool
+) -> ServiceStatistics:
+    """All of them together; of nobody, zeros. `marked`: see `forest.marks`."""
     numbered, first = [], 0
-    for one in statistics:
-        rows = [
-            dataclasses.replace(row, sequence=SeqId(row.sequence + first), prefix=None)
-            if isinstance(row, SequenceStatistics)
-            else row
-            for row in one.pool.sequences
-        ]
+    for replica, one in statistics.items():
+        pool = replace(one.pool, sequences=_sequences(one.pool, first, marked[replica]), prefixes=())
         first += one.pool.shape.n_seqs
-        numbered.append(dataclasses.replace(one, pool=dataclasses.replace(one.pool, sequences=tuple(rows), prefixes=())))
+        numbered.append(replace(one, pool=pool))
     found = _sum(numbered) if numbered else _nothing(ServiceStatistics)
-    return dataclasses.replace(found, model=model, draining=draining)
+    prefixes = forest({replica: one.pool for replica, one in statistics.items()}, marked)
+    return replace(found, model=model, pool=replace(found.pool, prefixes=prefixes), draining=draining)
+
+
+def _sequences(pool: PoolStatistics, first: int, mark: int) -> tuple[SequenceStatistics, ...]:
+    return tuple(
+        replace(
+            row,
+            sequence=SeqId(row.sequence + first),
+            prefix=None if row.prefix is None else number_of(row.prefix, mark),
+        )
+        for row in pool.sequences
+    )
 
 
 def _sum(values: Sequence[_T]) -> _T:
     """Of equal dataclasses."""
     first: Any = values[0]
-    fields = {
-        field.name: _field(field.name, [getattr(value, field.name) for value in values]) for field in dataclasses.fields(first)
-    }
-    found: _T = type(first)(**fields)
+    summed = {field.name: _field(field.name, [getattr(value, field.name) for value in values]) for field in fields(first)}
+    found: _T = type(first)(**summed)
     return found
 
 
@@ -60,7 +69,7 @@ def _field(name: str, values: Sequence[Any]) -> Any:
     if isinstance(known[0], Mapping):
         keys = dict.fromkeys(key for table in known for key in table)
         return {key: _field(name, [table[key] for table in known if key in table]) for key in keys}
-    if dataclasses.is_dataclass(known[0]):
+    if is_dataclass(known[0]):
         return _sum(known)
     return _rows([row for table in known for row in table])
 
@@ -77,9 +86,9 @@ def _rows(rows: Sequence[Any]) -> tuple[Any, ...]:
 
 def _nothing(kind: Any) -> Any:
     """A value of that type that says nothing."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+    if is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind, localns={"array": list})
-        return kind(**{field.name: _nothing(hints[field.name]) for field in dataclasses.fields(kind)})
+        return kind(**{field.name: _nothing(hints[field.name]) for field in fields(kind)})
     origin = get_origin(kind) or kind
     if isinstance(origin, type):
         if issubclass(origin, Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from pasture.core.statistics import ServiceStatistics, Verification
+from pasture.core.statistics import PrefixContent, ServiceStatistics, Verification
 from pasture.core.storage import Pin, SlabCodec
 from pasture.core.values import (
     Allowance,
@@ -155,6 +155,13 @@ class Service(Protocol):
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         """Where the KV of these tokens is now. `deep`: slow tiers are asked as well. Raises ShuttingDown."""
+        ...
+
+    async def open_prefix(self, number: int, n_tokens: int) -> PrefixContent | None:
+        """So many tokens of what a prefix of the statistics says, and where it rests; None where it has gone.
+
+        What people wrote, so for an administrator alone. Raises ShuttingDown.
+        """
         ...
 
     def allow(self, namespace: Namespace, allowance: Allowance) -> None:

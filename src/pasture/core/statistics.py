@@ -9,6 +9,8 @@ from enum import StrEnum
 from pasture.core.storage import StoreStatistics
 from pasture.core.values import Form, ModelInfo, Namespace, PoolShape, RequestId, SeqId
 
+MAX_PREFIXES = 200
+"""of the prefix tree, in one picture of it"""
 _SHARE_OF_F16 = {Form.RAW: 1.0, Form.LOSSLESS: 1.0, Form.Q8_0: 34 / 64, Form.Q4_0: 18 / 64}
 
 
@@ -61,7 +63,26 @@ class PrefixStatistics:
     hits: int
     """requests that found it in the live cache when they came"""
     tokens: Sequence[int] = field(repr=False)
-    """a copy: what people wrote, so it goes nowhere but to an administrator"""
+    """a copy: what people wrote, so it goes nowhere but to an administrator, and at an ingress there are none"""
+    replica: str | None = None
+    """of a cluster, the one whose live cache it is in"""
+
+    def own(self, n_tokens: int) -> int:
+        """How many of its tokens are among so many from the beginning of its conversation."""
+        return min(self.n_tokens, max(0, n_tokens - self.start))
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixContent:
+    """What a node of the prefix tree says, for an administrator, and how much of it tiers hold too."""
+
+    tokens: tuple[int, ...] = field(repr=False)
+    """its first"""
+    n_tokens: int
+    """of all of it"""
+    ram_tokens: int
+    slow_tokens: Mapping[str, int]
+    """in each slow tier, by its name"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +120,16 @@ class PoolStatistics:
     sequences: tuple[SequenceStatistics, ...]
     prefixes: tuple[PrefixStatistics, ...] = ()
     """the prefix tree, parents before children; of a large one, the part that weighs most"""
+
+    def path_to(self, number: int) -> list[PrefixStatistics]:
+        """The prefix of that number and what comes before it, the beginning first; empty where there is none."""
+        known = {prefix.number: prefix for prefix in self.prefixes}
+        path: list[PrefixStatistics] = []
+        step = known.get(number)
+        while step is not None:
+            path.append(step)
+            step = None if step.parent is None else known[step.parent]
+        return path[::-1]
 
 
 @dataclass(frozen=True, slots=True)

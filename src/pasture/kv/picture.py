@@ -6,15 +6,19 @@ import heapq
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from pasture.core.statistics import NamespaceStatistics, PoolStatistics, PrefixStatistics, SequenceStatistics
+from pasture.core.statistics import (
+    MAX_PREFIXES,
+    NamespaceStatistics,
+    PoolStatistics,
+    PrefixStatistics,
+    SequenceStatistics,
+)
 from pasture.core.values import Namespace
 
 if TYPE_CHECKING:
     from pasture.kv.pool import Pool
     from pasture.kv.radix import Node
     from pasture.kv.sequence import Sequence
-
-MAX_PREFIXES = 200
 
 
 def draw(pool: Pool) -> PoolStatistics:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
 from pasture.core.ports import Engine, Vocabulary
-from pasture.core.statistics import ServiceStatistics, Verification
+from pasture.core.statistics import PrefixContent, ServiceStatistics, Verification
 from pasture.core.storage import Pin, Store
 from pasture.core.values import Allowance, Finish, FinishReason, ModelInfo, Namespace, Request, TokenEvent, Whereabouts
 from pasture.kv.radix import token_array
@@ -134,6 +134,16 @@ class LocalService:
             slow = await asyncio.to_thread(self._store.held_by_slow, namespace, path)
             found = dataclasses.replace(found, slow_tokens=slow)
         return found
+
+    async def open_prefix(self, number: int, n_tokens: int) -> PrefixContent | None:
+        """See `pasture.core.ports.Service.open_prefix`."""
+        path = self._loop.snapshot[0].path_to(number)
+        if not path:
+            return None
+        node = path[-1]
+        found = await self.locate(node.namespace, [token for step in path for token in step.tokens], deep=True)
+        slow = {tier: node.own(held) for tier, held in found.slow_tokens.items()}
+        return PrefixContent(tuple(node.tokens[:n_tokens]), node.n_tokens, node.own(found.ram_tokens), slow)
 
     async def live(self) -> Sequence[tuple[Namespace, array[int]]]:
         """The tokens of every sequence in the live cache, as far as they are computed. Raises ShuttingDown."""

@@ -7,17 +7,16 @@ them. What a prefix says is the one thing here that people wrote: it has a route
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from pasture.core.ports import Service
-from pasture.core.statistics import PrefixStatistics
 from pasture.web.live import Live
 
 _TYPES = {
@@ -29,6 +28,8 @@ _TYPES = {
 }
 SHOWN_TOKENS = 320
 """of a prefix's text: enough to recognise it by"""
+_Number = Annotated[int, Path(ge=0, lt=1 << 53)]
+"""of a prefix; a page's numbers go no further"""
 _SECURITY = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -94,41 +95,22 @@ def web_routes(service: Service, live: Live) -> APIRouter:
         summary="The beginning of a cached prefix",
         responses={404: {"description": "No such prefix is in the live cache now"}},
     )
-    async def prefix(number: int) -> Response:
-        path = path_to(number, service.statistics().pool.prefixes)
-        if not path:
+    async def prefix(number: _Number) -> Response:
+        found = await service.open_prefix(number, SHOWN_TOKENS)
+        if found is None:
             raise HTTPException(404, "no such prefix is in the live cache now")
-        node = path[-1]
-        found = await service.locate(node.namespace, [token for step in path for token in step.tokens], deep=True)
-        shown = node.tokens[:SHOWN_TOKENS]
-        text = b"".join(service.vocabulary.piece(token, special=True) for token in shown)
+        text = b"".join(service.vocabulary.piece(token, special=True) for token in found.tokens)
         answer = {
             "number": number,
             "text": text.decode(errors="replace"),
-            "tokens_shown": len(shown),
-            "tokens": node.n_tokens,
-            "ram_tokens": _of(node, found.ram_tokens),
-            "slow_tokens": {tier: _of(node, n_tokens) for tier, n_tokens in found.slow_tokens.items()},
+            "tokens_shown": len(found.tokens),
+            "tokens": found.n_tokens,
+            "ram_tokens": found.ram_tokens,
+            "slow_tokens": dict(found.slow_tokens),
         }
         return Response(orjson.dumps(answer), media_type="application/json", headers={"cache-control": "no-store"})
 
     return router
-
-
-def path_to(number: int, prefixes: Sequence[PrefixStatistics]) -> list[PrefixStatistics]:
-    """The prefix of that number and what comes before it, the beginning first; empty where there is none."""
-    known = {prefix.number: prefix for prefix in prefixes}
-    path: list[PrefixStatistics] = []
-    step = known.get(number)
-    while step is not None:
-        path.append(step)
-        step = None if step.parent is None else known[step.parent]
-    return path[::-1]
-
-
-def _of(node: PrefixStatistics, n_tokens: int) -> int:
-    """How many of a prefix's own tokens are among so many from the beginning of its conversation."""
-    return min(node.n_tokens, max(0, n_tokens - node.start))
 
 
 def _file(file: StaticFile, request: Request) -> Response:

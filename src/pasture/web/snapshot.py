@@ -26,7 +26,7 @@ MAX_SEQUENCES = 256
 MAX_NAMESPACES = 50
 NAMESPACE_FIELDS = ("number", "cells", "shared_cells", "sequences", "hit_tokens", "missed_tokens")
 SEQUENCE_FIELDS = ("sequence", "state", "tokens", "shared_tokens", "idle_seconds", "prefix")
-PREFIX_FIELDS = ("number", "parent", "namespace", "start", "tokens", "holders", "running", "idle_seconds", "hits")
+PREFIX_FIELDS = ("number", "parent", "namespace", "start", "tokens", "holders", "running", "idle_seconds", "hits", "replica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,5 +166,5 @@ def _prefix(prefix: PrefixStatistics, namespace: int) -> list[object]:
     idle = round(prefix.idle_seconds, 1)
     return [
         prefix.number, prefix.parent, namespace, prefix.start, prefix.n_tokens, prefix.holders, prefix.running, idle,
-        prefix.hits,
+        prefix.hits, prefix.replica,
     ]  # fmt: skip

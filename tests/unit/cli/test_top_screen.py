@@ -21,7 +21,7 @@ class Server:
     def __init__(self) -> None:
         self.now: Any = snapshot() | {
             "sequences": [[number, "idle", 100 * number, 50, 1.5, None] for number in range(60)],
-            "prefixes": [[7, None, 1, 0, 64, 3, 1, 2.0, 9]],
+            "prefixes": [[7, None, 1, 0, 64, 3, 1, 2.0, 9, None]],
         }
         self.asked = 0
 
@@ -99,6 +99,7 @@ async def test_columns_are_as_wide_as_what_they_show_and_measured_once_a_look(mo
 async def test_every_table_of_a_cluster_shows() -> None:
     server = Server()
     server.now |= {"cluster": {"replicas": [["one", "here", 60.0, False, 2, 64, 10, 128, 4096]]}}
+    server.now |= {"prefixes": [[7, None, 1, 0, 64, 3, 1, 2.0, 9, "one"]]}
     app = screen(server)
     async with app.run_test(size=SIZE) as pilot:
         seen = {}

@@ -13,6 +13,7 @@ from pasture.cluster.members import Member
 from pasture.cluster.values import Epoch, ReplicaId
 from pasture.core import errors
 from pasture.core.errors import EngineError, PastureError, QueueFull, RequestError
+from pasture.core.statistics import PrefixContent
 from pasture.core.values import (
     Allowance,
     Constraint,
@@ -71,6 +72,7 @@ def request() -> Request:
         messages.Restore(6, DEFAULT, b"", "s"),
         messages.Pin(7, DEFAULT, b""),
         messages.Prefetch(8, DEFAULT, b""),
+        messages.OpenPrefix(8, 2**37 - 1, 320),
         messages.Verify(9),
         messages.HandOver(10, (MEMBER, MEMBER)),
     ],
@@ -84,6 +86,8 @@ def test_what_a_replica_gets(frame: messages.ToReplica) -> None:
     "frame",
     [
         messages.Located(1, Whereabouts(3, 2, 1, {"disk": 64})),
+        messages.Opened(1, PrefixContent((5, 6), 40, 30, {"disk": 20})),
+        messages.Opened(1, None),
         messages.Counted(2, {"tokens": 3}),
         messages.Done(3),
         messages.Delta(4, 1, 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
+from collections import Counter
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from functools import partial
 import pytest
 
 from pasture.cluster import frames, messages
+from pasture.cluster.forest import number_of, origin
 from pasture.cluster.link import Link
 from pasture.cluster.service import ClusterService, ClusterSettings
 from pasture.cluster.values import ReplicaId
@@ -22,6 +24,7 @@ from pasture.core.values import (
     Constraint,
     ConstraintKind,
     FinishReason,
+    Namespace,
     Request,
     RequestId,
     SamplingParams,
@@ -219,6 +222,58 @@ async def test_statistics_are_those_of_all() -> None:
         assert found.pool.shape.n_cells == 2 * 8192
         ids = [sequence.sequence for sequence in found.pool.sequences]
         assert len(ids) == len(set(ids))
+
+
+async def test_every_ingress_shows_the_prefixes_of_all_and_opens_one_where_it_lives() -> None:
+    async with fleet() as made:
+        other = made.another_ingress()
+        other.start()
+        await until(lambda: len(other.router.replicas()) == 2)
+        shared, salt = PROMPT[:120], Namespace("salt")
+        for replica, first in zip(made.replicas.values(), (1, 2), strict=True):
+            for n in (3, 4):  # each has a tree: what two hold, and two that go on from there
+                asked = replace(request(f"{first} {n}", (first, *shared, n, *range(30))), namespace=salt)
+                await collect(replica.service, asked)
+        await until(lambda: len(made.service.statistics().pool.prefixes) == 6)
+        await until(lambda: len(other.statistics().pool.prefixes) == 6)
+        pool = made.service.statistics().pool
+        assert Counter(prefix.replica for prefix in pool.prefixes) == {"r0": 3, "r1": 3}
+        assert not any(prefix.tokens for prefix in pool.prefixes), "what people wrote stays where it is"
+        assert {sequence.prefix for sequence in pool.sequences} == {p.number for p in pool.prefixes if p.parent is not None}
+        for prefix in pool.prefixes:
+            here = made.replicas[str(prefix.replica)].service
+            alone = await here.open_prefix(origin(prefix.number)[0], 9)
+            assert alone is not None
+            assert (alone.n_tokens, len(alone.tokens)) == (prefix.n_tokens, 9)
+            assert await made.service.open_prefix(prefix.number, 9) == alone
+            assert await other.open_prefix(prefix.number, 9) == alone
+        roots = {prefix.replica: prefix.number for prefix in pool.prefixes if prefix.parent is None}
+        opened = [await made.service.open_prefix(roots[name], 2) for name in ("r0", "r1")]
+        assert [content and content.tokens for content in opened] == [(1, 0), (2, 0)]
+        other.close()
+        await asyncio.sleep(0)
+
+
+async def test_a_prefix_whose_replica_has_left_is_gone() -> None:
+    async with fleet() as made:
+        await collect(made.replicas["r0"].service, request("a", PROMPT))
+        await until(lambda: made.service.statistics().pool.prefixes)
+        (prefix,) = made.service.statistics().pool.prefixes
+        assert await made.service.open_prefix(prefix.number, 9) is not None
+        assert await made.service.open_prefix(prefix.number + number_of(1000, 0), 9) is None, "it never had that one"
+        await asyncio.to_thread(made.replicas["r0"].service.close)
+        assert await made.service.open_prefix(prefix.number, 9) is None, "it is just leaving"
+        await made.replicas["r0"].die()
+        await made.settled(1)
+        assert made.service.statistics().pool.prefixes == ()
+        assert await made.service.open_prefix(prefix.number, 9) is None
+        await made.restart("r0", usual())
+        await made.settled(2)
+        await collect(made.replicas["r0"].service, request("b", PROMPT[::-1]))
+        await until(lambda: made.service.statistics().pool.prefixes)
+        (later,) = made.service.statistics().pool.prefixes
+        (own, _), (_, mark) = origin(later.number), origin(prefix.number)
+        assert await made.service.open_prefix(number_of(own, mark), 9) is None, "what a later start calls so is another"
 
 
 @pytest.mark.parametrize("greeting", [frames.GREETING, b"pasture cluster 0\n"], ids=["no key", "another version"])

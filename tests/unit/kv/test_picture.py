@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pasture.kv.picture import MAX_PREFIXES
+from pasture.core.statistics import MAX_PREFIXES
 from pasture.kv.radix import token_array
 from tests.unit.kv.test_pool import PROMPT, make, run
 

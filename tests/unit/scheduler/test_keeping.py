@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from pasture.core.errors import RequestError
+from pasture.core.statistics import PrefixContent
 from pasture.core.values import DEFAULT_NAMESPACE, PoolShape, Request, RequestId, SamplingParams
 from pasture.engine.fake import Cell, FakeEngine, FakeSlab, expected_reply
 from pasture.scheduler import keeping
@@ -53,6 +54,22 @@ async def test_an_export_with_impossible_parts_is_refused_and_the_server_goes_on
         with pytest.raises(RequestError, match="the exported KV"):
             await service.restore(DEFAULT_NAMESPACE, PROMPT, exported(engine, *edges))
         assert await answer_of(service, (7, *PROMPT)) == expected_reply((7, *PROMPT), 8, GREEDY)
+
+
+async def test_a_prefix_opens_with_what_it_says_and_how_much_of_it_rests_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(FakeEngine(PoolShape(1024, 8))) as service:
+        for last in (5, 6):
+            await answer_of(service, (*PROMPT, last, *range(40)))
+        while len(prefixes := service.statistics().pool.prefixes) < 3:
+            await service.live()
+        head, tail = prefixes[0], prefixes[1]
+        assert (head.n_tokens, tail.parent, tail.start) == (200, head.number, 200)
+        monkeypatch.setattr(service._store, "held_by_slow", lambda *_: {"disk": 128, "far": 220})
+        (await service.pin(DEFAULT_NAMESPACE, [*PROMPT, *tail.tokens])).release()
+        whole, part = await service.open_prefix(head.number, 1000), await service.open_prefix(tail.number, 3)
+        assert whole == PrefixContent(PROMPT, 200, 200, {"disk": 128, "far": 200})
+        assert part == PrefixContent(tuple(tail.tokens[:3]), tail.n_tokens, tail.n_tokens, {"disk": 0, "far": 20})
+        assert await service.open_prefix(head.number + 1000, 3) is None
 
 
 async def test_a_pin_that_comes_too_late_for_who_asked_is_released(monkeypatch: pytest.MonkeyPatch) -> None:

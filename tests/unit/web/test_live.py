@@ -159,7 +159,7 @@ def test_the_pool_is_drawn_anew_when_it_has_changed() -> None:
 
 
 def test_an_ingress_without_a_replica_is_drawn_as_empty() -> None:
-    lost = total(StubService.model, [], draining=False)
+    lost = total(StubService.model, {}, {}, draining=False)
     shown = picture(Live(lambda: lost, lambda: "stub", Hands(), Recent(Hands()), Recent(Hands())))
     assert (shown["pool"]["cells"], shown["pool"]["cell_bytes"], shown["tiers"]) == (0, 0, [])
     text = Console(file=io.StringIO(), width=100)

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from pasture.api import ApiSettings, create_app
-from pasture.core.statistics import NamespaceStatistics, PrefixStatistics, ServiceStatistics
-from pasture.core.values import DEFAULT_NAMESPACE, Namespace, Whereabouts
+from pasture.core.statistics import NamespaceStatistics, PrefixContent, PrefixStatistics, ServiceStatistics
+from pasture.core.values import DEFAULT_NAMESPACE, Namespace
 from pasture.web.routes import static_files
 from pasture.web.snapshot import NAMESPACE_FIELDS, PREFIX_FIELDS, SEQUENCE_FIELDS
 from tests.unit.stub_service import StubService
@@ -131,7 +131,9 @@ async def test_what_a_prefix_says_is_told_to_the_administrator_alone() -> None:
         assert (await client.get(path)).status_code == 401
         assert (await client.get(path, headers=bearer("theirs"))).status_code == 401
         assert (await client.get("/v1/admin/prefixes/8", headers=bearer("root"))).status_code == 404
-    async with client_of(KEYED, Wrote(found=Whereabouts(30, 2, 5, {"disk": 64}))) as client:
+        assert (await client.get(f"/v1/admin/prefixes/{10**30}", headers=bearer("root"))).status_code == 400
+    content = PrefixContent(tuple(SECRET.encode()), 30, 5, {"disk": 30})
+    async with client_of(KEYED, Wrote(contents={7: content})) as client:
         shown = await client.get(path, headers=bearer("root"))
         assert shown.json() == {
             "number": 7,
@@ -156,8 +158,8 @@ async def test_a_snapshot_has_the_numbers_of_the_statistics() -> None:
     assert dict(zip(SEQUENCE_FIELDS, snapshot["sequences"][1], strict=True))["idle_seconds"] == 2.5
     busiest, _ = (dict(zip(NAMESPACE_FIELDS, row, strict=True)) for row in snapshot["namespaces"])
     assert (busiest["number"], busiest["hit_tokens"]) == (2, 90), "numbered as they came, the busiest first"
-    assert snapshot["prefixes"] == [[7, None, 1, 0, 30, 2, 1, 0.0, 5], [9, 7, 2, 30, 30, 1, 0, 2.2, 0]]
-    assert len(PREFIX_FIELDS) == 9
+    assert snapshot["prefixes"] == [[7, None, 1, 0, 30, 2, 1, 0.0, 5, None], [9, 7, 2, 30, 30, 1, 0, 2.2, 0, None]]
+    assert len(PREFIX_FIELDS) == 10
 
 
 async def test_the_stream_ends_when_the_server_drains() -> None:

@@ -99,7 +99,7 @@ const NOTICES = {
 
 const content = (snapshot) => html`
   ${headline(snapshot)} ${tiles(snapshot)} ${snapshot.cluster ? cluster(snapshot.cluster) : nothing} ${pool(snapshot)} ${tiers(snapshot)}
-  ${snapshot.cluster ? happenings(snapshot) : html`<div class="columns">${prefixes()} <div>${detail()} ${happenings(snapshot)}</div></div>`}
+  <div class="columns">${prefixes()} <div>${detail()} ${happenings(snapshot)}</div></div>
   ${namespaces(snapshot)} ${sequences(snapshot)}`;
 
 const headline = ({ headline: h }) => html`
@@ -222,12 +222,17 @@ const cluster = ({ replicas, decisions, pulls, survived }) => html`
 
 const prefixes = () => html`
   <section aria-labelledby="tree-title"><h2 id="tree-title">Prefixes</h2>
-    ${view.tree.roots.length ? html`<div class="scroll"><ul class="tree">${family(null, view.tree.roots, 0)}</ul></div>` : html`<p class="note">The live cache is empty.</p>`}
+    ${view.tree.roots.length ? html`<div class="scroll">${servers(view.tree.roots).map(tree)}</div>` : html`<p class="note">The live cache is empty.</p>`}
   </section>`;
 
-function family(parent, nodes, level) {
+/** The trees of each server in turn; a server alone has no name. */
+const servers = (roots) => [...new Set(roots.map((root) => root.replica))].map((name) => [name, roots.filter((root) => root.replica === name)]);
+
+const tree = ([name, roots]) => html`${name === null ? nothing : html`<h3>${name}</h3>`}<ul class="tree" aria-label=${name ?? nothing}>${family(name, roots, 0)}</ul>`;
+
+/** `name`: what they are the children of: a node's number, or a server. */
+function family(name, nodes, level) {
   const ordered = [...nodes].sort((a, b) => b.holders - a.holders || b.tokens - a.tokens);
-  const name = parent?.number ?? 0;
   const shown = view.unfolded.has(name) ? ordered : ordered.slice(0, SIBLINGS);
   const more = ordered.length - shown.length;
   return html`${shown.map((node) => branch(node, level))}
@@ -248,7 +253,7 @@ const branch = (node, level) => html`<li><div class="row">
     <svg class="swatch" aria-hidden="true">${svg`<rect width=${Math.max(3, Math.min(36, Math.sqrt(node.tokens)))} height="10" rx="2" fill=${swatch(node)}></rect>`}</svg>
     <span>${plural(node.tokens, "token")}</span><span class="who">${node.holders > 1 ? `${node.holders} share it` : "one conversation"}${node.running ? `, ${node.running} running` : `, ${rest(node.idle)}`}</span>
   </button></div>
-  ${node.children.length && isOpen(node, level) ? html`<ul>${family(node, node.children, level + 1)}</ul>` : nothing}</li>`;
+  ${node.children.length && isOpen(node, level) ? html`<ul>${family(node.number, node.children, level + 1)}</ul>` : nothing}</li>`;
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const swatch = (node) => (node.holders > 1 ? (dark.matches ? "#fabe46" : "#e28e00") : `rgb(${colourOf(ownerOf(node), dark.matches).join(" ")})`);
@@ -256,7 +261,7 @@ const swatch = (node) => (node.holders > 1 ? (dark.matches ? "#fabe46" : "#e28e0
 const rest = (idle) => (idle < 1 ? "just used" : `idle for ${seconds(idle)}`);
 
 const describe = (node) =>
-  `tokens ${count(node.start)} to ${count(node.start + node.tokens)}, ${node.holders > 1 ? `${node.holders} share it` : "one conversation's own"}, ${node.running ? `${node.running} running` : rest(node.idle)}`;
+  `${node.replica ? `${node.replica}: ` : ""}tokens ${count(node.start)} to ${count(node.start + node.tokens)}, ${node.holders > 1 ? `${node.holders} share it` : "one conversation's own"}, ${node.running ? `${node.running} running` : rest(node.idle)}`;
 
 function select(number) {
   view.selected = view.selected === number ? null : number;
@@ -273,7 +278,7 @@ function detail() {
   return html`<section id="detail" aria-labelledby="detail-title"><h2 id="detail-title">The chosen prefix</h2>
     <dl>
       <dt>Tokens</dt><dd>${count(node.start)} to ${count(node.start + node.tokens)} (${count(node.tokens)})</dd>
-      <dt>Lives in</dt><dd>the live cache, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}${view.copies === null ? nothing : `; ${copyWords(node, view.copies)}`}</dd>
+      <dt>Lives in</dt><dd>the live cache${node.replica ? ` of ${node.replica}` : ""}, ${bytes(node.tokens * view.snapshot.pool.cell_bytes)}${view.copies === null ? nothing : `; ${copyWords(node, view.copies)}`}</dd>
       <dt>Held by</dt><dd>${plural(node.holders, "sequence")}${holders.length ? `: ${holders.slice(0, 24).join(", ")}${holders.length > 24 ? " …" : ""}` : ""}</dd>
       <dt>Hits</dt><dd>${plural(node.hits, "request")} found it here</dd>
       <dt>Saves</dt><dd>${saving(node)}</dd>

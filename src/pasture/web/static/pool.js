@@ -7,8 +7,8 @@ const GAP = 2;
 export function treeOf(snapshot) {
   const nodes = new Map();
   const roots = [];
-  for (const [number, parent, namespace, start, tokens, holders, running, idle, hits] of snapshot.prefixes) {
-    const node = { number, parent: nodes.get(parent), namespace, start, tokens, holders, running, idle, hits, children: [], ends: [], owner: null };
+  for (const [number, parent, namespace, start, tokens, holders, running, idle, hits, replica] of snapshot.prefixes) {
+    const node = { number, parent: nodes.get(parent), namespace, start, tokens, holders, running, idle, hits, replica, children: [], ends: [], owner: null };
     nodes.set(number, node);
     (node.parent ? node.parent.children : roots).push(node);
   }
@@ -19,7 +19,8 @@ export function treeOf(snapshot) {
     if (node.parent) node.parent.owner = Math.min(node.parent.owner ?? Infinity, node.owner);
   }
   const byAge = (a, b) => a.number - b.number;
-  roots.sort(byAge);
+  // of several servers, seen from their ingress, one tree beside the other
+  roots.sort((a, b) => (a.replica ?? "").localeCompare(b.replica ?? "", "en", { numeric: true }) || byAge(a, b));
   for (const node of nodes.values()) node.children.sort(byAge);
   return { nodes, roots };
 }
@@ -35,13 +36,7 @@ export const ownerOf = (node) => (Number.isFinite(node.owner) ? node.owner : 0);
 /** [{tokens, node | sequence, ...}], what to paint in which order. Private copies (streams) are painted by sequence. */
 function segments(snapshot, tree) {
   const out = [];
-  if (!tree.roots.length && snapshot.pool.layout === "unified") {
-    // several servers, seen from their ingress: no tree of all of them, but what each conversation has of its own
-    if (snapshot.pool.shared_cells) out.push({ tokens: snapshot.pool.shared_cells, owner: 0, holders: 2, running: 1, idle: 0 });
-    for (const [sequence, state, tokens, shared, idle] of snapshot.sequences) {
-      out.push({ tokens: tokens - shared, owner: sequence, holders: 1, running: state === "idle" ? 0 : 1, idle });
-    }
-  } else if (snapshot.pool.layout === "unified") {
+  if (snapshot.pool.layout === "unified") {
     const walk = (node) => {
       out.push({ tokens: node.tokens, node, owner: ownerOf(node), holders: node.holders, running: node.running, idle: node.idle });
       node.children.forEach(walk);
