@@ -65,6 +65,7 @@ def request() -> Request:
         messages.Watch(),
         messages.AskSnapshot(),
         messages.Allow(DEFAULT, Allowance(2.0, None, 5, 6, 0.5)),
+        messages.KeepFor({DEFAULT: 0.5}),
         messages.Anticipate(DEFAULT, b"\1\0\0\0", True),
         messages.Unpin(3),
         messages.Locate(4, DEFAULT, b"", True),
