@@ -16,7 +16,7 @@ import openai
 from sqlalchemy.exc import OperationalError
 
 from pasture.api import ApiSettings, create_app
-from pasture.core.ports import Engine
+from pasture.core.ports import Engine, OnEnd
 from pasture.core.storage import Store
 from pasture.core.values import Namespace, PoolShape, Request, SamplingParams, TokenEvent
 from pasture.engine.fake import FakeEngine, expected_reply
@@ -57,7 +57,7 @@ class WatchedService(LocalService):
         self.hit_tokens = 0
         self.most_public_tokens = 0
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request, on_end: OnEnd | None = None) -> AsyncGenerator[TokenEvent, None]:
         self.namespaces.add(request.namespace)
         self.most_public_tokens = max(self.most_public_tokens, request.public_tokens)
         running = self._running.setdefault(request.tenant, [])
@@ -65,7 +65,7 @@ class WatchedService(LocalService):
         running.append(mine)
         self._begun[request.tenant, request.prompt] += 1
         try:
-            async with aclosing(super().generate(request)) as events:
+            async with aclosing(super().generate(request, on_end)) as events:
                 async for event in events:
                     if event.token is not None:
                         mine.append(event.token)

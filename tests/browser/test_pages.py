@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
@@ -203,6 +204,26 @@ def test_a_prefix_opens_and_says_what_it_says_to_the_admin_key(browser: Browser,
         expect(page.locator("#detail dd").nth(2)).to_have_text(re.compile(r"\d+ sequences: \d"))
         page.get_by_role("button", name="Show what it says").click()
         expect(page.locator("#detail pre")).to_contain_text("sheep on a common pasture")
+        seen.check()
+
+
+def test_the_admin_key_sees_every_kept_conversation_and_where_it_is(browser: Browser, server: Server) -> None:
+    for number in range(30):
+        body = {
+            "messages": [{"role": "user", "content": f"{SYSTEM} {number}"}],
+            "max_tokens": 2,
+            "prompt_cache_key": f"talk {number}",
+        }
+        assert httpx.post(server.url + "/v1/chat/completions", json=body, timeout=30).status_code == 200
+    with watched(browser, server, "/", key="root") as seen:
+        page = seen.page
+        page.get_by_text("Conversations that the server keeps").click()
+        kept = page.locator(".kept")
+        expect(kept.locator(".facts")).to_contain_text("1 to 25 of 30")
+        expect(kept.locator("tbody tr").first).to_contain_text(re.compile(r"talk 29\s*(live|RAM) \d+ %"))
+        kept.get_by_role("button", name="earlier").click()
+        expect(kept.locator(".facts")).to_contain_text("26 to 30 of 30")
+        expect(kept.locator("tbody tr")).to_have_count(5)
         seen.check()
 
 

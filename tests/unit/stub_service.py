@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pasture.core.errors import InvariantBroken
+from pasture.core.ports import OnEnd
 from pasture.core.statistics import (
     PoolStatistics,
     PrefixContent,
@@ -128,7 +129,7 @@ class StubService:
     lifted: list[tuple[int, ...]] = field(default_factory=list)
     """what was to be brought into RAM"""
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request, on_end: OnEnd | None = None) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
         if self.error is not None:
             raise self.error

@@ -1,4 +1,4 @@
-"""The operator's routes, open to the admin key alone: tenants, their limits, and public prefixes."""
+"""The operator's routes, open to the admin key alone: tenants, their limits, everybody's sessions, and public prefixes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from dataclasses import asdict
 from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from pasture.api.answers import PublicPrefixBody, PublicPrefixGone, PublicPrefixList, TenantBody, TenantList
+from pasture.api.answers import PublicPrefixBody, PublicPrefixGone, PublicPrefixList, SessionOverview, TenantBody, TenantList
 from pasture.api.bodies import read_body
 from pasture.api.gateway import Gateway
 from pasture.api.openapi import described
+from pasture.api.overview import MAX_PAGE, overview
 from pasture.sessions.values import Tenant
+
+MAX_OFFSET = 1_000_000
+_Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+_Offset = Annotated[int, Query(ge=0, le=MAX_OFFSET)]
 
 
 class _Body(BaseModel):
@@ -68,6 +73,12 @@ def admin_routes(gateway: Gateway) -> APIRouter:
         body = await read_body(request, LimitsBody, limit)
         changes = body.model_dump(exclude_unset=True)
         return _json(_tenant(await asyncio.to_thread(lambda: state.tenants.limit(name, **changes))))
+
+    @router.get(
+        "/sessions", **described("Operator", "Everybody's sessions, last used first, and where their KV is", SessionOverview)
+    )
+    async def sessions(limit: _Limit = 25, offset: _Offset = 0) -> Response:
+        return _json(await overview(gateway, limit, offset))
 
     @router.get("/public", **described("Operator", "Public prefixes", PublicPrefixList))
     async def public() -> Response:

@@ -226,6 +226,26 @@ class SessionPage(_Answer):
     has_more: bool
 
 
+class SeenSession(_Answer):
+    """Somebody's session as the operator sees it; `tiers` is null where nobody can say where its KV is."""
+
+    id: str
+    tenant: str
+    name: str | None
+    pinned: bool
+    idle_seconds: float
+    n_messages: NonNegative
+    n_tokens: NonNegative
+    usage: SessionUsage
+    tiers: dict[str, NonNegative] | None
+
+
+class SessionOverview(_Answer):
+    object: Literal["list"]
+    data: list[SeenSession]
+    total: NonNegative
+
+
 class SessionList(_Answer):
     object: Literal["list"]
     data: list[SessionBody]

@@ -103,12 +103,12 @@ class Run:
 
     def _read(self, passage: Passage, choice: Choice) -> AsyncGenerator[Fragment, None]:
         gateway = self._gateway
-        events = gateway.service.generate(choice.request)
+        record = gateway.settings.tracing.record(choice.request)
+        events = gateway.service.generate(choice.request, record.on_end)
         if self._caller.tenant.limits.tokens_per_minute is not None:
             first = choice.index % self.job.n_per_prompt == 0  # `usage` counts a prompt once, however many replies it has
             events = _counted(events, passage, len(choice.request.prompt) if first else 0)
-        events = gateway.settings.tracing.observed(events, choice.request)
-        timed = gateway.metrics.observed(events, gateway.clock)
+        timed = gateway.metrics.observed(record.observed(events), gateway.clock)
         vocabulary, stops, dialect = gateway.service.vocabulary, self.job.stops, self.job.dialect
         reply = read_reply(timed, vocabulary, stops, len(choice.request.prompt), clock=gateway.clock)
         return reply if dialect is None else read_calls(reply, dialect)

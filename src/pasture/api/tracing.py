@@ -11,7 +11,21 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from pasture.core.errors import ConfigError
+from pasture.core.ports import OnEnd
 from pasture.core.values import Request, TokenEvent
+
+
+class Record(Protocol):
+    """What is noted of one request."""
+
+    @property
+    def on_end(self) -> OnEnd | None:
+        """For `Service.generate`: the span of a request that its reader leaves waits for it."""
+        ...
+
+    def observed(self, events: AsyncGenerator[TokenEvent, None]) -> AsyncGenerator[TokenEvent, None]:
+        """The same events, and a span when the request has ended, however it does. Takes over `events` and closes it."""
+        ...
 
 
 class Tracing(Protocol):
@@ -20,20 +34,25 @@ class Tracing(Protocol):
         """Whether requests should note their phases."""
         ...
 
-    def observed(self, events: AsyncGenerator[TokenEvent, None], request: Request) -> AsyncGenerator[TokenEvent, None]:
-        """The same events, and a span when they have ended, however they do. Takes over `events` and closes it."""
-        ...
+    def record(self, request: Request) -> Record: ...
 
     def close(self) -> None:
         """Send what is left."""
         ...
 
 
+class NoRecord:
+    on_end = None
+
+    def observed(self, events: AsyncGenerator[TokenEvent, None]) -> AsyncGenerator[TokenEvent, None]:
+        return events
+
+
 class NoTracing:
     on = False
 
-    def observed(self, events: AsyncGenerator[TokenEvent, None], request: Request) -> AsyncGenerator[TokenEvent, None]:
-        return events
+    def record(self, request: Request) -> NoRecord:
+        return NoRecord()
 
     def close(self) -> None:
         pass

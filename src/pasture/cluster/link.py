@@ -18,14 +18,18 @@ from pasture.cluster import messages
 from pasture.cluster.frames import NotOfThisCluster, Wire, connect
 from pasture.cluster.members import Identity, Member
 from pasture.core.statistics import PrefixContent, Verification
-from pasture.core.values import Allowance, Namespace, Request, TokenEvent, Whereabouts
+from pasture.core.values import Allowance, Namespace, Request, TokenEvent, Usage, Whereabouts
 
+LAST_WORDS_SECONDS = 30.0
+"""for a replica to say what a request had cost that its reader has left"""
 SILENCE_SECONDS = 5.0
 """without a word from a replica, which reports twice a second, before it counts as dead"""
 ACKNOWLEDGE_EVENTS = 64
 """read so many before the replica is told"""
 
 OnNews = Callable[[messages.News, bytes], None]
+OnLeft = Callable[[Usage | None], None]
+"""hears what a leg of a reply has cost whose end nobody gets; None: the replica did not say"""
 _Answer = TypeVar("_Answer", messages.Located, messages.Opened, messages.Counted, messages.Done)
 _Waiting = asyncio.Queue[TokenEvent | tuple[messages.Answer, bytes] | None]
 """what comes for one call or stream; None: the connection has ended"""
@@ -45,6 +49,7 @@ class Link:
         self._on_news = on_news
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
+        self._on_left: dict[int, OnLeft] = {}
         self.closed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._silence: asyncio.TimerHandle | None = None
@@ -62,16 +67,26 @@ class Link:
                 self._silence.cancel()
             for answers in self._waiting.values():
                 answers.put_nowait(None)
+            for number in self._on_left.keys() - self._waiting.keys():
+                self._end(number, None)
 
     async def generate(
-        self, request: Request, session: str | None, uncached_tokens: int, source: messages.Source | None = None
+        self,
+        request: Request,
+        session: str | None,
+        uncached_tokens: int,
+        source: messages.Source | None = None,
+        on_left: OnLeft | None = None,
     ) -> AsyncGenerator[TokenEvent, None]:
         """As `Service.generate`; raises ReplicaLost too.
 
         `session`: what the router knows the conversation by; `uncached_tokens`: what it expects the replica to compute.
+        `on_left`: as `on_end` there, of a request that is `traced`.
         """
         number = next(self._numbers)
         answers = self._begin(messages.Generate(number, request, session, uncached_tokens, source))
+        if on_left is not None:
+            self._on_left[number] = on_left
         unacknowledged, ended = 0, False
         try:
             while not ended:
@@ -87,8 +102,11 @@ class Link:
                 yield answer
         finally:
             del self._waiting[number]
-            if not ended:
+            if ended:
+                self._on_left.pop(number, None)
+            else:
                 self._wire.send(messages.Cancel(number))
+                self._leave(number, answers)
 
     async def locate(self, namespace: Namespace, tokens: array[int], *, deep: bool = False) -> Whereabouts:
         answer, _ = await self._call(messages.Located, messages.Locate(next(self._numbers), namespace, tokens.tobytes(), deep))
@@ -143,6 +161,25 @@ class Link:
 
     # Inside
 
+    def _leave(self, number: int, unread: _Waiting) -> None:
+        """Nobody reads this stream any more; its end, which may have come, is heard of for a while."""
+        while not unread.empty():
+            self._unheard(number, unread.get_nowait())
+        if number in self._on_left:
+            self._loop.call_later(LAST_WORDS_SECONDS, self._end, number, None)
+
+    def _unheard(self, number: int, answer: TokenEvent | tuple[messages.Answer, bytes] | None) -> None:
+        """Something came for a stream that nobody reads any more."""
+        if not isinstance(answer, TokenEvent):
+            self._end(number, None)
+        elif answer.finish is not None:
+            self._end(number, answer.finish.usage)
+
+    def _end(self, number: int, usage: Usage | None) -> None:
+        """Tell who wants to know, once."""
+        if (on_left := self._on_left.pop(number, None)) is not None:
+            on_left(usage)
+
     async def _call(self, kind: type[_Answer], call: messages.Call, payload: bytes = b"") -> tuple[_Answer, bytes]:
         answers = self._begin(call, payload)
         try:
@@ -175,15 +212,21 @@ class Link:
         else:
             self._silence = self._loop.call_at(ends_at, self._listen_for_silence)
 
+    def _give(self, number: int, answer: TokenEvent | tuple[messages.Answer, bytes]) -> None:
+        if number in self._waiting:
+            self._waiting[number].put_nowait(answer)
+        else:
+            self._unheard(number, answer)
+
     def _take(self, frame: messages.FromReplica, payload: bytes) -> None:
         match frame:
             case messages.Events():
                 for event in frame.events:
-                    if event.id in self._waiting:
-                        self._waiting[event.id].put_nowait(event.value)
+                    self._give(event.id, event.value)
             case messages.Located() | messages.Opened() | messages.Counted() | messages.Done() | messages.Failed():
-                if frame.id in self._waiting:
-                    self._waiting[frame.id].put_nowait((frame, payload))
+                self._give(frame.id, (frame, payload))
+            case messages.Ended(number, usage):
+                self._end(number, usage)
             case messages.Delta() | messages.Snapshot() | messages.Homes() | messages.Statistics() | messages.Pulled():
                 if self._on_news is not None:
                     self._on_news(frame, payload)

@@ -2,7 +2,7 @@
 
     to a replica        Generate, Acknowledge, Cancel; Watch, AskSnapshot; Anticipate, Unpin; and the calls: Locate, Export,
                         Restore, Pin, Prefetch, OpenPrefix, Verify, HandOver
-    from a replica      Hello; Events; the answers to calls: Located, Opened, Counted, Done, and Failed; to those who watch:
+    from a replica      Hello; Events, Ended; the answers to calls: Located, Opened, Counted, Done, and Failed; to those who watch:
                         Delta, Snapshot, Homes, Statistics, Pulled
 
 What may be large travels behind its frame as bytes: what was exported, and the keys of blocks. `tokens` are C ints as
@@ -184,6 +184,13 @@ class Events(Frame, frozen=True, tag=True):
     events: list[Event]
 
 
+class Ended(Frame, frozen=True, tag=True):
+    """What a traced request had cost that its reader has left, or that fails: sent before the failure."""
+
+    id: int
+    usage: Usage
+
+
 class Located(Frame, frozen=True, tag=True):
     id: int
     found: Whereabouts
@@ -245,7 +252,7 @@ class Pulled(Frame, frozen=True, tag=True):
 
 Answer = Located | Opened | Counted | Done | Failed
 News = Delta | Snapshot | Homes | Statistics | Pulled
-FromReplica = Hello | Events | Answer | News
+FromReplica = Hello | Events | Ended | Answer | News
 
 
 class BadFrame(ValueError):

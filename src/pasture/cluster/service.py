@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from pasture.cluster.continuing import Continuing
 from pasture.cluster.forest import marks, origin
-from pasture.cluster.link import Link, ReplicaLost
+from pasture.cluster.link import Link, OnLeft, ReplicaLost
 from pasture.cluster.links import Links
 from pasture.cluster.members import Directory, vocabulary_mark
 from pasture.cluster.messages import Source
@@ -31,10 +31,20 @@ from pasture.cluster.sums import total
 from pasture.cluster.survival import Story
 from pasture.cluster.values import Decision, Placement, Reason, ReplicaId, SessionKey
 from pasture.core.errors import Conflict, EngineError, NoReplica, NotFound, QueueFull, ShuttingDown
-from pasture.core.ports import Clock, Vocabulary
+from pasture.core.ports import Clock, OnEnd, Vocabulary
 from pasture.core.statistics import PrefixContent, ServiceStatistics, Verification
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
-from pasture.core.values import Allowance, FinishReason, ModelInfo, Namespace, Request, RequestId, TokenEvent, Whereabouts
+from pasture.core.values import (
+    Allowance,
+    FinishReason,
+    ModelInfo,
+    Namespace,
+    Request,
+    RequestId,
+    TokenEvent,
+    Usage,
+    Whereabouts,
+)
 from pasture.tiers.keys import chain, root_key
 
 log = logging.getLogger(__name__)
@@ -134,14 +144,14 @@ class ClusterService:
 
     # Requests
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request, on_end: OnEnd | None = None) -> AsyncGenerator[TokenEvent, None]:
         """See `core.ports.Service.generate`; raises NoReplica too."""
         if self._draining:
             raise ShuttingDown("the server is shutting down; send the request to another one")
         self._n_running += 1
         self._idle.clear()
         try:
-            async with aclosing(self._tell(Story(request, self._clock()))) as events:
+            async with aclosing(self._tell(Story(request, self._clock()), on_end)) as events:
                 async for event in events:
                     yield event
         finally:
@@ -149,16 +159,24 @@ class ClusterService:
             if not self._n_running:
                 self._idle.set()
 
-    async def _tell(self, story: Story) -> AsyncGenerator[TokenEvent, None]:
+    async def _tell(self, story: Story, on_end: OnEnd | None) -> AsyncGenerator[TokenEvent, None]:
+        def left(usage: Usage | None = None) -> None:
+            if on_end is not None:
+                on_end(story.left(usage, self._clock()))
+
         avoid: frozenset[ReplicaId] = frozenset()
         losses, fingerprint = 0, ""
         while (rest := story.next_leg(self._clock())) is not None:
             if story.sent:
                 avoid |= self.links.others_than(fingerprint)
-            leg = await self._place(rest, avoid)
+            try:
+                leg = await self._place(rest, avoid)
+            except (NoReplica, asyncio.CancelledError):
+                left()
+                raise
             n_sent, fingerprint = len(story.sent), leg.link.identity.fingerprint
             try:
-                async with aclosing(self._leg(rest, leg)) as events:
+                async with aclosing(self._leg(rest, leg, left)) as events:
                     async for event in events:
                         told = story.told(event, self._clock())
                         if told.finish is not None:
@@ -172,18 +190,18 @@ class ClusterService:
                     losses, avoid = 0, frozenset({leg.decision.replica})
                 losses += 1
                 if losses >= MAX_LOSSES or (isinstance(lost, QueueFull) and avoid >= set(self.router.replicas())):
+                    left()
                     raise lost if isinstance(lost, QueueFull) else _given_up(lost) from lost
                 self.survived += 1
                 log.warning("%s goes on elsewhere after %d tokens: %r", rest.request_id, len(story.sent), lost)
         yield story.ended(self._clock())
 
-    async def _leg(self, request: Request, leg: _Leg) -> AsyncGenerator[TokenEvent, None]:
+    async def _leg(self, request: Request, leg: _Leg, left: OnLeft) -> AsyncGenerator[TokenEvent, None]:
         """The events of one replica; an end that is none of the request's is the loss of the replica."""
         self.router.started(request.request_id, leg.placement, leg.decision)
         try:
-            async with aclosing(
-                leg.link.generate(request, leg.placement.session, leg.decision.uncached_tokens, leg.source)
-            ) as events:
+            uncached = leg.decision.uncached_tokens
+            async with aclosing(leg.link.generate(request, leg.placement.session, uncached, leg.source, left)) as events:
                 async for event in events:
                     finish = event.finish
                     if finish is not None and finish.reason is FinishReason.CANCELLED:

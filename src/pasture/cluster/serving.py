@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Protocol
 
 from pasture.cluster import messages
@@ -30,7 +31,7 @@ from pasture.cluster.values import Load
 from pasture.core.errors import EngineError, PastureError
 from pasture.core.ports import Service
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
-from pasture.core.values import FinishReason, Namespace, TokenEvent
+from pasture.core.values import FinishReason, Namespace, TokenEvent, Usage
 from pasture.tiers.trail import Trails
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,8 @@ class _Caller:
         try:
             if asked.source is not None and (pulled := await replica.peers.pull(request, asked.source)):
                 self._wire.send(messages.Pulled(pulled.n_bytes, pulled.seconds))
-            async with aclosing(replica.service.generate(request)) as events:
+            on_end = partial(self._ended, asked.id) if request.traced else None
+            async with aclosing(replica.service.generate(request, on_end)) as events:
                 async for event in events:
                     replica.uncached[stream] = 0
                     self._put(asked.id, event)
@@ -259,6 +261,9 @@ class _Caller:
         if self._outbox:
             events, self._outbox = self._outbox, []
             self._wire.send(messages.Events(events))
+
+    def _ended(self, number: int, usage: Usage) -> None:
+        self._wire.send(messages.Ended(number, usage))
 
     def _fail(self, number: int, error: Exception) -> None:
         if not isinstance(error, PastureError):

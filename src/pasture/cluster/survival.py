@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pasture.core.values import Finish, FinishReason, Phase, Request, RequestId, TokenEvent, Usage
+from pasture.core.values import Finish, FinishReason, Phase, PhaseKind, Request, RequestId, TokenEvent, Usage
 
 
 class Story:
@@ -63,20 +63,31 @@ class Story:
         finish = event.finish
         if finish is None and event.usage is None:
             return event
-        if (usage := event.usage if finish is None else finish.usage) is not None:
-            self._note(usage.phases)
+        if finish is None and event.usage is not None:
+            self._note(event.usage.phases)
         if finish is not None:
-            if self._cached_tokens is None:
-                self._cached_tokens, self._queue_seconds = finish.usage.cached_tokens, finish.usage.queue_seconds
-            self._n_swaps += finish.usage.n_swaps
-            n_tokens = self._before_leg + finish.usage.completion_tokens
-            finish = replace(finish, usage=self._usage(n_tokens, now))
+            finish = replace(finish, usage=self._concluded(finish.usage, now))
         usage = self._usage(len(self.sent), now) if first and event.usage is not None else None
         return replace(event, finish=finish, usage=usage)
 
     def ended(self, now: float) -> TokenEvent:
         """The end of a reply whose last token was sent, and whose replica was lost before it could say that it was the last."""
         return TokenEvent(None, finish=Finish(FinishReason.LENGTH, self._usage(len(self.sent), now)))
+
+    def left(self, usage: Usage | None, now: float) -> Usage:
+        """What it has cost when it ends here and the client is told nothing; `usage` is what its last leg says, if it does."""
+        if usage is not None:
+            return self._concluded(usage, now)
+        found = self._usage(len(self.sent), now)
+        return found if found.phases else replace(found, phases=(Phase(PhaseKind.QUEUE, 0.0, now - self._started_at, 0),))
+
+    def _concluded(self, last: Usage, now: float) -> Usage:
+        """The whole reply's, with what its last leg says at its end."""
+        self._note(last.phases)
+        if self._cached_tokens is None:
+            self._cached_tokens, self._queue_seconds = last.cached_tokens, last.queue_seconds
+        self._n_swaps += last.n_swaps
+        return self._usage(self._before_leg + last.completion_tokens, now)
 
     def _usage(self, n_tokens: int, now: float) -> Usage:
         first = self._first_token_at if self._first_token_at is not None else now

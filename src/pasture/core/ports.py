@@ -22,11 +22,14 @@ from pasture.core.values import (
     StepPlan,
     StepResult,
     TokenEvent,
+    Usage,
     Whereabouts,
 )
 
 Clock = Callable[[], float]
 """Seconds, monotonic."""
+OnEnd = Callable[[Usage], None]
+"""Hears what a request has cost."""
 
 
 class Vocabulary(Protocol):
@@ -145,11 +148,14 @@ class Service(Protocol):
         """False when only a restart helps: what computes has ended."""
         ...
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    def generate(self, request: Request, on_end: OnEnd | None = None) -> AsyncGenerator[TokenEvent, None]:
         """Queue the request and yield its events; the last one carries `finish`.
 
         Raises RequestError (QueueFull, PromptTooLong, ShuttingDown) from the first `__anext__`, before any event. Closing the
         generator, or cancelling the task in it, frees everything the request holds within one engine step.
+
+        `on_end` hears, on the event loop and once, what a request had cost whose last event nobody gets: before the error is
+        raised that it ended with in line, or some time after its reader left. What was never in line has cost nothing.
         """
         ...
 

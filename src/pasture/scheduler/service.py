@@ -17,10 +17,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pasture.core.errors import PromptTooLong, QueueFull, RequestError, ShuttingDown
-from pasture.core.ports import Engine, Vocabulary
+from pasture.core.ports import Engine, OnEnd, Vocabulary
 from pasture.core.statistics import PrefixContent, ServiceStatistics, Verification
 from pasture.core.storage import Pin, Store
-from pasture.core.values import Allowance, Finish, FinishReason, ModelInfo, Namespace, Request, TokenEvent, Whereabouts
+from pasture.core.values import Allowance, Finish, FinishReason, ModelInfo, Namespace, Request, TokenEvent, Usage, Whereabouts
 from pasture.kv.radix import token_array
 from pasture.scheduler import keeping
 from pasture.scheduler.loop import Answer, EngineLoop
@@ -32,18 +32,24 @@ from pasture.scheduler.task import Task
 class _Channel:
     """Filled and read on the reader's event loop; the engine thread only looks at `full`."""
 
-    __slots__ = ("_arrived", "_events", "_limit", "loop")
+    __slots__ = ("_arrived", "_events", "_limit", "_on_end", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self.loop = loop
         self._events: deque[TokenEvent] = deque()
         self._limit = limit
         self._arrived: asyncio.Future[None] | None = None
+        self._on_end: OnEnd | None = None
+        """of a channel that nobody reads any more"""
 
     def full(self) -> bool:
         return len(self._events) >= self._limit
 
     def put(self, event: TokenEvent) -> None:
+        if self._on_end is not None:
+            if event.finish is not None:
+                self._on_end(event.finish.usage)
+            return
         self._events.append(event)
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(None)
@@ -54,6 +60,13 @@ class _Channel:
             await self._arrived
             self._arrived = None
         return self._events.popleft()
+
+    def leave(self, on_end: OnEnd) -> None:
+        """From here on only the end counts, which may be waiting to be read."""
+        self._on_end, unread = on_end, list(self._events)
+        self._events.clear()
+        for event in unread:
+            self.put(event)
 
 
 class LocalService:
@@ -71,6 +84,8 @@ class LocalService:
         """a thread of its own, so that constraints wait for each other and nobody else does"""
         self._limit = engine.shape.n_cells if self._settings.layout is LayoutChoice.AUTO else engine.shape.cells_per_sequence
         self._channels: dict[Task, _Channel] = {}
+        self._abandoned: dict[Task, _Channel] = {}
+        """whose reader has gone, and somebody still wants to know what the request had cost"""
         self._draining = False
         self._empty: asyncio.Event | None = None
         """set when the last request has ended; made by `drain`"""
@@ -99,16 +114,17 @@ class LocalService:
     def alive(self) -> bool:
         return not self._loop.ended
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request, on_end: OnEnd | None = None) -> AsyncGenerator[TokenEvent, None]:
         """See `pasture.core.ports.Service.generate`."""
         self._admit(request)
-        compiled = await self._compile(request)
         channel = _Channel(asyncio.get_running_loop(), self._settings.max_unread_tokens)
+        compiled = await self._compile(request, on_end)
         task = Task(request, time.monotonic(), channel.full, compiled)
         self._channels[task] = channel
-        ended = False
+        ended = True
         try:
             self._loop.submit(task)
+            ended = False
             while not ended:
                 was_full = channel.full()
                 event = await channel.get()
@@ -117,9 +133,13 @@ class LocalService:
                 ended = event.finish is not None
                 if event.finish is not None and _never_started(event.finish):
                     assert event.finish.error is not None
+                    if on_end is not None:
+                        on_end(event.finish.usage)
                     raise event.finish.error
                 yield event
         finally:
+            if not ended and on_end is not None:
+                self._leave(task, channel, on_end)
             del self._channels[task]
             if not ended:
                 self._loop.cancel(request.request_id)
@@ -219,15 +239,26 @@ class LocalService:
         self._compiler.shutdown(wait=False, cancel_futures=True)
         self._loop.stop(at_once=at_once)
 
-    async def _compile(self, request: Request) -> object | None:
+    def _leave(self, task: Task, channel: _Channel, on_end: OnEnd) -> None:
+        def ended(usage: Usage) -> None:
+            del self._abandoned[task]
+            on_end(usage)
+
+        self._abandoned[task] = channel
+        channel.leave(ended)
+
+    async def _compile(self, request: Request, on_end: OnEnd | None) -> object | None:
         """What keeps the request's constraint at hand, if it has one. Raises RequestError for one that cannot be compiled."""
         constraint = request.sampling.constraint
         if constraint is None:
             return None
+        begun = Task(request, time.monotonic(), lambda: False)
         try:
             return await asyncio.wrap_future(self._compiler.submit(self._prepare, constraint))
         except (asyncio.CancelledError, RuntimeError):
             if not self._draining:
+                if on_end is not None:
+                    on_end(begun.usage(time.monotonic()))
                 raise
             raise ShuttingDown("the server is shutting down") from None
 
@@ -305,7 +336,7 @@ class LocalService:
         """Engine thread: hand the step's events to the loops of their readers, one call each."""
         batches: dict[asyncio.AbstractEventLoop, list[tuple[_Channel, TokenEvent]]] = {}
         for task, event in events:
-            channel = self._channels.get(task)
+            channel = self._channels.get(task) or self._abandoned.get(task)
             if channel is not None:
                 batches.setdefault(channel.loop, []).append((channel, event))
         for loop, batch in batches.items():

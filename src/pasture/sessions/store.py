@@ -89,6 +89,20 @@ class Sessions:
             ).all()
         return tuple(session_rows.as_session(row) for row in rows)
 
+    def latest(self, limit: int, offset: int) -> tuple[Session, ...]:
+        """Everybody's sessions, last used first, from the `offset`th on."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                text("SELECT * FROM sessions ORDER BY last_used DESC, session_id LIMIT :limit OFFSET :offset"),
+                {"limit": limit, "offset": offset},
+            ).all()
+        return tuple(session_rows.as_session(row) for row in rows)
+
+    def total(self) -> int:
+        """How many sessions there are, everybody's."""
+        with self._database.read() as connection:
+            return int(connection.execute(text("SELECT count(*) FROM sessions")).scalar_one())
+
     def count(self, tenant: Tenant) -> int:
         with self._database.read() as connection:
             return session_rows.count(connection, tenant)

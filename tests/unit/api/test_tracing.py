@@ -19,21 +19,31 @@ from pasture.api import ApiSettings, create_app
 from pasture.api.otel import OtelTracing, exporting
 from pasture.api.tracing import STANDARD_VARIABLES, NoTracing, open_tracing
 from pasture.core.errors import ConfigError
-from pasture.core.values import PoolShape
+from pasture.core.values import PoolShape, Request, RequestId
 from pasture.engine.fake import FakeEngine
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
+from tests.cluster_support import until
+from tests.held_engine import HeldEngine
 from tests.store_support import store_for
+from tests.unit.stub_service import StubService
 
 SECRET = "the password is sheep"
 
 
-@contextmanager
-def traced(n_cells: int = 4096, **options: object) -> Iterator[tuple[httpx.AsyncClient, InMemorySpanExporter]]:
+def exporting_to_memory() -> tuple[InMemorySpanExporter, TracerProvider]:
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    engine = FakeEngine(PoolShape(n_cells, 32))
+    return exporter, provider
+
+
+@contextmanager
+def traced(
+    n_cells: int = 4096, engine: FakeEngine | None = None, **options: object
+) -> Iterator[tuple[httpx.AsyncClient, InMemorySpanExporter]]:
+    exporter, provider = exporting_to_memory()
+    engine = engine or FakeEngine(PoolShape(n_cells, 32))
     settings = SchedulerSettings(layout=LayoutChoice.UNIFIED, **options)  # type: ignore[arg-type]
     service = LocalService(engine, store_for(engine), settings)
     tracing = OtelTracing(provider)
@@ -57,6 +67,12 @@ def one(spans: tuple[ReadableSpan, ...]) -> tuple[ReadableSpan, list[ReadableSpa
     assert root.context is not None
     assert all(child.parent is not None and child.parent.span_id == root.context.span_id for child in children)
     return root, children
+
+
+async def ended(exporter: InMemorySpanExporter) -> tuple[ReadableSpan, list[ReadableSpan]]:
+    """The same, of a request whose reader has left: when the engine has said what it had."""
+    await until(lambda: any(span.name == "generate" for span in exporter.get_finished_spans()))
+    return one(exporter.get_finished_spans())
 
 
 async def test_a_request_is_one_span_with_its_phases_in_order() -> None:
@@ -117,9 +133,61 @@ async def test_a_reader_who_stops_early_leaves_a_complete_span() -> None:
             whole = (await ask(client, "Hello", max_tokens=40)).json()["choices"][0]["message"]["content"]
             exporter.clear()
             await ask(client, "Hello", max_tokens=40, stop=[whole[3:6]], temperature=0, seed=1)
-        root, children = one(exporter.get_finished_spans())
+            root, children = await ended(exporter)
     assert root.status.is_ok or root.status.is_unset
     assert children[-1].name == "decode"
+    assert int(str((root.attributes or {})["gen_ai.usage.output_tokens"])) > 1, "as many as were computed"
+
+
+@pytest.mark.parametrize("n_steps", [0, 2])
+async def test_a_client_that_leaves_before_the_first_token_leaves_the_phases_that_it_had(n_steps: int) -> None:
+    engine = HeldEngine(n_steps)
+    with traced(engine=engine, itl_target_seconds=1e-9) as (client, exporter):
+        async with client:
+            asked = asyncio.create_task(ask(client, "sheep " * 500))
+            assert await asyncio.to_thread(engine.held.wait, 10)
+            asked.cancel()
+            await asyncio.wait([asked])
+            assert exporter.get_finished_spans() == (), "it is in a step still"
+            engine.go_on.set()
+            root, children = await ended(exporter)
+    assert [child.name for child in children] == ["queue"] + ["prefill"] * (n_steps + 1)
+    assert (root.attributes or {})["gen_ai.usage.output_tokens"] == 0
+    assert max(child.end_time or 0 for child in children) <= (root.end_time or 0)
+
+
+async def test_a_deadline_before_the_first_token_leaves_the_phases_and_an_error() -> None:
+    engine = HeldEngine()
+    with traced(engine=engine, itl_target_seconds=1e-9) as (client, exporter):
+        async with client:
+            asked = asyncio.create_task(ask(client, "sheep " * 500, deadline_seconds=0.01))
+            assert await asyncio.to_thread(engine.held.wait, 10)
+            await asyncio.sleep(0.02)
+            engine.go_on.set()
+            assert (await asked).status_code == 408
+        root, children = one(exporter.get_finished_spans())
+    assert root.status.description == "DeadlineExceeded"
+    assert [child.name for child in children][:2] == ["queue", "prefill"]
+
+
+async def test_what_was_never_in_line_has_no_phases() -> None:
+    with traced(max_waiting=0) as (client, exporter):
+        async with client:
+            assert (await ask(client, "Hello")).status_code == 429
+        root, children = one(exporter.get_finished_spans())
+    assert (root.status.description, children) == ("QueueFull", [])
+
+
+async def test_a_span_that_waits_for_an_engine_that_is_gone_is_sent_at_the_end() -> None:
+    exporter, provider = exporting_to_memory()
+    tracing = OtelTracing(provider)
+    request = Request(RequestId("r"), (1, 2, 3), 8, traced=True)
+    observed = tracing.record(request).observed(StubService().generate(request))
+    await anext(observed)
+    await observed.aclose()
+    assert exporter.get_finished_spans() == ()
+    tracing.close()
+    assert [span.name for span in exporter.get_finished_spans()] == ["generate"]
 
 
 async def test_a_clients_trace_goes_on() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 
+import pytest
+
 from pasture.cluster.survival import Story
+from pasture.core.errors import DeadlineExceeded
+from pasture.core.ports import Service
 from pasture.core.values import Finish, FinishReason, Phase, PhaseKind, Request, RequestId, TokenEvent, Usage
-from tests.cluster_support import GREEDY, fleet
+from tests.cluster_support import GREEDY, fleet, until
+from tests.held_engine import HeldEngine
 
 ASKED = Request(RequestId("r"), tuple(range(40)), 6, GREEDY, traced=True)
 
@@ -20,6 +27,60 @@ async def test_phases_come_through_a_replica() -> None:
     kinds = [phase.kind for phase in finish.usage.phases]
     assert (kinds[0], kinds[-1]) == (PhaseKind.QUEUE, PhaseKind.DECODE)
     assert untraced.usage.phases == ()
+
+
+async def first_event(service: Service, request: Request, heard: list[Usage]) -> object:
+    async with aclosing(service.generate(request, heard.append)) as events:
+        return await anext(events)
+
+
+async def test_phases_of_who_has_left_come_from_the_replica() -> None:
+    engine, heard = HeldEngine(), list[Usage]()
+    async with fleet(engine) as made:
+        reading = asyncio.create_task(first_event(made.service, ASKED, heard))
+        assert await asyncio.to_thread(engine.held.wait, 10)
+        reading.cancel()
+        await asyncio.wait([reading])
+        await asyncio.sleep(0.1)
+        assert heard == [], "the step is under way"
+        engine.go_on.set()
+        await until(lambda: heard)
+    assert [[phase.kind for phase in usage.phases] for usage in heard] == [[PhaseKind.QUEUE, PhaseKind.PREFILL]]
+
+
+async def test_phases_of_who_ends_with_an_error_come_before_it() -> None:
+    heard: list[Usage] = []
+    async with fleet() as made:
+        with pytest.raises(DeadlineExceeded):
+            await first_event(made.service, replace(ASKED, deadline_seconds=0.0), heard)
+    assert [[phase.kind for phase in usage.phases] for usage in heard] == [[PhaseKind.QUEUE]]
+
+
+async def test_who_leaves_a_replica_that_is_lost_is_told_what_is_known() -> None:
+    engine, heard = HeldEngine(), list[Usage]()
+    async with fleet(engine) as made:
+        reading = asyncio.create_task(first_event(made.service, ASKED, heard))
+        assert await asyncio.to_thread(engine.held.wait, 10)
+        reading.cancel()
+        await asyncio.wait([reading])
+        await made.replicas["r0"].server.stop()
+        await until(lambda: heard)
+        engine.go_on.set()
+    assert [[phase.kind for phase in usage.phases] for usage in heard] == [[PhaseKind.QUEUE]]
+
+
+async def test_who_leaves_while_there_is_no_replica_has_waited() -> None:
+    heard: list[Usage] = []
+    async with fleet() as made:
+        for replica in made.replicas.values():
+            await replica.server.stop()
+            await made.register.leave(replica.member.replica, replica.member.epoch)
+        await made.settled(0)
+        reading = asyncio.create_task(first_event(made.service, ASKED, heard))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+    assert [[phase.kind for phase in usage.phases] for usage in heard] == [[PhaseKind.QUEUE]]
 
 
 def test_the_phases_of_a_second_leg_follow_on_those_of_the_first() -> None:

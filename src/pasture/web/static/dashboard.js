@@ -14,6 +14,7 @@ const SPEAK_EVERY = 30000;
 const page = document.getElementById("app");
 page.replaceChildren();
 const view = { state: "starting", snapshot: null, tree: null, selected: null, text: null, copies: null, listed: false, unfolded: new Set(), turned: new Set() };
+const kept = { open: false, offset: 0, total: 0, rows: [], note: "" };
 const history = { generated: [], first: [], inter: [] };
 let picture = null;
 let spokenAt = 0;
@@ -100,7 +101,7 @@ const NOTICES = {
 const content = (snapshot) => html`
   ${headline(snapshot)} ${tiles(snapshot)} ${snapshot.cluster ? cluster(snapshot.cluster) : nothing} ${pool(snapshot)} ${tiers(snapshot)}
   <div class="columns">${prefixes()} <div>${detail()} ${happenings(snapshot)}</div></div>
-  ${namespaces(snapshot)} ${sequences(snapshot)}`;
+  ${namespaces(snapshot)} ${sequences(snapshot)} ${sessions()}`;
 
 const headline = ({ headline: h }) => html`
   <section class="headline" aria-label="Since the server started">
@@ -341,6 +342,48 @@ const sequenceTable = (rows) => html`<div class="scroll" tabindex="0" role="regi
       <thead><tr><th scope="col">Sequence</th><th scope="col">State</th><th scope="col">Tokens</th><th scope="col">Shared</th><th scope="col">Idle</th></tr></thead>
       <tbody>${rows.map(([id, state, tokens, shared, idle]) => html`<tr><th scope="row">${id}</th><td>${state}</td><td>${count(tokens)}</td><td>${percent(shared, tokens)}</td><td>${idle ? seconds(idle) : ""}</td></tr>`)}</tbody>
     </table></div>`;
+
+// The conversations that the server keeps: asked for when somebody looks, a page at a time, and drawn then alone
+
+const KEPT_PAGE = 25;
+
+const sessions = () => html`
+  <details class="kept" @toggle=${(event) => { kept.open = event.target.open; showKept(0); }}><summary>Conversations that the server keeps, and where they are</summary>
+    <div></div>
+  </details>`;
+
+async function showKept(offset) {
+  if (kept.open) {
+    try {
+      const found = await (await ask(`v1/admin/sessions?limit=${KEPT_PAGE}&offset=${offset}`)).json();
+      Object.assign(kept, { offset, total: found.total, rows: found.data, note: "" });
+    } catch (error) {
+      if (error.status === 401) openKey();
+      const note = error.status === 404 ? "Whose conversations the server keeps stays hidden: it has no admin key." : `Not shown: ${error.message}`;
+      Object.assign(kept, { rows: [], note });
+    }
+  }
+  const list = page.querySelector(".kept > div");
+  if (list) render(kept.open ? keptTable() : nothing, list);
+}
+
+const keptTable = () => kept.note ? html`<p class="note">${kept.note} <button type="button" class="quiet" @click=${() => showKept(0)}>Try again</button></p>` : html`
+  <p class="facts">${kept.rows.length ? html`${count(kept.offset + 1)} to ${count(kept.offset + kept.rows.length)} of ` : nothing}<strong>${count(kept.total)}</strong>, last used first
+    <button type="button" class="quiet" ?disabled=${!kept.offset} @click=${() => showKept(Math.max(0, kept.offset - KEPT_PAGE))}>later</button>
+    <button type="button" class="quiet" ?disabled=${kept.offset + kept.rows.length >= kept.total} @click=${() => showKept(kept.offset + KEPT_PAGE)}>earlier</button>
+    <button type="button" class="quiet" @click=${() => showKept(kept.offset)}>look again</button></p>
+  <div class="scroll" tabindex="0" role="region" aria-label="Conversations"><table>
+    <thead><tr><th scope="col">Conversation</th><th scope="col">Where</th><th scope="col">Tenant</th><th scope="col">Tokens</th><th scope="col">Idle</th><th scope="col">Requests</th><th scope="col">Tokens reused</th></tr></thead>
+    <tbody>${kept.rows.map((s) => html`<tr><th scope="row">${s.name ?? s.id}${s.pinned ? " (pinned)" : ""}</th><td>${whereWords(s)}</td><td>${s.tenant}</td><td>${count(s.n_tokens)}</td>
+      <td>${seconds(s.idle_seconds)}</td><td>${count(s.usage.requests)}</td><td>${compact(s.usage.cached_tokens)} (${percent(s.usage.cached_tokens, s.usage.prompt_tokens)})</td></tr>`)}</tbody>
+  </table></div>`;
+
+/** How much of a conversation each tier has: of one that rests, the live cache may still have the beginning, for others. */
+function whereWords({ tiers, n_tokens: all }) {
+  if (tiers === null) return "not known";
+  const words = Object.entries(tiers).filter(([, tokens]) => tokens).map(([tier, tokens]) => `${tier === "ram" ? "RAM" : tier} ${percent(tokens, all)}`);
+  return words.join(", ") || "nowhere: it would be computed again";
+}
 
 addEventListener("resize", draw);
 draw();

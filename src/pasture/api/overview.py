@@ -1,0 +1,80 @@
+"""Everybody's sessions as the operator sees them: their numbers, and where each one's KV is. Nothing of what was said in them.
+
+Made when somebody asks, a page at a time: to know where a conversation is, it is rendered and tokenised anew. Event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from pasture.api.gateway import Gateway
+from pasture.core.errors import NotFound, RequestError
+from pasture.core.values import Namespace, Whereabouts
+from pasture.sessions.values import Message, OpenSession, Session
+
+Json = dict[str, object]
+
+MAX_PAGE = 50
+_AT_ONCE = 8
+"""asked about at the same time: slow tiers answer on threads that everybody needs"""
+
+_Opened = tuple[Namespace, OpenSession, list[Message]]
+"""a session with all that its prompt is made from, and in which namespace"""
+
+
+async def overview(gateway: Gateway, limit: int, offset: int) -> Json:
+    """A page of everybody's sessions, last used first, and how many there are."""
+    sessions = gateway.state.sessions
+    total, found = await asyncio.to_thread(lambda: (sessions.total(), sessions.latest(limit, offset)))
+    opened = await asyncio.to_thread(_open, gateway, found)
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def row(session: Session, one: _Opened | None) -> Json:
+        async with places:
+            n_tokens, where = (session.n_tokens, None) if one is None else await _locate(gateway, *one)
+        return _row(session, gateway.state.now(), n_tokens, where)
+
+    return {"object": "list", "data": await asyncio.gather(*itertools.starmap(row, opened)), "total": total}
+
+
+def _open(gateway: Gateway, found: Sequence[Session]) -> list[tuple[Session, _Opened | None]]:
+    """Those that are still there; None for what is a tenant's whom this server does not know any more. On a worker thread."""
+    state = gateway.state
+    opened: list[tuple[Session, _Opened | None]] = []
+    for session in found:
+        tenant = state.tenant_named(session.tenant)
+        if tenant is None:
+            opened.append((session, None))
+            continue
+        with contextlib.suppress(NotFound):  # forgotten meanwhile
+            opened.append((session, (tenant.namespace(state.share), *state.sessions.open(tenant, session.session_id))))
+    return opened
+
+
+async def _locate(
+    gateway: Gateway, namespace: Namespace, session: OpenSession, messages: list[Message]
+) -> tuple[int, Whereabouts | None]:
+    """How many tokens it has, and where they are; None where nobody can say."""
+    try:
+        tokens = await gateway.session_tokens(session, messages)
+        return len(tokens), await gateway.service.locate(namespace, tokens, deep=True)
+    except RequestError:  # this model's template refuses what was said to another; or there is no replica now
+        return session.n_tokens, None
+
+
+def _row(session: Session, now: float, n_tokens: int, found: Whereabouts | None) -> Json:
+    return {
+        "id": session.session_id,
+        "tenant": session.tenant,
+        "name": session.name,
+        "pinned": session.pinned,
+        "idle_seconds": round(max(0.0, now - session.last_used), 3),
+        "n_messages": session.n_messages,
+        "n_tokens": n_tokens,
+        "usage": asdict(session.counters),
+        "tiers": None if found is None else {"live": found.live_tokens, "ram": found.ram_tokens, **found.slow_tokens},
+    }
