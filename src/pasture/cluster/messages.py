@@ -2,8 +2,8 @@
 
     to a replica        Generate, Acknowledge, Cancel; Watch, AskSnapshot; Anticipate, Unpin; and the calls: Locate, Export,
                         Restore, Pin, Prefetch, OpenPrefix, Verify, HandOver
-    from a replica      Hello; Events, Ended; the answers to calls: Located, Opened, Counted, Done, and Failed; to those who watch:
-                        Delta, Snapshot, Homes, Statistics, Pulled
+    from a replica      Hello; Events, Ended; the answers to calls: Located, Opened, Counted, Done, and Failed; to those who
+                        watch: Delta, Snapshot, Homes, Statistics, Pulled
 
 What may be large travels behind its frame as bytes: what was exported, and the keys of blocks. `tokens` are C ints as
 they lie in memory. Errors of pasture's own arrive as what they were. Values and their encoding; no I/O.
