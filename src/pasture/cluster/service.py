@@ -376,10 +376,12 @@ class ClusterService:
 
     def statistics(self) -> ServiceStatistics:
         """The sum over the replicas, as of their last reports."""
-        return total(self._model, self.links.statistics, self._marks(), draining=self._draining)
+        marked, reported = self._marks(), dict(self.links.statistics)
+        known = {replica: found for replica, found in reported.items() if replica in marked}  # the loop goes on meanwhile
+        return total(self._model, known, marked, draining=self._draining)
 
     def _marks(self) -> dict[ReplicaId, int]:
-        return marks(link.member for link in self.links.open.values())
+        return marks(link.member for link in tuple(self.links.open.values()))
 
     async def drain(self) -> bool:
         """This ingress takes nothing new and lets what runs through it finish."""
