@@ -19,7 +19,7 @@ from pasture.tiers.ports import Expires, SlowTier
 
 log = logging.getLogger(__name__)
 
-SHORTEST_ROUND_SECONDS, LONGEST_ROUND_SECONDS = 0.1, 60.0
+SHORTEST_ROUND_SECONDS, LONGEST_ROUND_SECONDS = 1.0, 60.0
 ROUNDS = 8
 """in the time that a block is kept unused"""
 
