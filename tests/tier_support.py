@@ -126,7 +126,7 @@ class ShelfTier:
         if self.failing:
             raise OSError(f"{self.name} fails")
 
-    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> list[bool]:
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = (), *, use: bool = True) -> list[bool]:
         self._enter("stored", path[0].key)
         return [address.key in self.blocks for address in path]
 

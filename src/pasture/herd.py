@@ -232,4 +232,6 @@ def open(model: str | PathLike[str], **options: Unpack[OpenOptions]) -> Herd:
     from pasture.server import chat_template_of, start_service  # loads libllama: not before it is needed
 
     settings = validate_settings({"model": fspath(model), **options})
-    return Herd(start_service(settings), chat_template_of(settings))
+    service = start_service(settings)
+    service.keep_for({})
+    return Herd(service, chat_template_of(settings))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from pasture.config import Settings
@@ -60,7 +59,11 @@ def store_for(
     `watch` wraps the policy of the RAM tier, which hears what enters and leaves it.
     """
     slow, gate = slow_tiers(settings), CostGate(model.cell_bytes)
-    policy = POLICIES[settings.kv_policy](time.monotonic, partial(gate.fetch_price, [tier.name for tier in slow]))
+
+    def fetch_price() -> float:
+        return gate.fetch_price([tier.name for tier in slow if tier.accepts])
+
+    policy = POLICIES[settings.kv_policy](time.monotonic, fetch_price)
     return open_store(
         codec,
         ram_bytes(settings, available()),

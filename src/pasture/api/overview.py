@@ -6,10 +6,9 @@ Made when somebody asks, a page at a time: to know where a conversation is, it i
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-from collections.abc import Sequence
 from dataclasses import asdict
+
+from pydantic import ValidationError
 
 from pasture.api.gateway import Gateway
 from pasture.core.errors import NotFound, RequestError
@@ -20,7 +19,7 @@ Json = dict[str, object]
 
 MAX_PAGE = 50
 _AT_ONCE = 8
-"""asked about at the same time: slow tiers answer on threads that everybody needs"""
+"""in memory, and asked about at the same time: slow tiers answer on threads that everybody needs"""
 
 _Opened = tuple[Namespace, OpenSession, list[Message]]
 """a session with all that its prompt is made from, and in which namespace"""
@@ -30,29 +29,28 @@ async def overview(gateway: Gateway, limit: int, offset: int) -> Json:
     """A page of everybody's sessions, last used first, and how many there are."""
     sessions = gateway.state.sessions
     total, found = await asyncio.to_thread(lambda: (sessions.total(), sessions.latest(limit, offset)))
-    opened = await asyncio.to_thread(_open, gateway, found)
     places = asyncio.Semaphore(_AT_ONCE)
 
-    async def row(session: Session, one: _Opened | None) -> Json:
+    async def row(session: Session) -> Json | None:
         async with places:
-            n_tokens, where = (session.n_tokens, None) if one is None else await _locate(gateway, *one)
+            try:
+                opened = await asyncio.to_thread(_open, gateway, session)
+            except NotFound:  # forgotten meanwhile
+                return None
+            n_tokens, where = (session.n_tokens, None) if opened is None else await _locate(gateway, *opened)
         return _row(session, gateway.state.now(), n_tokens, where)
 
-    return {"object": "list", "data": await asyncio.gather(*itertools.starmap(row, opened)), "total": total}
+    rows = await asyncio.gather(*map(row, found))
+    return {"object": "list", "data": [one for one in rows if one is not None], "total": total}
 
 
-def _open(gateway: Gateway, found: Sequence[Session]) -> list[tuple[Session, _Opened | None]]:
-    """Those that are still there; None for what is a tenant's whom this server does not know any more. On a worker thread."""
+def _open(gateway: Gateway, session: Session) -> _Opened | None:
+    """None for what is a tenant's whom this server does not know any more. Raises NotFound. On a worker thread."""
     state = gateway.state
-    opened: list[tuple[Session, _Opened | None]] = []
-    for session in found:
-        tenant = state.tenant_named(session.tenant)
-        if tenant is None:
-            opened.append((session, None))
-            continue
-        with contextlib.suppress(NotFound):  # forgotten meanwhile
-            opened.append((session, (tenant.namespace(state.share), *state.sessions.open(tenant, session.session_id))))
-    return opened
+    tenant = state.tenant_named(session.tenant)
+    if tenant is None:
+        return None
+    return tenant.namespace(state.share), *state.sessions.open(tenant, session.session_id)
 
 
 async def _locate(
@@ -62,7 +60,7 @@ async def _locate(
     try:
         tokens = await gateway.session_tokens(session, messages)
         return len(tokens), await gateway.service.locate(namespace, tokens, deep=True)
-    except RequestError:  # this model's template refuses what was said to another; or there is no replica now
+    except (RequestError, ValidationError):  # what was said is none of this model's, or too much of it; or there is no replica
         return session.n_tokens, None
 
 

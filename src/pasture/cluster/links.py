@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from pasture.cluster import messages
@@ -25,6 +25,7 @@ from pasture.cluster.router import Router
 from pasture.cluster.values import Capacity, Delta, Load, ReplicaId, SessionKey, Snapshot
 from pasture.core.statistics import ServiceStatistics
 from pasture.core.storage import BlockKey
+from pasture.core.values import Namespace
 from pasture.tiers.keys import KEY_BYTES
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Links:
         self._changed = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._watching: set[asyncio.Task[None]] = set()
+        self._kept_for: Mapping[Namespace, float] | None = None
 
     def start(self) -> None:
         """On the loop that everything here is used on."""
@@ -66,6 +68,12 @@ class Links:
             opening.cancel()
         for link in self.open.values():
             link.close()
+
+    def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
+        """How long replicas keep KV of these namespaces: who comes is told first of all."""
+        self._kept_for = seconds
+        for link in self.open.values():
+            link.keep_for(seconds)
 
     def others_than(self, fingerprint: str) -> frozenset[ReplicaId]:
         """Who computes with something else, and cannot go on with what was begun with this."""
@@ -125,6 +133,8 @@ class Links:
             return
         holder.append(link)
         self.open[member.replica] = link
+        if self._kept_for is not None:
+            link.keep_for(self._kept_for)
         self._count_fingerprints()
         self.router.join(member.replica, member.epoch, Capacity(1000.0))
         if member.draining:

@@ -160,43 +160,51 @@ class ClusterService:
                 self._idle.set()
 
     async def _tell(self, story: Story, on_end: OnEnd | None) -> AsyncGenerator[TokenEvent, None]:
-        def left(usage: Usage | None = None) -> None:
-            if on_end is not None:
-                on_end(story.left(usage, self._clock()))
+        ended_at: float | None = None
 
+        def left(usage: Usage | None = None) -> None:
+            assert on_end is not None
+            on_end(story.left(usage, self._clock() if ended_at is None else ended_at))
+
+        hears = None if on_end is None else left
         avoid: frozenset[ReplicaId] = frozenset()
         losses, fingerprint = 0, ""
-        while (rest := story.next_leg(self._clock())) is not None:
-            if story.sent:
-                avoid |= self.links.others_than(fingerprint)
-            try:
-                leg = await self._place(rest, avoid)
-            except (NoReplica, asyncio.CancelledError):
-                left()
-                raise
-            n_sent, fingerprint = len(story.sent), leg.link.identity.fingerprint
-            try:
-                async with aclosing(self._leg(rest, leg, left)) as events:
-                    async for event in events:
-                        told = story.told(event, self._clock())
-                        if told.finish is not None:
-                            self._finished(story, leg)  # before the end is told: nobody comes back after it
+        try:
+            while (rest := story.next_leg(self._clock())) is not None:
+                if story.sent:
+                    avoid |= self.links.others_than(fingerprint)
+                try:
+                    leg = await self._place(rest, avoid)
+                except (NoReplica, asyncio.CancelledError):
+                    if hears is not None:
+                        hears()
+                    raise
+                n_sent, fingerprint = len(story.sent), leg.link.identity.fingerprint
+                try:
+                    async with aclosing(self._leg(rest, leg, hears)) as events:
+                        async for event in events:
+                            told = story.told(event, self._clock())
+                            if told.finish is not None:
+                                self._finished(story, leg)  # before the end is told: nobody comes back after it
+                                yield told
+                                return
                             yield told
-                            return
-                        yield told
-            except (ReplicaLost, ShuttingDown, EngineError, QueueFull) as lost:
-                avoid |= {leg.decision.replica}
-                if len(story.sent) > n_sent:
-                    losses, avoid = 0, frozenset({leg.decision.replica})
-                losses += 1
-                if losses >= MAX_LOSSES or (isinstance(lost, QueueFull) and avoid >= set(self.router.replicas())):
-                    left()
-                    raise lost if isinstance(lost, QueueFull) else _given_up(lost) from lost
-                self.survived += 1
-                log.warning("%s goes on elsewhere after %d tokens: %r", rest.request_id, len(story.sent), lost)
-        yield story.ended(self._clock())
+                except (ReplicaLost, ShuttingDown, EngineError, QueueFull) as lost:
+                    avoid |= {leg.decision.replica}
+                    if len(story.sent) > n_sent:
+                        losses, avoid = 0, frozenset({leg.decision.replica})
+                    losses += 1
+                    if losses >= MAX_LOSSES or (isinstance(lost, QueueFull) and avoid >= set(self.router.replicas())):
+                        if hears is not None:
+                            hears()
+                        raise lost if isinstance(lost, QueueFull) else _given_up(lost) from lost
+                    self.survived += 1
+                    log.warning("%s goes on elsewhere after %d tokens: %r", rest.request_id, len(story.sent), lost)
+            yield story.ended(self._clock())
+        finally:
+            ended_at = self._clock()
 
-    async def _leg(self, request: Request, leg: _Leg, left: OnLeft) -> AsyncGenerator[TokenEvent, None]:
+    async def _leg(self, request: Request, leg: _Leg, left: OnLeft | None) -> AsyncGenerator[TokenEvent, None]:
         """The events of one replica; an end that is none of the request's is the loss of the replica."""
         self.router.started(request.request_id, leg.placement, leg.decision)
         try:
@@ -253,7 +261,7 @@ class ClusterService:
     # What is asked about tokens
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
-        """Of the replica that has most; slow tiers are not asked."""
+        """Of the replica that has most."""
         return (await self._best(namespace, array("i", tokens), deep=deep))[1]
 
     async def open_prefix(self, number: int, n_tokens: int) -> PrefixContent | None:
@@ -281,14 +289,10 @@ class ClusterService:
             link.allow(namespace, allowance)
 
     def keep_for(self, seconds: Mapping[Namespace, float]) -> None:
-        """Of the replicas that there are now: those that come later hear it the next time that it is said."""
+        """Of all replicas, those that come later as well."""
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended, and this service with it
-                self._loop.call_soon_threadsafe(self._keep_for, seconds)
-
-    def _keep_for(self, seconds: Mapping[Namespace, float]) -> None:
-        for link in self.links.open.values():
-            link.keep_for(seconds)
+                self._loop.call_soon_threadsafe(self.links.keep_for, seconds)
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         link = self._likely(namespace, tokens)
@@ -364,13 +368,13 @@ class ClusterService:
         return None if decision is None else self.links.open.get(decision.replica)
 
     async def _best(self, namespace: Namespace, tokens: array[int], *, deep: bool = False) -> tuple[Link, Whereabouts]:
-        """Who has most of the tokens. Raises NoReplica."""
+        """Who has most of the tokens live or in RAM, of equals the one that has most behind it. Raises NoReplica."""
         links = list(self.links.open.values())
         answers = await asyncio.gather(*(link.locate(namespace, tokens, deep=deep) for link in links), return_exceptions=True)
         found = [(link, where) for link, where in zip(links, answers, strict=True) if isinstance(where, Whereabouts)]
         if not found:
             raise NoReplica("no replica is there at present; try again")
-        return max(found, key=lambda pair: max(pair[1].live_tokens, pair[1].ram_tokens))
+        return max(found, key=lambda pair: _riches(pair[1]))
 
     # The end
 
@@ -396,6 +400,10 @@ class ClusterService:
         self._draining = True
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.links.close)
+
+
+def _riches(found: Whereabouts) -> tuple[int, int]:
+    return max(found.live_tokens, found.ram_tokens), max(found.slow_tokens.values(), default=0)
 
 
 def _given_up(lost: Exception) -> Exception:

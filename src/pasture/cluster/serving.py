@@ -28,7 +28,7 @@ from pasture.cluster.journal import Journal
 from pasture.cluster.members import Identity, Member
 from pasture.cluster.peers import Peers
 from pasture.cluster.values import Load
-from pasture.core.errors import EngineError, PastureError
+from pasture.core.errors import EngineError, PastureError, ShuttingDown
 from pasture.core.ports import Service
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
 from pasture.core.values import FinishReason, Namespace, TokenEvent, Usage
@@ -229,10 +229,12 @@ class _Caller:
         self._streams[asked.id] = stream
         replica.uncached[stream] = asked.uncached_tokens
         reply: list[int] = []
+        begun = False
         try:
             if asked.source is not None and (pulled := await replica.peers.pull(request, asked.source)):
                 self._wire.send(messages.Pulled(pulled.n_bytes, pulled.seconds))
             on_end = partial(self._ended, asked.id) if request.traced else None
+            begun = True
             async with aclosing(replica.service.generate(request, on_end)) as events:
                 async for event in events:
                     replica.uncached[stream] = 0
@@ -249,6 +251,10 @@ class _Caller:
                         await stream.read.wait()
         except Exception as error:
             self._fail(asked.id, error)
+        except asyncio.CancelledError:
+            if not begun:  # else the service says how it has ended
+                self._fail(asked.id, ShuttingDown("left before it began"))
+            raise
         finally:
             del self._streams[asked.id], replica.uncached[stream]
 

@@ -2,7 +2,7 @@
 
 How often a block will be used is the reuse model's answer. What a use saves is what it would take to have the block otherwise:
 to compute it, which grows with its depth because a token attends to everything before it, or to fetch it from the tier behind
-this one, where there is one and that is less (what goes from here is there, or on its way). Values change as time passes
+this one, where one takes what goes from here and that is less. Values change as time passes
 without anything being used, so the order is made anew every few seconds; in between, who comes up for eviction is valued again,
 which catches all that rose. A block that is worth no more than the least of what is there is not let in: one-hit wonders do not
 displace what has proven itself.

@@ -55,7 +55,7 @@ class Shelf:
 
     # What a prefetcher asks
 
-    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> Sequence[bool]:
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = (), *, use: bool = True) -> Sequence[bool]:
         return [address.key in self._blocks for address in path]
 
     def following(self, parents: Sequence[BlockKey]) -> Sequence[Sequence[tuple[Address, array[int]]]]:

@@ -37,6 +37,8 @@ SNAPSHOT_SHARE = 0.02
 """of the thread's time that pictures of the pool may take while requests run"""
 IDLE_SECONDS = 0.3
 """without work for this long before housekeeping: a closed loop of users leaves shorter gaps"""
+LONGEST_IDLE_SECONDS = 3600.0
+"""without a look at what may have expired"""
 KEEP_SECONDS = 30.0
 """for writing what is live when the server ends"""
 Publish = Callable[[list[Delivery]], None]
@@ -324,7 +326,8 @@ class EngineLoop:
                 self._nudged = False
                 return
             paused = self._scheduler.busy
-            idle = self._scheduler.resting.expires_in() if self._tidy else IDLE_SECONDS
+            due = self._scheduler.resting.expires_in()
+            idle = (None if due is None else min(due, LONGEST_IDLE_SECONDS)) if self._tidy else IDLE_SECONDS
             woken = self._wake.wait(timeout=0.05 if paused else idle) or self._nudged
             self._nudged = False
         if not woken and not paused and not self._tidy:

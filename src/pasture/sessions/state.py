@@ -100,9 +100,7 @@ class State:
         """By the namespaces of tenants that have an idle time of their own; none where everybody shares one."""
         if self.share is Share.ALL:
             return {}
-        usual = self.tenants.usual.idle_seconds
-        own = [tenant for tenant in self.tenants.all() if tenant.limits.idle_seconds != usual]
-        return {tenant.namespace(): tenant.limits.idle_seconds for tenant in own}
+        return {tenant.namespace(): tenant.limits.idle_seconds for tenant in self.tenants.with_own("idle_seconds")}
 
     def tenant_named(self, name: str) -> Tenant | None:
         """Who sessions are filed under; None for a tenant whose key is no longer in the settings."""

@@ -74,6 +74,12 @@ class Tenants:
             rows = connection.execute(text("SELECT name, salt, limits FROM tenants ORDER BY name")).all()
         return tuple(self._as_tenant(row) for row in rows)
 
+    def with_own(self, limit: str) -> tuple[Tenant, ...]:
+        """Those to whom somebody has given this limit."""
+        with self._database.read() as connection:
+            rows = connection.execute(text("SELECT name, salt, limits FROM tenants ORDER BY name")).all()
+        return tuple(self._as_tenant(row) for row in rows if limit in json.loads(row.limits))
+
     def limit(self, name: str, **limits: float | int | None) -> Tenant:
         """Change some of a tenant's limits. Raises NotFound, or RequestError for a limit that cannot be."""
         with self._database.write() as connection:
@@ -217,6 +223,8 @@ def with_limits(limits: Limits, changes: dict[str, float | int | None]) -> Limit
         if value is None:
             if name not in _OPTIONAL:
                 raise RequestError(f"{name} cannot be without a limit")
+        elif not math.isfinite(value):
+            raise RequestError(f"{name} must be a number; leave it out where there should be no limit")
         elif name in _BOUNDS:
             least, most = _BOUNDS[name]
             if not least <= value <= most:

@@ -15,7 +15,7 @@ import errno
 import logging
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -88,18 +88,19 @@ class DiskTier:
     def accepts(self) -> bool:
         return self._writes.allows
 
-    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> Sequence[bool]:
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = (), *, use: bool = True) -> Sequence[bool]:
         names = [self._wire.name(address.key) for address in path]
         found: set[bytes] = set()
         if names and self._reads.allows:
             try:
                 found = self._cache.index.stored(names)
-                if last := next((name for name in reversed(names) if name in found), None):
+                if use and (last := next((name for name in reversed(names) if name in found), None)):
                     self._note_use(last, hits=0)  # which the index takes for a use of what leads up to it as well
             except _FAILURES as error:
                 self._failed(self._reads, "be looked up", error)
         there = [name in found for name in names]
-        self._count(missed=sum(address.p1 - address.p0 for address, is_there in zip(path, there, strict=True) if not is_there))
+        if use:
+            self._count(missed=sum(one.p1 - one.p0 for one, is_there in zip(path, there, strict=True) if not is_there))
         return there
 
     def following(self, parents: Sequence[BlockKey]) -> Sequence[Sequence[tuple[Address, array[int]]]]:
@@ -160,8 +161,11 @@ class DiskTier:
         except _FAILURES as error:
             self._failed(self._writes, "be written", error)
 
-    def expire(self, unused_seconds: float, own_seconds: Mapping[BlockKey, float]) -> None:
+    def expire(self, unused_seconds: float, own_seconds: Mapping[BlockKey, float], in_use: Collection[BlockKey]) -> None:
         now = self._now()
+        with self._lock:
+            for key in in_use:
+                self._used.setdefault(self._wire.name(key), 0)
         own = {self._wire.name(owner): now - seconds for owner, seconds in own_seconds.items()}
         try:
             self._enter_uses()

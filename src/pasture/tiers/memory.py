@@ -224,6 +224,11 @@ class MemoryTier:
 
     # Pins
 
+    def pinned_keys(self) -> list[BlockKey]:
+        """The blocks that somebody holds."""
+        with self._lock:
+            return [entry.block.address.key for entry in self._index.values() if entry.pins]
+
     def pin(self, trail: Trail) -> MemoryPin:
         """Keep what `reach` counts."""
         with self._lock:

@@ -68,8 +68,11 @@ def within_room(memory: MemoryTier, gate: Gate, readings: Sequence[Reading], com
 
 
 def leading_tokens(tier: SlowTier, trail: Trail, *, divisible: bool) -> int:
-    """How many tokens from its beginning the tier has of a path; the blocks of a model that cannot be cut are whole states."""
-    found = tier.stored([trail[index] for index in range(trail.n_blocks)])
+    """How many tokens from its beginning the tier has of a path; the blocks of a model that cannot be cut are whole states.
+
+    Nobody uses them for being counted.
+    """
+    found = tier.stored([trail[index] for index in range(trail.n_blocks)], use=False)
     if divisible:
         first_missing = next((index for index, there in enumerate(found) if not there), trail.n_blocks)
     else:

@@ -7,7 +7,7 @@ says with `accepts` when it wants to be left alone for a while.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from pasture.core.storage import BlockKey, TierStatistics
@@ -41,8 +41,8 @@ class SlowTier(Protocol):
         """Whether `put` would try; False for some time after failures. Any thread; at once."""
         ...
 
-    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> Sequence[bool]:
-        """Which of these addresses are stored: one batched question, which counts as a use of those that are.
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = (), *, use: bool = True) -> Sequence[bool]:
+        """Which of these addresses are stored: one batched question, with `use` one that counts as a use of those that are.
 
         `before`: what leads up to them and is in use as well, so that it is not evicted under them.
         """
@@ -78,6 +78,6 @@ class SlowTier(Protocol):
 class Expires(Protocol):
     """A tier that can drop what nobody has used for so long; others see to that by themselves."""
 
-    def expire(self, unused_seconds: float, own_seconds: Mapping[BlockKey, float]) -> None:
-        """`own_seconds`: of owners whose blocks are kept for another time."""
+    def expire(self, unused_seconds: float, own_seconds: Mapping[BlockKey, float], in_use: Collection[BlockKey]) -> None:
+        """`own_seconds`: of owners whose blocks are kept for another time; `in_use`: blocks that somebody holds in RAM."""
         ...

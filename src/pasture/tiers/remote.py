@@ -83,11 +83,12 @@ class RemoteTier:
     def accepts(self) -> bool:
         return any(server.accepts for server in self._ring.servers)
 
-    def stored(self, path: Sequence[Address], before: Sequence[Address] = ()) -> Sequence[bool]:
+    def stored(self, path: Sequence[Address], before: Sequence[Address] = (), *, use: bool = True) -> Sequence[bool]:
         names = [self._wire.name(address.key) for address in path]
         found = self._found(names, [self._wire.name(address.key) for address in before], self._soon())
         there = [name in found for name in names]
-        self._count(missed=sum(a.p1 - a.p0 for a, is_there in zip(path, there, strict=True) if not is_there))
+        if use:  # the servers cannot tell
+            self._count(missed=sum(a.p1 - a.p0 for a, is_there in zip(path, there, strict=True) if not is_there))
         return there
 
     def following(self, parents: Sequence[BlockKey]) -> Sequence[Sequence[tuple[Address, array[int]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -59,14 +60,20 @@ async def test_phases_of_who_ends_with_an_error_come_before_it() -> None:
 async def test_who_leaves_a_replica_that_is_lost_is_told_what_is_known() -> None:
     engine, heard = HeldEngine(), list[Usage]()
     async with fleet(engine) as made:
+        begun = time.monotonic()
         reading = asyncio.create_task(first_event(made.service, ASKED, heard))
         assert await asyncio.to_thread(engine.held.wait, 10)
         reading.cancel()
         await asyncio.wait([reading])
+        took = time.monotonic() - begun
+        await asyncio.sleep(0.3)
         await made.replicas["r0"].server.stop()
         await until(lambda: heard)
         engine.go_on.set()
     assert [[phase.kind for phase in usage.phases] for usage in heard] == [[PhaseKind.QUEUE]]
+    assert heard[0].total_seconds == heard[0].phases[0].end_seconds < took + 0.2, (
+        "until its reader left, not until that is known"
+    )
 
 
 async def test_who_leaves_while_there_is_no_replica_has_waited() -> None:

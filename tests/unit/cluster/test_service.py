@@ -28,6 +28,7 @@ from pasture.core.values import (
     Request,
     RequestId,
     SamplingParams,
+    Whereabouts,
 )
 from pasture.engine.fake import END_TOKEN, expected_reply
 from pasture.scheduler.scheduler import Scheduler
@@ -342,6 +343,17 @@ async def test_locate_pin_and_release() -> None:
         await until(lambda: not any(r.service.statistics().store.tiers[0].pinned_bytes for r in made.replicas.values()))
 
 
+async def test_of_what_only_disks_have_the_replica_with_most_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet(usual(), usual()) as made:
+        for name, on_disk in (("r0", 5), ("r1", 70)):
+
+            async def locate(*_: object, found: int = on_disk, **__: object) -> Whereabouts:
+                return Whereabouts(0, 0, 0, {"disk": found})
+
+            monkeypatch.setattr(made.replicas[name].service, "locate", locate)
+        assert (await made.service.locate(DEFAULT_NAMESPACE, PROMPT, deep=True)).slow_tokens == {"disk": 70}
+
+
 async def test_an_export_of_the_cluster_is_one_of_a_replica() -> None:
     async with fleet() as made:
         await collect(made.service, request("a", PROMPT, 4))
@@ -376,6 +388,10 @@ async def test_every_replica_hears_how_long_kv_is_kept() -> None:
         def due(scheduler: Scheduler) -> float | None:
             return scheduler.resting.expires_in()
 
+        await made.replicas["r1"].die()
+        await made.settled(1)
+        await made.restart("r1", usual())  # who comes later hears it too
+        await made.settled(2)
         for name, replica in enumerate(made.replicas.values()):
             await collect(replica.service, request(f"a{name}", PROMPT, 4))
             while await replica.service._ask(due) is not None:

@@ -114,6 +114,21 @@ def test_a_namespace_may_have_a_time_of_its_own() -> None:
         assert resting.expires_in() == 70.0
 
 
+def test_an_engine_waits_for_no_time_that_cannot_be_waited_for() -> None:
+    engine = FakeEngine(PoolShape(1024, 8))
+    loop = EngineLoop(engine, SchedulerSettings(expire_seconds=1e12), store_for(engine), lambda _: None)
+    loop.start()
+    try:
+        for name in ("a", "b"):
+            loop.submit(Task(Request(RequestId(name), tuple(range(300)), 0), 0.0, lambda: False))
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline:
+                assert loop.alive
+                time.sleep(0.05)
+    finally:
+        loop.stop()
+
+
 def test_a_server_that_nobody_asks_anything_forgets_too() -> None:
     engine = FakeEngine(PoolShape(1024, 8))
     store = store_for(engine)

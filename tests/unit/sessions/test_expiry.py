@@ -61,7 +61,8 @@ def test_many_sessions_leave_nothing_behind(state: State, clock: Time) -> None:
 
 def test_tenants_with_a_time_of_their_own_are_told_with_every_sweep() -> None:
     state, told, twice = State(limits=Limits(idle_seconds=500.0)), list[Mapping[Namespace, float]](), threading.Event()
-    state.tenants.create("usual")
+    state.tenants.create("usual", max_sessions=5)
+    same = state.tenants.create("same", idle_seconds=500.0)
     hasty = state.tenants.create("hasty", idle_seconds=10.0)
 
     def keep_kv(seconds: Mapping[Namespace, float]) -> None:
@@ -77,8 +78,8 @@ def test_tenants_with_a_time_of_their_own_are_told_with_every_sweep() -> None:
         assert twice.wait(10)
     finally:
         state.close()
-    assert told[0] == {hasty.namespace(): 10.0}
-    assert told[-1] == {hasty.namespace(): 20.0}
+    assert told[0] == {hasty.namespace(): 10.0, same.namespace(): 500.0}
+    assert told[-1] == {hasty.namespace(): 20.0, same.namespace(): 500.0}
 
 
 def test_where_everybody_shares_one_namespace_nobody_has_a_time_of_their_own() -> None:

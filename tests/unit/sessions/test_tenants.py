@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,16 @@ def test_limits_change_one_by_one_and_follow_the_usual_ones_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"weight": 0}, {"max_sessions": -1}, {"nonsense": 1}, {"max_sessions": None}, {"tokens_per_minute": 0}]
+    "change",
+    [
+        {"weight": 0},
+        {"max_sessions": -1},
+        {"nonsense": 1},
+        {"max_sessions": None},
+        {"tokens_per_minute": 0},
+        {"idle_seconds": math.inf},
+        {"idle_seconds": math.nan},
+    ],
 )
 def test_limits_that_make_no_sense_are_refused(state: State, change: dict[str, float | None]) -> None:
     state.tenants.create("acme")

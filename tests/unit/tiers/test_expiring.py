@@ -15,6 +15,7 @@ from pasture.tiers.disk import DiskTier
 from pasture.tiers.expiring import Expiring
 from pasture.tiers.keys import root_key
 from pasture.tiers.memory import MemoryTier
+from pasture.tiers.planning import leading_tokens
 from pasture.tiers.trail import Trail, Trails
 from tests.tier_support import toks
 
@@ -94,6 +95,59 @@ def test_owners_may_have_a_time_of_their_own(tmp_path: Path) -> None:
     time.now = 110.0
     assert left() == (0, 0, 0)
     disk.close()
+
+
+def test_what_is_pinned_in_ram_stays_on_disk(tmp_path: Path) -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True)
+    disk = DiskTier(tmp_path, 1 << 20, now=time)
+    expiring = Expiring(memory, (disk,), 100.0, time)
+    for number in (1, 2):
+        for block in blocks(memory, conversation(number)):
+            assert memory.insert(block)
+            assert disk.put(block)
+    assert disk.statistics().blocks == 5
+    pin = memory.pin(trail(conversation(1)))
+    for time.now in (0.0, 90.0, 180.0, 270.0):
+        expiring.round()
+    assert disk.statistics().blocks == 3
+    pin.release()
+    time.now = 400.0
+    expiring.round()
+    assert disk.statistics().blocks == 0
+    disk.close()
+
+
+def test_who_only_counts_what_the_disk_has_does_not_use_it(tmp_path: Path) -> None:
+    time, memory = Time(), MemoryTier(1 << 20, divisible=True)
+    disk = DiskTier(tmp_path, 1 << 20, now=time)
+    for block in blocks(memory, conversation(1)):
+        assert disk.put(block)
+    time.now = 90.0
+    assert leading_tokens(disk, trail(conversation(1)), divisible=True) == 192
+    assert leading_tokens(disk, trail(conversation(2)), divisible=True) == 64
+    assert disk.statistics().missed_tokens == 0
+    time.now = 101.0
+    disk.expire(100.0, {}, ())
+    assert disk.statistics().blocks == 0
+    disk.close()
+
+
+def test_nothing_is_dropped_before_it_is_known_who_has_a_time_of_their_own() -> None:
+    memory = MemoryTier(1 << 20, divisible=True)
+    expiring = Expiring(memory, (), 0.01, monotonic)
+    for block in blocks(memory, conversation(1)):
+        assert memory.insert(block)
+    expiring.start()
+    try:
+        sleep(2.5)
+        assert memory.used_bytes
+        expiring.keep_for({})
+        deadline = monotonic() + 10.0
+        while memory.used_bytes and monotonic() < deadline:
+            sleep(0.05)
+        assert not memory.used_bytes
+    finally:
+        assert expiring.stop(10.0)
 
 
 def test_a_longer_time_of_ones_own_outlives_the_others() -> None:
