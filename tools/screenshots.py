@@ -22,7 +22,7 @@ from pathlib import Path
 from playwright.async_api import Browser, Page, async_playwright, expect
 from rich.console import Console
 
-from pasture.bench.client import Endpoint, Exchange
+from pasture.bench.client import Endpoint, Exchange, run_loop
 from pasture.bench.demo import Demo
 from pasture.bench.drive import Target, play
 from pasture.bench.options import Arrivals, BenchOptions
@@ -184,4 +184,4 @@ def _check_sizes() -> None:
 
 if __name__ == "__main__":
     default_model()  # says what is missing before anything is started
-    asyncio.run(main())
+    run_loop(main())
