@@ -18,11 +18,11 @@ N_CTX = 512
 _RANDOM_SEED = 7
 
 
-def write_llama(path: Path, *, n_heads: int = 4, n_kv_heads: int = 2, n_ff: int = 96) -> Path:
-    """Plain attention: every prefix can be shared."""
+def write_llama(path: Path, *, n_heads: int = 4, n_kv_heads: int = 2, n_ff: int = 96, quantised: bool = False) -> Path:
+    """Plain attention: every prefix can be shared. `quantised`: matrices as q8_0."""
     writer = _writer(path, "llama")
     _attention_metadata(writer, n_heads, n_kv_heads, n_ff)
-    tensors = _Tensors(writer)
+    tensors = _Tensors(writer, quantised=quantised)
     tensors.outer()
     for layer in range(N_LAYERS):
         tensors.norm(f"blk.{layer}.attn_norm.weight", N_EMBD)
@@ -116,13 +116,18 @@ def write_falcon_h1(path: Path) -> Path:
 
 
 class _Tensors:
-    def __init__(self, writer: gguf.GGUFWriter) -> None:
+    def __init__(self, writer: gguf.GGUFWriter, *, quantised: bool = False) -> None:
         self._writer = writer
+        self._quantised = quantised
         self._random = np.random.default_rng(_RANDOM_SEED)
 
     def matrix(self, name: str, rows: int, columns: int) -> None:
         values = self._random.standard_normal((rows, columns)) / np.sqrt(columns)
-        self._writer.add_tensor(name, values.astype(np.float32))
+        if self._quantised:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            self._writer.add_tensor(name, gguf.quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
+        else:
+            self._writer.add_tensor(name, values.astype(np.float32))
 
     def norm(self, name: str, size: int) -> None:
         self._writer.add_tensor(name, (1 + 0.1 * self._random.standard_normal(size)).astype(np.float32))

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypedDict, Unpack
 
@@ -74,6 +75,7 @@ class OpenOptions(TypedDict, total=False):
     n_gpu_layers: int
     main_gpu: int
     tensor_split: Sequence[float]
+    weights: Literal["auto", "file", "f16"]
     mmap: bool
     mlock: bool
     self_check: bool
@@ -235,3 +237,14 @@ def open(model: str | PathLike[str], **options: Unpack[OpenOptions]) -> Herd:
     service = start_service(settings)
     service.keep_for({})
     return Herd(service, chat_template_of(settings))
+
+
+def weights_file(model: str | PathLike[str], **options: Unpack[OpenOptions]) -> Path:
+    """The GGUF file whose weights `open`, and `pasture serve`, compute with on this machine: the model, or a copy of it.
+
+    A quantised model is written out as f16 where that carries more people (`weights`); the copy is made when there is none yet,
+    and lies in the user's cache folder. Raises what `open` raises.
+    """
+    from pasture import server  # loads libllama: not before it is needed
+
+    return server.weights_file(validate_settings({"model": fspath(model), **options}))

@@ -17,13 +17,13 @@ import pytest
 from numpy.typing import NDArray
 
 from pasture.core.errors import ModelError, RequestError, ShuttingDown
-from pasture.core.values import Layout, Outcome, SamplingParams, Segment, SeqId, StepPlan, Work
+from pasture.core.values import Layout, Outcome, SamplingParams, Segment, SeqId, StepPlan, Weights, Work
 from pasture.engine import probe_model
-from pasture.engine.expand import expand_weights
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.quality import LIVE, measure_quality
 from pasture.engine.sampling import LlamaSampler
 from pasture.engine.vocabulary_only import load_vocabulary
+from pasture.engine.weights import expand_weights
 from tests.engine_support import GREEDY, Hand, open_small, smollm_path
 
 pytestmark = pytest.mark.model
@@ -281,9 +281,28 @@ def test_the_self_check_lets_a_healthy_model_pass(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with caplog.at_level(logging.WARNING):
         engine = open_small(smollm_path(), self_check=True, use_extra_bufts=None)
+    assert not caplog.records
+    assert "times as long as with the file's own" in engine.model.weights_because, "both ways were measured"
     hand = Hand(engine)
     hand.feed(0, [1] * 80, 0)
     engine.close()
+
+
+def test_kv_means_the_same_whichever_weights_computed_it(
+    hand: Hand, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored KV is not filed by what multiplied it: it says as much to the other as to the one that computed it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    context, tail = tokens[:130], tokens[130:140]
+    hand.feed(0, context, 0)
+    slab = hand.save(0, 0, len(context))
+    other = Hand(open_small(smollm_path(), n_cells=512, weights=Weights.F16))
+    assert other.engine.codec.fingerprint == hand.engine.codec.fingerprint
+    other.feed(0, context, 0)
+    expected = other.look(0, tail, len(context))
+    other.restore(1, slab)
+    assert_close(expected, other.look(1, tail, len(context)))
+    other.engine.close()
 
 
 def test_gemma_shares_far_behind_its_window(tmp_path: Path) -> None:
@@ -313,10 +332,11 @@ def test_gemma_shares_far_behind_its_window(tmp_path: Path) -> None:
     hand.engine.close()
 
 
-def test_squeezed_blocks_on_weights_that_round_nothing(tmp_path: Path) -> None:
+def test_squeezed_blocks_on_weights_that_round_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the quantised file any difference in the last bit moves the answers by 0.003 nats, and top-1 on near ties."""
-    expand_weights(smollm_path(), tmp_path / "f16.gguf")
-    engine = open_small(tmp_path / "f16.gguf", n_cells=512, n_seqs=64)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = open_small(smollm_path(), n_cells=512, n_seqs=64, weights=Weights.F16)
+    assert engine.model.weights is Weights.F16
     text = engine.vocabulary.tokenize(topics["strings"], add_special=False, parse_special=False)
     figures = {one.name: one for one in measure_quality(engine, [text], context_tokens=64, held_tokens=64)}
     engine.close()

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pasture.core.errors import ConfigError
-from pasture.core.values import Form
+from pasture.core.values import Form, Weights
 
 LEVEL_NAMES = (
     "ttft_mean",
@@ -90,6 +90,8 @@ class BenchOptions:
     """-c / --kv-cells: KV cells that each system gets in total"""
     model: Path | None = None
     """-m / --model: GGUF file. None: the small model of the `demo` extra"""
+    peer_model: Path | None = None
+    """--peer-model: GGUF file of the peers that are started. None: the same; for `isolated` what pasture makes of it"""
     threads: int | None = None
     """-t / --threads of every system. None: the number of physical cores"""
     think_time: float = 0.0
@@ -115,8 +117,8 @@ class BenchOptions:
     """--seconds: how long `bench overhead` streams from the fake engine"""
     texts: int = 4
     """--texts: what `quality` measures on, of 512 tokens of context and 256 held tokens each"""
-    expand: bool = False
-    """--expand: `quality` also on a copy of the model with f16 weights, which round nothing"""
+    weights: Weights = Weights.AUTO
+    """--weights: what `quality` computes with"""
     conversations: int = 2000
     """--conversations that `idle` lets rest"""
     rest: Rest = Rest.RAM

@@ -6,7 +6,8 @@
     a URL          runs already; nothing is started, and nothing is known of its memory
 
 Owns subprocesses: each listens on loopback, writes its log to a file, and is ended by its process id whatever happens. Every
-system gets the same model, threads and cells. Knows nothing of workloads beyond two numbers (users, longest conversation).
+system gets the same model, threads and cells; `isolated`, which is to show what sharing brings, the same weights too. Knows
+nothing of workloads beyond two numbers (users, longest conversation).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
+import pasture
 from pasture.bench.client import Chat, Endpoint, call, call_json, chat
 from pasture.bench.memory import MemoryWatch
 from pasture.bench.options import BenchOptions
@@ -117,8 +119,12 @@ def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = Fal
     if peer == PASTURE:
         command = [sys.executable, "-m", "pasture", "serve", "-m", model, "-c", str(size.cells), "-t", threads]
         return [_local(peer, "", [*command, *options.serve_flags])]
+    if options.peer_model is not None:
+        model = str(options.peer_model)
     slots = max(1, min(size.users, size.cells // max(1, size.longest_tokens)))
     if peer == "isolated":
+        if options.peer_model is None:
+            model = str(pasture.weights_file(model, threads=int(threads)))
         command = [sys.executable, "-m", "pasture.bench.isolated", "-m", model, "-c", str(size.cells), "-t", threads]
         command += ["--contexts", str(slots)]
         command += ["--repack"] if repack else []
@@ -137,6 +143,7 @@ async def repack_survives(options: BenchOptions, folder: Path) -> bool:
     Some virtual machines advertise instructions that they do not carry out; peers would die of it, so they get the same
     treatment: rearranged where that works, as they are where it does not.
     """
+    options = replace(options, peer_model=options.peer_model or options.model or default_model())
     system = variants("isolated", Size(users=1, longest_tokens=512, cells=512), options, repack=True)[0]
     request = Chat("probe", ({"role": "user", "content": "How are you? " * 30},), 4)
     try:

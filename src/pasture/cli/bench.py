@@ -20,7 +20,7 @@ import typer
 from pasture.bench.options import Arrivals, BenchOptions, Rest, WorkloadName, parse_against, parse_share, parse_slo
 from pasture.config.units import parse_seconds
 from pasture.core.errors import ConfigError
-from pasture.core.values import Form
+from pasture.core.values import Form, Weights
 
 LOAD, SYSTEMS, OUTPUT = "The load", "The systems", "The answer"
 _EXTRA = {"plotly"}
@@ -84,6 +84,9 @@ ThinkTime = Annotated[float, typer.Option("--think-time", help="Mean seconds bef
 Model = Annotated[
     Path | None, typer.Option("-m", "--model", help="GGUF file; the demo's unless given.", rich_help_panel=SYSTEMS)
 ]
+PeerModel = Annotated[
+    Path | None, typer.Option("--peer-model", help="GGUF file of the peers; the same unless given.", rich_help_panel=SYSTEMS)
+]
 Cells = Annotated[int, typer.Option("-c", "--kv-cells", "--ctx-size", help="KV cells of each system.", rich_help_panel=SYSTEMS)]
 Threads = Annotated[
     int | None,
@@ -115,8 +118,8 @@ RequestTimeout = Annotated[
 ]
 Seconds = Annotated[float, typer.Option("--seconds", help="How long `overhead` streams.", rich_help_panel=OUTPUT)]
 Texts = Annotated[int, typer.Option("--texts", help="Texts that `quality` measures on.", rich_help_panel=LOAD)]
-Expand = Annotated[
-    bool, typer.Option("--expand", help="`quality` also with the weights written out as f16.", rich_help_panel=LOAD)
+WeightsForm = Annotated[
+    Weights, typer.Option("--weights", help="What `quality` computes with: auto, file or f16.", rich_help_panel=LOAD)
 ]
 Conversations = Annotated[
     int,
@@ -168,7 +171,7 @@ FLAGS: Mapping[str, object] = {
     "max_tokens": MaxTokens,
     "think_time": ThinkTime,
     "texts": Texts,
-    "expand": Expand,
+    "weights": WeightsForm,
     "conversations": Conversations,
     "rest": RestIn,
     "form": RestForm,
@@ -184,6 +187,7 @@ FLAGS: Mapping[str, object] = {
     "period": Period,
     "hints": Hints,
     "model": Model,
+    "peer_model": PeerModel,
     "cells": Cells,
     "threads": Threads,
     "against": Against,

@@ -7,7 +7,7 @@ listens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
@@ -16,10 +16,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pasture.cli.flags import with_settings
-from pasture.cli.measure import DECODE_SEQUENCES, N_MEASURES, Rates, measure
-from pasture.cli.output import err, out, print_json, remarks, set_up_logging
+from pasture.cli.output import err, out, print_json, remarks, set_up_logging, weights
 from pasture.config import Configuration, format_bytes, format_seconds, setting_specs
 from pasture.core.values import ModelInfo
+from pasture.engine.rates import DECODE_SEQUENCES, N_MEASURES, Rates, measure
 
 CONVERSATION_TOKENS = (1024, 4096, 8192, 32768)
 MEASURING_CELLS = 4096
@@ -56,6 +56,7 @@ def check(
 
         with measuring_engine(settings, min(n_cells, MEASURING_CELLS), max(DECODE_SEQUENCES)) as engine:
             rates = measure(engine, on_progress)
+            info = replace(info, weights=engine.model.weights, weights_because=engine.model.weights_because)
         progress.update(task, completed=N_MEASURES + 1)
     answer = Answer(info, free, n_cells, rates, tuple(found))
     if as_json:
@@ -90,6 +91,8 @@ class Answer:
                 "bytes": self.model.n_bytes,
                 "context_length": self.model.n_ctx_train,
                 "shareable": self.model.shareable,
+                "weights": self.model.weights,
+                "weights_because": self.model.weights_because,
             },
             "free_bytes": self.free_bytes,
             "cell_bytes": self.model.cell_bytes,
@@ -115,6 +118,7 @@ class Answer:
         model = self.model
         facts = Table.grid(padding=(0, 2))
         facts.add_row("model", f"{model.name}, {model.description}, {format_bytes(model.n_bytes)}")
+        facts.add_row("weights", weights(model))
         facts.add_row("trained for", f"{model.n_ctx_train:,} tokens")
         facts.add_row("a token's KV", format_bytes(model.cell_bytes) if model.cell_bytes else "none: this model keeps a state")
         facts.add_row("free memory", format_bytes(self.free_bytes))

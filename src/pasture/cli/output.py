@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pasture.cli.logs import JsonLines
 from pasture.core.errors import ConfigError, PastureError
+from pasture.core.values import ModelInfo, Weights
 
 FAILURE = 1
 USAGE = 2
@@ -66,6 +67,12 @@ def remarks() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagated
+
+
+def weights(model: ModelInfo) -> str:
+    """With which weights a loaded model computes, and why, as rich markup."""
+    how = "as they are in the file" if model.weights is Weights.FILE else "written out as f16"
+    return f"{how} [dim]({model.weights_because})[/]" if model.weights_because else how
 
 
 def print_json(value: Mapping[str, object]) -> None:

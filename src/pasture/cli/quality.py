@@ -6,9 +6,7 @@ Puts engine and texts together; the measuring is `pasture.engine.quality`'s, the
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from random import Random
 
 from rich.table import Table
@@ -19,8 +17,7 @@ from pasture.bench.systems import default_model, default_threads
 from pasture.cli.output import deliver, err, report
 from pasture.config import Settings, validate_settings
 from pasture.core.errors import ConfigError, PastureError
-from pasture.core.values import Form
-from pasture.engine.expand import expand_weights
+from pasture.core.values import Form, Weights
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.quality import RECOMPUTED, FormQuality, measure_quality
 from pasture.server import measuring_engine
@@ -34,21 +31,16 @@ WRITTEN_TOKENS = int((CONTEXT_TOKENS + HELD_TOKENS) * 1.3)
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One set of weights."""
+    """A model's answers."""
 
-    weights: str
+    weights: Weights
     forms: tuple[FormQuality, ...]
 
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, whatever came out."""
     try:
-        measured = [_measure("as they are", options)]
-        if options.expand:
-            with tempfile.TemporaryDirectory(prefix="pasture-quality-") as folder:
-                expanded = Path(folder) / "f16.gguf"
-                expand_weights(options.model or default_model(), expanded)
-                measured.append(_measure("written out as f16", replace(options, model=expanded)))
+        measured = _measure(options)
     except PastureError as error:
         return report(error)
     answer = {
@@ -56,9 +48,9 @@ def main(options: BenchOptions) -> int:
         "texts": options.texts,
         "context_tokens": CONTEXT_TOKENS,
         "held_tokens": HELD_TOKENS,
-        "weights": [asdict(one) for one in measured],
+        **asdict(measured),
     }
-    deliver(answer, map(table, measured), options.out, as_json=options.as_json)
+    deliver(answer, [table(measured)], options.out, as_json=options.as_json)
     return 0
 
 
@@ -70,7 +62,7 @@ def model_settings(options: BenchOptions, **more: object) -> Settings:
 
 def table(measured: Measured) -> Table:
     """One row a form; RAW stands for the lossless form too, and another way to compute the same is the yardstick."""
-    made = Table(title=f"a token's KV in each form; {measured.forms[0].n_tokens:,} held tokens, weights {measured.weights}")
+    made = Table(title=f"a token's KV in each form; {measured.forms[0].n_tokens:,} held tokens, weights: {measured.weights}")
     names = {Form.RAW.value: "stored f16, lossless", RECOMPUTED: f"computed in {RECOMPUTED}"}
     for heading in ("form", "bytes", "KL mean", "KL p99", "top-1", "perplexity", "of f16"):
         made.add_column(heading, justify="left" if heading == "form" else "right")
@@ -87,10 +79,10 @@ def table(measured: Measured) -> Table:
     return made
 
 
-def _measure(weights: str, options: BenchOptions) -> Measured:
+def _measure(options: BenchOptions) -> Measured:
     with (
-        err().status(f"{options.texts} texts of {CONTEXT_TOKENS} + {HELD_TOKENS} tokens, weights {weights}"),
-        measuring_engine(model_settings(options), CELLS, SEQUENCES) as engine,
+        err().status(f"{options.texts} texts of {CONTEXT_TOKENS} + {HELD_TOKENS} tokens"),
+        measuring_engine(model_settings(options, weights=options.weights), CELLS, SEQUENCES) as engine,
     ):
         if not isinstance(engine, LlamaEngine):
             raise ConfigError("quality needs a model")
@@ -99,4 +91,5 @@ def _measure(weights: str, options: BenchOptions) -> Measured:
             engine.vocabulary.tokenize(passage(rng, WRITTEN_TOKENS), add_special=True, parse_special=False)
             for _ in range(options.texts)
         ]
-        return Measured(weights, measure_quality(engine, texts, context_tokens=CONTEXT_TOKENS, held_tokens=HELD_TOKENS))
+        forms = measure_quality(engine, texts, context_tokens=CONTEXT_TOKENS, held_tokens=HELD_TOKENS)
+        return Measured(engine.model.weights, forms)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn
 
 from pasture.cli.flags import with_settings
-from pasture.cli.output import err, remarks, set_up_logging
+from pasture.cli.output import err, remarks, set_up_logging, weights
 from pasture.cli.warm import Prefix, read_prefixes, warm_all
 from pasture.config import Configuration, Settings, format_bytes, format_seconds
 from pasture.core.errors import PastureError
@@ -85,6 +85,7 @@ def banner(url: str, service: Service, settings: Settings, remarks: Sequence[str
     layout = f"{shape.layout.value} now, follows the traffic" if settings.kv_layout == "auto" else shape.layout.value
     rows = {
         "model": escape(f"{settings.alias or model.name}, {model.description}"),
+        "weights": weights(model),
         "pool": f"{shape.n_cells:,} tokens{size}; {format_bytes(model.cell_bytes)} a token"
         if size
         else f"{shape.n_cells:,} tokens",

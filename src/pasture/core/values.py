@@ -35,6 +35,17 @@ class Layout(StrEnum):
     """One buffer a sequence: no masked cells to skip, but a shared prefix is a copy."""
 
 
+class Weights(StrEnum):
+    """What a model's weights are multiplied as."""
+
+    AUTO = "auto"
+    """whichever the self-check finds quicker here"""
+    FILE = "file"
+    """as they are in the file"""
+    F16 = "f16"
+    """written out as f16, two bytes a parameter"""
+
+
 class Form(StrEnum):
     """How stored KV is written down, from what was computed to what is smallest."""
 
@@ -263,6 +274,7 @@ class ModelInfo:
     description: str
     n_params: int
     n_bytes: int
+    """of the file, or of all its parts"""
     n_vocab: int
     n_layers: int
     n_ctx_train: int
@@ -272,6 +284,10 @@ class ModelInfo:
     """True: any prefix of a sequence can be shared or cut off. False (recurrent, hybrid): only a whole sequence can."""
     slowed_by: tuple[str, ...] = ()
     """what makes it slower on this machine than it could be, a sentence each"""
+    weights: Weights = Weights.FILE
+    """FILE, or F16 where a quantised file was written out"""
+    weights_because: str = ""
+    """what the self-check measured, where it chose"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,9 @@ BUILD: str = _build()
 MAX_SEQUENCES = 256
 """LLAMA_MAX_SEQ"""
 
+PLAIN_TYPES = frozenset({0, 1, 30})
+"""GGML_TYPE_F32, _F16 and _BF16: weights that are not quantised"""
+
 KV_TYPES: dict[str, int] = {
     "f32": 0,
     "f16": 1,

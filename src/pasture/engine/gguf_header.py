@@ -41,6 +41,8 @@ class GgufHeader:
     array_lengths: Mapping[str, int]
     n_params: int
     tensor_names: frozenset[str]
+    tensor_types: frozenset[int]
+    """GGML_TYPE_* of all tensors"""
 
     @property
     def architecture(self) -> str:
@@ -144,6 +146,7 @@ def _parse(reader: _Reader, path: Path, file_bytes: int) -> GgufHeader:
         if value is not None:
             metadata[key] = value
     names: set[str] = set()
+    types: set[int] = set()
     n_params, last_offset = 0, 0
     for _ in range(n_tensors):
         names.add(reader.string())
@@ -151,8 +154,8 @@ def _parse(reader: _Reader, path: Path, file_bytes: int) -> GgufHeader:
         if n_dimensions > _MAX_DIMENSIONS:
             raise ModelError(f"{path} is damaged: a tensor of {n_dimensions} dimensions")
         n_params += math.prod(reader.count() for _ in range(n_dimensions))
-        reader.skip(4)
+        types.add(reader.count("I"))
         last_offset = max(last_offset, reader.count())
     if n_tensors and reader.offset + last_offset >= file_bytes:
         raise ModelError(f"{path} is cut short: its tensors end beyond the {file_bytes} bytes of the file")
-    return GgufHeader(path, file_bytes, metadata, lengths, n_params, frozenset(names))
+    return GgufHeader(path, file_bytes, metadata, lengths, n_params, frozenset(names), frozenset(types))

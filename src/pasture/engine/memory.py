@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import psutil
 
 from pasture.core.errors import DoesNotFit
-from pasture.core.values import ModelInfo
+from pasture.core.values import ModelInfo, Weights
 from pasture.engine import control_groups
 from pasture.engine.settings import CELL_PADDING, EngineSettings
 
@@ -59,7 +59,7 @@ def plan_memory(info: ModelInfo, settings: EngineSettings, *, n_embd: int, avail
     rows = min(settings.n_ubatch, settings.n_batch)
     logits = 2 * settings.n_seqs * info.n_vocab * 4
     activations = rows * n_embd * _ACTIVATION_ROWS * 4
-    weights = 0 if settings.use_mmap and not settings.use_mlock else info.n_bytes
+    weights = 0 if settings.use_mmap and not settings.use_mlock else _weights_bytes(info, settings)
     return MemoryPlan(
         cell_bytes=info.cell_bytes + rows * _MASK_BYTES,
         fixed_bytes=weights + logits + activations + SPARE_BYTES,
@@ -73,9 +73,13 @@ def plan_on_device(info: ModelInfo, settings: EngineSettings, *, n_embd: int, av
     computing = rows * (n_embd * _ACTIVATION_ROWS + info.n_vocab) * 4
     return MemoryPlan(
         cell_bytes=info.cell_bytes + rows * _MASK_BYTES,
-        fixed_bytes=info.n_bytes + computing + _DEVICE_SPARE_BYTES,
+        fixed_bytes=_weights_bytes(info, settings) + computing + _DEVICE_SPARE_BYTES,
         available_bytes=available,
     )
+
+
+def _weights_bytes(info: ModelInfo, settings: EngineSettings) -> int:
+    return 2 * info.n_params if settings.weights is Weights.F16 else info.n_bytes
 
 
 def check_fits(plan: MemoryPlan, n_cells: int) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 from pasture.core.errors import ModelError
-from pasture.core.values import ModelInfo
+from pasture.core.values import ModelInfo, Weights
 from pasture.engine import bindings
 from pasture.engine.bindings import Handle, lib
+from pasture.engine.fingerprint import model_files
 from pasture.engine.gguf_header import GgufHeader, read_header
 from pasture.engine.probe import probe_model
 from pasture.engine.settings import EngineSettings, OnProgress
 from pasture.engine.vocabulary import LlamaVocabulary
+from pasture.engine.weights import loaded_file
 
 _LOAD_MODES = {
     (False, False): bindings.LOAD_READ,
@@ -67,8 +70,9 @@ def load_model(settings: EngineSettings, on_progress: OnProgress | None = None) 
     hears = bindings.progress_callback(on_progress)  # held until it is loaded
     if hears is not None:
         params.progress_callback = hears
+    file = loaded_file(settings)
     with bindings.library_log.errors() as reasons:
-        handle = bindings.handle(lib.llama_model_load_from_file(settings.model_path.encode(), params))
+        handle = bindings.handle(lib.llama_model_load_from_file(str(file).encode(), params))
         if handle is None:
             raise ModelError(f"{settings.model_path} cannot be loaded: {_reason(reasons)}")
     model = handle
@@ -84,11 +88,12 @@ def load_model(settings: EngineSettings, on_progress: OnProgress | None = None) 
         info,
         description=bindings.model_description(handle),
         n_params=int(lib.llama_model_n_params(model)),
-        n_bytes=int(lib.llama_model_size(model)),
+        n_bytes=sum(part.stat().st_size for part in model_files(Path(settings.model_path))),
         n_vocab=vocabulary.n_tokens,
         n_layers=int(lib.llama_model_n_layer(model)),
         n_ctx_train=int(lib.llama_model_n_ctx_train(model)),
         shareable=not stateful and settings.flash_attn,
+        weights=Weights.FILE if file == Path(settings.model_path) else Weights.F16,
     )
     return Model(
         handle,

@@ -43,19 +43,23 @@ def open_engine(settings: EngineSettings, on_progress: OnProgress | None = None)
         check_fits(plan, settings.n_cells)
     if settings.self_check:
         verdict = examine(settings)
-        return open_unchecked(verdict.apply(settings), verdict.reasons, on_progress)
+        return open_unchecked(verdict.apply(settings), verdict.reasons, on_progress, weights_because=verdict.weights_because)
     return open_unchecked(settings, on_progress=on_progress)
 
 
 def open_unchecked(
-    settings: EngineSettings, slowed_by: tuple[str, ...] = (), on_progress: OnProgress | None = None
+    settings: EngineSettings,
+    slowed_by: tuple[str, ...] = (),
+    on_progress: OnProgress | None = None,
+    *,
+    weights_because: str = "",
 ) -> LlamaEngine:
     """Load and lay out, without the checks before: the child process of the self-check does this too.
 
-    `slowed_by`: what the checks say makes it slow here; the model's info tells it.
+    `slowed_by`: what the checks say makes it slow here, `weights_because` what they measured; the model's info tells both.
     """
     model = load_model(settings, on_progress)
-    model.info = replace(model.info, slowed_by=slowed_by)
+    model.info = replace(model.info, slowed_by=slowed_by, weights_because=weights_because)
     try:
         n_seqs = min(settings.n_seqs, max_sequences(model, settings.layout))
         if n_seqs < settings.n_seqs:

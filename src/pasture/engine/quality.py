@@ -4,7 +4,7 @@ For each text a beginning is prefilled, and what follows is fed in pieces with t
 Then the same is done behind the same beginning as each form brings it back, so that nothing differs but the form. Two
 yardsticks go with it: RAW, which must move nothing, and the beginning computed again in other chunks, which is what llama.cpp
 does anyway whenever the load differs. A model with quantised weights rounds its activations, so that for it any difference at
-all, even one in the last bit, moves the answers by as much as that; `expand.expand_weights` writes a copy that does not.
+all, even one in the last bit, moves the answers by as much as that; with `Weights.F16` there is no such rounding.
 
     reference   [ prefilled ==================== ][ piece | piece | ...      logits after each token: p
     q8_0        [ packed, squeezed, restored === ][ piece | piece | ...      logits after each token: q       KL(p || q)

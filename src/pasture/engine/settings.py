@@ -10,7 +10,7 @@ from functools import cache
 from subprocess import SubprocessError, run
 
 from pasture.core.errors import ConfigError
-from pasture.core.values import Layout
+from pasture.core.values import Layout, Weights
 from pasture.engine.probe import row_bytes
 
 OnProgress = Callable[[float], None]
@@ -63,6 +63,8 @@ class EngineSettings:
     use_mlock: bool = False
     use_extra_bufts: bool | None = None
     """llama.cpp's repacked weight buffers; None: on where the self-check survives them"""
+    weights: Weights = Weights.AUTO
+    """AUTO without a self-check: as in the file"""
     main_gpu: int = 0
     tensor_split: tuple[float, ...] = ()
     self_check: bool = True

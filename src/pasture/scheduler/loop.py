@@ -237,7 +237,8 @@ class EngineLoop:
     def _step(self) -> bool:
         self._follow_traffic()
         self._scheduler.resting.expire()
-        self._scheduler.resting.demote()
+        if self._scheduler.resting.demote():
+            self._flush()  # whoever waits to go on with it finds it in the store
         plan = self._scheduler.schedule()
         if not plan.works and not plan.operations:
             self._deliver(self._scheduler.take_events())

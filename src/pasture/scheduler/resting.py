@@ -23,6 +23,7 @@ from pasture.core.ports import Clock
 from pasture.core.storage import SlabCodec, Store
 from pasture.core.values import PUBLIC_NAMESPACE, Namespace, Request, Slab
 from pasture.kv.pool import Pool
+from pasture.kv.radix import common_prefix
 from pasture.kv.sequence import Sequence
 from pasture.scheduler.samples import Samples
 from pasture.scheduler.settings import SchedulerSettings
@@ -117,7 +118,7 @@ class Resting:
             task.n_saves -= 1
 
     def demote(self) -> bool:
-        """Let the longest idle sequence leave the live cache, if it has rested long enough; False when none has."""
+        """Have the longest idle sequence leave the live cache, if it has rested long enough; False when none has."""
         if self._idle_live_seconds is None or not self._pool.shares:
             return False
         oldest = self._oldest()
@@ -179,10 +180,15 @@ class Resting:
     # Back into it
 
     def look(self, task: Task) -> bool:
-        """Find out what the store has for a waiting request; False while slow tiers are still being asked."""
+        """Find out what the store has for a waiting request; False while slow tiers are still being asked.
+
+        False too while what it will find is leaving the live cache: this step's operations take it into the store.
+        """
         if not self._may_find(task):
             return True
         namespace, tokens = self._namespace(task.request), task.tokens[:-1]
+        if self._saving and self._is_leaving(task, namespace, tokens):
+            return False
         if not task.looked:
             task.looked = True
             task.stored_tokens = max(self.store.reach(namespace, tokens), self._public_reach(task))
@@ -195,6 +201,17 @@ class Resting:
             return False
         task.stored_tokens = max(task.stored_tokens, self.store.reach(namespace, tokens))
         return True
+
+    def _is_leaving(self, task: Task, namespace: Namespace, tokens: array[int]) -> bool:
+        """Whether more of a prompt is being saved than live cells or RAM have of it now."""
+        found = max(self.store.reach(namespace, tokens), self._pool.lookup(task.request.namespace, task.tokens))
+        for saving in self._saving.values():
+            if saving.namespace == namespace:
+                common = common_prefix(saving.tokens, 0, tokens, 0)
+                whole = self._pool.cuttable or common == len(saving.tokens)
+                if whole and common - found >= MIN_RESTORE_TOKENS:
+                    return True
+        return False
 
     def enter(self, task: Task) -> Sequence | None:
         """Give a request a sequence with all that is live or in RAM of its tokens; None when every sequence id runs."""

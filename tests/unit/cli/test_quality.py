@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pasture.bench.options import BenchOptions
 from pasture.cli.quality import Measured, main, model_settings, table
+from pasture.core.values import Weights
 from pasture.engine.quality import LIVE, RECOMPUTED, FormQuality
 
 
@@ -19,7 +20,7 @@ def form(name: str, kl: float) -> FormQuality:
 
 def test_every_form_has_a_row_that_says_what_it_is() -> None:
     console = Console(file=io.StringIO(), width=160)
-    console.print(table(Measured("as they are", tuple(form(name, 0.003) for name in ("raw", "q8_0", RECOMPUTED, LIVE)))))
+    console.print(table(Measured(Weights.F16, tuple(form(name, 0.003) for name in ("raw", "q8_0", RECOMPUTED, LIVE)))))
     text = str(console.file.getvalue())  # type: ignore[attr-defined]
     for said in ("stored f16, lossless", "stored q8_0", f"computed in {RECOMPUTED}", LIVE, "0.003", "0.03", "96.88%", "12,240"):
         assert said in text

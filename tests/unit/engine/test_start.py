@@ -12,7 +12,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from pasture.core.errors import ConfigError, DoesNotFit, ModelError
-from pasture.core.values import Layout
+from pasture.core.values import Layout, Weights
 from pasture.engine import bindings, heads, selfcheck
 from pasture.engine import settings as engine_settings
 from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
@@ -67,7 +67,7 @@ def test_a_mac_is_asked_for_its_cores_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_healthy_settings_stay(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     children(monkeypatch, "")
-    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True)
+    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True, weights=Weights.FILE)
 
 
 def test_the_trial_runs_in_streams_as_well(settings: EngineSettings) -> None:
@@ -140,9 +140,9 @@ def test_the_verdict_is_kept(settings: EngineSettings, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("deaths", [("SIGABRT", ""), ("SIGSEGV", "SIGABRT", ""), ("SIGSEGV", "SIGSEGV", "")])
 def test_what_may_pass_is_not_kept(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, deaths: tuple[str, ...]) -> None:
     children(monkeypatch, *deaths)
-    assert find_safe_settings(settings) != replace(settings, use_extra_bufts=True)
+    assert find_safe_settings(settings) != replace(settings, use_extra_bufts=True, weights=Weights.FILE)
     children(monkeypatch, "")
-    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True), (
+    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True, weights=Weights.FILE), (
         "a GPU that was busy, or a driver that failed"
     )
 

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from pasture.core.values import Namespace, PoolShape, Request, RequestId, Save
+from pasture.core.values import Namespace, PoolShape, Request, RequestId, Save, SeqId, StepPlan, Work
 from pasture.engine.fake import FakeEngine
 from pasture.kv.pool import Pool
 from pasture.kv.radix import token_array
@@ -73,6 +73,26 @@ def test_one_that_was_cut_back_and_grew_to_the_same_length_is_copied_again(resti
     after = rest(pool, 2000, after=50)
     assert (after, after.length) == (before, 100)
     assert copies(resting, pool) == 1
+
+
+def test_who_goes_on_with_what_is_leaving_waits_until_it_is_stored(resting: Resting) -> None:
+    """Its id was given to somebody else in the step in which its owner might have started: all of it was computed again."""
+    pool = resting._pool
+    before = rest(pool, 1000)
+    said = before.tokens()
+    again = Task(Request(RequestId("again"), (*said, 5), 1, namespace=NAME), 0.0, lambda: False)
+    other = Task(Request(RequestId("other"), tuple(range(2000, 2100)), 1, namespace=NAME), 0.0, lambda: False)
+    assert resting.look(again), "it is live"
+    pool.operations()
+    pool.drop(before, "idle")
+    assert not resting.look(again)
+    assert resting.look(other), "nothing of this one is on its way"
+    saves = [operation for operation in pool.operations() if isinstance(operation, Save)]
+    engine = FakeEngine(pool.shape)
+    engine.execute(StepPlan((), (Work(SeqId(0), said, 0, None),)))
+    resting.saved(engine.execute(StepPlan(tuple(saves), ())).saved)
+    assert resting.look(again)
+    assert resting.store.reach(NAME, token_array(said)) == len(said)
 
 
 def test_what_nobody_used_for_too_long_is_forgotten_and_not_saved() -> None:

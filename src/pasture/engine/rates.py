@@ -2,6 +2,7 @@
 
 Computes a prompt in one step after a short warm-up, then decodes a few tokens in one and in eight sequences, greedily. Each
 measure is cut to a few seconds, so that a large model on a small machine keeps nobody waiting. The sequences are left empty.
+Two ways of loading one model can be compared by it: which carries more people, and what it costs somebody who is alone.
 Uses the clock that is passed in, and the thread that calls it, which must be the engine's.
 """
 
@@ -24,6 +25,15 @@ DECODE_SEQUENCES = (1, 8)
 CONTEXT_TOKENS = 64
 """each decoding sequence's prompt"""
 
+PREFILL_RUNS = 3
+"""the quickest counts: other work on the machine disturbs it least"""
+PROMPT_TOKENS_A_REPLY_TOKEN = 2.0
+"""that are computed, when conversations share what they have in common"""
+WORTH = 0.9
+"""of the time that another way takes: a smaller difference is not worth having"""
+LONE_FACTOR = 1.6
+"""somebody alone waits at most so many times as long for a token"""
+
 N_MEASURES = 2 + len(DECODE_SEQUENCES)
 """calls of `on_progress`"""
 
@@ -45,11 +55,33 @@ class DecodeRate:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
+    """Of one way to load a model."""
+
     prefill_tokens_per_second: float
     decode: tuple[DecodeRate, ...]
+    """one for each of `DECODE_SEQUENCES` that the engine has room for"""
+
+    @property
+    def shared_seconds(self) -> float:
+        """A generated token of many, with the prompt tokens that go with it."""
+        return PROMPT_TOKENS_A_REPLY_TOKEN / self.prefill_tokens_per_second + 1 / self.decode[-1].tokens_per_second
+
+    def is_better_than(self, other: Rates) -> bool:
+        """Whether this carries clearly more people, and nobody alone pays much for that."""
+        lone, other_lone = self.decode[0].step_seconds, other.decode[0].step_seconds
+        return self.shared_seconds < WORTH * other.shared_seconds and lone < LONE_FACTOR * other_lone
+
+    def beside(self, other: Rates) -> str:
+        """The comparison in words: seconds of this as shares of the other's."""
+        steps = [
+            f"a step of {here.sequences} {here.step_seconds / there.step_seconds:.2f}"
+            for here, there in zip(self.decode, other.decode, strict=True)
+        ]
+        prompt = other.prefill_tokens_per_second / self.prefill_tokens_per_second
+        return f"a prompt token takes {prompt:.2f} times as long as with the file's own, {', '.join(steps)} times"
 
 
-def measure(engine: Engine, on_progress: Callable[[str], None], clock: Clock = perf_counter) -> Rates:
+def measure(engine: Engine, on_progress: Callable[[str], None] = lambda label: None, clock: Clock = perf_counter) -> Rates:
     """Measure; `on_progress` gets the name of what comes next. Raises EngineError when a step cannot be computed."""
     on_progress("Warming up")
     short = _prompt(engine, WARM_UP_TOKENS)
@@ -58,13 +90,15 @@ def measure(engine: Engine, on_progress: Callable[[str], None], clock: Clock = p
     on_progress("Measuring prefill")
     most = min(PREFILL_TOKENS, engine.shape.n_batch, engine.shape.cells_per_sequence // 2)
     tokens = _prompt(engine, max(WARM_UP_TOKENS, min(most, int(MEASURE_SECONDS / max(seconds_a_token, 1e-6)))))
-    prefill_seconds = _prefill(engine, tokens, clock)
+    prefill_seconds = [_prefill(engine, tokens, clock)]
+    while len(prefill_seconds) < PREFILL_RUNS and sum(prefill_seconds) < MEASURE_SECONDS:
+        prefill_seconds.append(_prefill(engine, tokens, clock))
     rates = []
     for n_sequences in DECODE_SEQUENCES:
         if n_sequences <= engine.shape.n_seqs and n_sequences * 2 * CONTEXT_TOKENS <= engine.shape.n_cells:
             on_progress(f"Measuring decode, {n_sequences} at once")
             rates.append(DecodeRate(n_sequences, _decode(engine, tokens[:CONTEXT_TOKENS], n_sequences, clock)))
-    return Rates(len(tokens) / prefill_seconds, tuple(rates))
+    return Rates(len(tokens) / min(prefill_seconds), tuple(rates))
 
 
 def _prompt(engine: Engine, n_tokens: int) -> Sequence[int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pasture.cli.measure import DECODE_SEQUENCES, N_MEASURES, PREFILL_TOKENS, WARM_UP_TOKENS, measure
 from pasture.core.errors import EngineError
 from pasture.core.values import Outcome, PoolShape, StepPlan, StepResult
 from pasture.engine.fake import FakeEngine
+from pasture.engine.rates import DECODE_SEQUENCES, N_MEASURES, PREFILL_TOKENS, WARM_UP_TOKENS, measure
 
 
 class TimedEngine(FakeEngine):
