@@ -22,7 +22,7 @@ from pasture.core.errors import (
     ShuttingDown,
 )
 from pasture.core.values import Constraint, ConstraintKind, FinishReason, SamplingParams, Usage
-from pasture.herd import GenerateOptions, Herd, OpenOptions, Reply, open, weights_file
+from pasture.herd import GenerateOptions, Herd, OpenOptions, Reply, open
 
 __version__ = "0.1.0"
 
@@ -48,5 +48,4 @@ __all__ = [
     "Usage",
     "__version__",
     "open",
-    "weights_file",
 ]

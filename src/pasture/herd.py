@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypedDict, Unpack
 
@@ -237,14 +236,3 @@ def open(model: str | PathLike[str], **options: Unpack[OpenOptions]) -> Herd:
     service = start_service(settings)
     service.keep_for({})
     return Herd(service, chat_template_of(settings))
-
-
-def weights_file(model: str | PathLike[str], **options: Unpack[OpenOptions]) -> Path:
-    """The GGUF file whose weights `open`, and `pasture serve`, compute with on this machine: the model, or a copy of it.
-
-    A quantised model is written out as f16 where that carries more people (`weights`); the copy is made when there is none yet,
-    and lies in the user's cache folder. Raises what `open` raises.
-    """
-    from pasture import server  # loads libllama: not before it is needed
-
-    return server.weights_file(validate_settings({"model": fspath(model), **options}))

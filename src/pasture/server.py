@@ -30,8 +30,6 @@ from pasture.engine.fake import FakeEngine
 from pasture.engine.gguf_header import read_header
 from pasture.engine.memory import MemoryPlan, available_bytes, check_fits
 from pasture.engine.paced import Pace, PacedEngine
-from pasture.engine.selfcheck import find_safe_settings
-from pasture.engine.weights import loaded_file
 from pasture.scheduler.service import LocalService
 from pasture.scheduler.settings import LayoutChoice, SchedulerSettings
 from pasture.sessions.state import SWEEP_SECONDS, State
@@ -180,12 +178,6 @@ def engine_settings(settings: Settings) -> EngineSettings:
     if wanted.layout is Layout.UNIFIED:
         return replace(wanted, n_cells=n_cells)
     return replace(wanted, n_cells=n_cells, n_seqs=stream_sequences(wanted.n_seqs, n_cells))
-
-
-def weights_file(settings: Settings) -> Path:
-    """The file whose weights an engine with these settings computes with. Found out, and made, where that was not done yet."""
-    wanted = engine_settings(settings)
-    return loaded_file(find_safe_settings(wanted) if wanted.self_check else wanted)
 
 
 def planned_cells(settings: Settings) -> int:

@@ -25,7 +25,7 @@ from pasture.bench.options import BenchOptions, WorkloadName
 from pasture.bench.report import mebibytes, print_errors, seconds
 from pasture.bench.results import Run
 from pasture.bench.run import measure
-from pasture.bench.systems import PASTURE, Running, Size, repack_survives, running, variants
+from pasture.bench.systems import PASTURE, Running, Size, loaded_file, repack_survives, running, variants
 from pasture.bench.workloads import CELL_MARGIN, Workload, build, rounded_cells
 from pasture.core.errors import PastureError
 
@@ -69,12 +69,13 @@ class Demo:
         together = Size(workload.users, workload.longest_tokens, rounded_cells(workload.pool_tokens + CELL_MARGIN))
         ours = variants(PASTURE, together, self._options)[0]
         async with running(ours, self._folder / "pasture.log") as up:
+            loaded = await loaded_file(up)
             shared = await self._play(up, f"one pasture, {together.cells:,} cells")
         if (waited := first_shared(shared)) is not None:
             console.print(f"The first answer that shared came after {seconds(waited)}.", highlight=False)
         repack = await repack_survives(self._options, self._folder)
         alone = Size(workload.users, workload.longest_tokens, workload.users * each)
-        baseline = variants("isolated", alone, self._options, repack=repack)[0]
+        baseline = variants("isolated", alone, self._options, repack=repack, loaded=loaded)[0]
         async with running(baseline, self._folder / "isolated.log") as up:
             isolated = await self._play(up, f"a context each, {alone.cells:,} cells")
         for run in (shared, isolated):

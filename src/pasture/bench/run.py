@@ -12,6 +12,7 @@ import platform
 import re
 import tempfile
 from asyncio import CancelledError
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,7 @@ from pasture.bench.systems import (
     SystemFailed,
     default_model,
     default_threads,
+    loaded_file,
     repack_survives,
     running,
     variants,
@@ -45,6 +47,8 @@ from pasture.bench.systems import (
 from pasture.bench.workloads import CELL_MARGIN, Workload, build, crowded_cells, rounded_cells
 from pasture.core.errors import PastureError
 
+_LEFT_OUT = {"api_key", "weights"}
+"""of what describes a run: a secret, and what only `quality` goes by"""
 _NOT_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 _WARM_UP = Chat("warm-up", ({"role": "system", "content": "~"}, {"role": "user", "content": "0123456789"}), 8)
 
@@ -103,6 +107,8 @@ class Bench:
         self._console = console
         self._folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
         self._repack = False
+        self._loaded: Path | None = None
+        """what pasture computes with, once it has been asked"""
 
     async def run(self) -> int:
         """Measure, print, write. Exit status as `main` documents it."""
@@ -113,7 +119,7 @@ class Bench:
         report = Report(
             title=f"pasture bench {self._workload.name}: {self._workload.users} users, {self._workload.n_requests} requests, "
             f"{self._options.cells:,} cells",
-            settings=describe(self._options),
+            settings=describe(self._options) | {"pasture_computes_with": self._loaded.name if self._loaded else "not known"},
             machine=machine(),
             summaries=summarise(runs),
             best=best,
@@ -150,21 +156,25 @@ class Bench:
 
         log = self._folder / f"{_NOT_A_NAME.sub('-', system.label).strip('-')}.log"
         async with running(system, log) as up:
+            if system.peer == PASTURE:
+                self._loaded = await loaded_file(up)
             try:
                 return await measure(up, workload, self._options, ended)
             except* _Hopeless:
                 progress.update(task, description=f"{label}: outside")
         raise _Hopeless
 
-    def _systems(self, workload: Workload, cells: int) -> list[System]:
-        size = Size(workload.users, workload.longest_tokens, cells)
-        peers = (PASTURE, *self._options.against)
-        return [system for peer in peers for system in variants(peer, size, self._options, repack=self._repack)]
+    def _systems(self, workload: Workload, cells: int) -> Iterator[System]:
+        """pasture first: from then on it is known what it computes with."""
+        for peer in (PASTURE, *self._options.against):
+            yield from self._variants(peer, workload, cells)
 
     def _variant(self, peer: str, label: str, workload: Workload, cells: int) -> System:
+        return next(system for system in self._variants(peer, workload, cells) if system.label == label)
+
+    def _variants(self, peer: str, workload: Workload, cells: int) -> list[System]:
         size = Size(workload.users, workload.longest_tokens, cells)
-        systems = variants(peer, size, self._options, repack=self._repack)
-        return next(system for system in systems if system.label == label)
+        return variants(peer, size, self._options, repack=self._repack, loaded=self._loaded)
 
     async def _users_within_slo(self, peer: str, label: str) -> int:
         with progress_bar(self._console) as progress:
@@ -215,7 +225,7 @@ def cells_needed(peer: str, seen: Figures, workload: Workload) -> int:
 
 def describe(options: BenchOptions) -> dict[str, str]:
     """Every option as text, defaults resolved, secrets left out."""
-    values = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name != "api_key"}
+    values = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name not in _LEFT_OUT}
     values["model"] = (options.model or default_model()).name
     values["threads"] = options.threads or default_threads()
     return {name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()}

@@ -23,12 +23,11 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-import pasture
 from pasture.bench.client import Chat, Endpoint, call, call_json, chat
 from pasture.bench.memory import MemoryWatch
 from pasture.bench.options import BenchOptions
@@ -110,8 +109,11 @@ def find_llama_server(options: BenchOptions) -> Path:
     )
 
 
-def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = False) -> list[System]:
-    """Every way in which `peer` is measured, sized for the workload. For `repack` see `repack_survives`."""
+def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = False, loaded: Path | None = None) -> list[System]:
+    """Every way in which `peer` is measured, sized for the workload. For `repack` see `repack_survives`.
+
+    `loaded`: the file that pasture computes with, where that is known: `isolated` gets it too.
+    """
     if peer.startswith(("http://", "https://")):
         return [System(peer, "", (), Endpoint.parse(peer, options.api_key))]
     model = str(options.model or default_model())
@@ -119,12 +121,12 @@ def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = Fal
     if peer == PASTURE:
         command = [sys.executable, "-m", "pasture", "serve", "-m", model, "-c", str(size.cells), "-t", threads]
         return [_local(peer, "", [*command, *options.serve_flags])]
-    if options.peer_model is not None:
+    if peer == "isolated":
+        model = str(options.peer_model or loaded or model)
+    elif options.peer_model is not None:
         model = str(options.peer_model)
     slots = max(1, min(size.users, size.cells // max(1, size.longest_tokens)))
     if peer == "isolated":
-        if options.peer_model is None:
-            model = str(pasture.weights_file(model, threads=int(threads)))
         command = [sys.executable, "-m", "pasture.bench.isolated", "-m", model, "-c", str(size.cells), "-t", threads]
         command += ["--contexts", str(slots)]
         command += ["--repack"] if repack else []
@@ -137,13 +139,19 @@ def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = Fal
     ]
 
 
+async def loaded_file(up: Running) -> Path | None:
+    """The file that a running pasture computes with: the model's, or its copy with f16 weights. None where it does not say."""
+    model = (await call_json(up.system.endpoint, "/props") or {}).get("model")
+    path = model.get("loaded_path") if isinstance(model, dict) else None
+    return Path(path) if isinstance(path, str) and path else None
+
+
 async def repack_survives(options: BenchOptions, folder: Path) -> bool:
     """Whether the model runs here with weights rearranged for the processor, as pasture finds out by itself at its start.
 
     Some virtual machines advertise instructions that they do not carry out; peers would die of it, so they get the same
     treatment: rearranged where that works, as they are where it does not.
     """
-    options = replace(options, peer_model=options.peer_model or options.model or default_model())
     system = variants("isolated", Size(users=1, longest_tokens=512, cells=512), options, repack=True)[0]
     request = Chat("probe", ({"role": "user", "content": "How are you? " * 30},), 4)
     try:

@@ -56,7 +56,8 @@ def check(
 
         with measuring_engine(settings, min(n_cells, MEASURING_CELLS), max(DECODE_SEQUENCES)) as engine:
             rates = measure(engine, on_progress)
-            info = replace(info, weights=engine.model.weights, weights_because=engine.model.weights_because)
+            names = ("weights", "weights_because", "loaded_path")
+            info = replace(info, **{name: getattr(engine.model, name) for name in names})
         progress.update(task, completed=N_MEASURES + 1)
     answer = Answer(info, free, n_cells, rates, tuple(found))
     if as_json:
@@ -92,6 +93,7 @@ class Answer:
                 "context_length": self.model.n_ctx_train,
                 "shareable": self.model.shareable,
                 "weights": self.model.weights,
+                "loaded_path": self.model.loaded_path,
                 "weights_because": self.model.weights_because,
             },
             "free_bytes": self.free_bytes,

@@ -27,7 +27,7 @@ from pasture.cluster.members import Directory, vocabulary_mark
 from pasture.cluster.messages import Source
 from pasture.cluster.pulling import PullCosts
 from pasture.cluster.router import Router, RouterSettings, never_pull
-from pasture.cluster.sums import total
+from pasture.cluster.sums import as_loaded, total
 from pasture.cluster.survival import Story
 from pasture.cluster.values import Decision, Placement, Reason, ReplicaId, SessionKey
 from pasture.core.errors import Conflict, EngineError, NoReplica, NotFound, QueueFull, ShuttingDown
@@ -121,7 +121,7 @@ class ClusterService:
 
     @property
     def model(self) -> ModelInfo:
-        return self._model
+        return as_loaded(self._model, [link.identity.model for link in tuple(self.links.open.values())])
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -382,7 +382,7 @@ class ClusterService:
         """The sum over the replicas, as of their last reports."""
         marked, reported = self._marks(), dict(self.links.statistics)
         known = {replica: found for replica, found in reported.items() if replica in marked}  # the loop goes on meanwhile
-        return total(self._model, known, marked, draining=self._draining)
+        return total(self.model, known, marked, draining=self._draining)
 
     def _marks(self) -> dict[ReplicaId, int]:
         return marks(link.member for link in tuple(self.links.open.values()))

@@ -25,6 +25,23 @@ _NAMES = ("name", "namespace")
 _T = TypeVar("_T")
 
 
+def as_loaded(model: ModelInfo, loaded: Sequence[ModelInfo]) -> ModelInfo:
+    """What the file says of a model, with what replicas say of how they have loaded it: the first one's, where they differ."""
+    if not loaded:
+        return model
+    reasons = dict.fromkeys(reason for one in loaded for reason in one.slowed_by)
+    first = loaded[0]
+    because = [first.weights_because] if first.weights_because else []
+    differ = ["not every replica computes with the same"] if len({one.weights for one in loaded}) > 1 else []
+    return replace(
+        model,
+        slowed_by=tuple(reasons),
+        weights=first.weights,
+        loaded_path=first.loaded_path,
+        weights_because="; ".join(because + differ),
+    )
+
+
 def total(
     model: ModelInfo, statistics: Mapping[ReplicaId, ServiceStatistics], marked: Mapping[ReplicaId, int], *, draining: bool
 ) -> ServiceStatistics:

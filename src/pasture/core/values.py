@@ -286,6 +286,8 @@ class ModelInfo:
     """what makes it slower on this machine than it could be, a sentence each"""
     weights: Weights = Weights.FILE
     """FILE, or F16 where a quantised file was written out"""
+    loaded_path: str = ""
+    """the file that is loaded: `path`, or the copy of it; empty where none is"""
     weights_because: str = ""
     """what the self-check measured, where it chose"""
 

@@ -2,8 +2,9 @@
 
 In it: the model file's content, the architecture, the KV types as configured, flash attention, whether quantised rows are
 rotated, which rope factors are in use, full-size sliding windows, the library's version and the block format's. Not in it: the
-number of cells and sequences, the layout, threads, batch sizes, and where layers run. KV from a GPU differs from a CPU's by
-less than two chunkings of one prompt on the same CPU do, so machines of both kinds may exchange blocks.
+number of cells and sequences, the layout, threads, batch sizes, where layers run, and whether weights were written out as f16.
+KV from a GPU differs from a CPU's by less than two chunkings of one prompt on the same CPU do, and so does KV from f16 weights:
+machines of all kinds may exchange blocks.
 
 A file is hashed whole up to 128 MiB; of a larger one, its beginning (the metadata) and 16 KiB at each of 4,096 places, so
 that two fine-tunes of one base differ. Models in several files count all of them. Pure functions; reading takes up to a second.
@@ -18,6 +19,7 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 
 from pasture.engine import bindings
+from pasture.engine.gguf_header import model_files
 from pasture.engine.settings import EngineSettings
 
 BLOCK_FORMAT = 1
@@ -27,7 +29,6 @@ _BEGINNING_BYTES = 8 << 20
 _SAMPLE_BYTES = 16 << 10
 _N_SAMPLES = 4096
 _READ_BYTES = 1 << 20
-_PART_NAME = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
 
 
 def kv_fingerprint(settings: EngineSettings, *, architecture: str, long_rope: bool) -> bytes:
@@ -58,16 +59,6 @@ def is_rotation_off() -> bool:
     """Whether the library was told not to rotate quantised K and V; it reads the variable as C's atoi does."""
     number = re.match(r"\s*[+-]?\d+", os.environ.get(bindings.ROTATION_SWITCH, ""))
     return number is not None and int(number.group()) != 0
-
-
-def model_files(path: Path) -> list[Path]:
-    """The file, or all parts of a model that was split as llama.cpp splits them."""
-    part = _PART_NAME.search(path.name)
-    if part is None:
-        return [path]
-    count = int(part.group(1))
-    names = (_PART_NAME.sub(f"-{number:05d}-of-{count:05d}", path.name) for number in range(1, count + 1))
-    return [other for other in (path.with_name(name) for name in names) if other.exists()]
 
 
 def content_id(path: Path) -> bytes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _KEPT_ARRAY = 4096
 """longer arrays are skipped; per-layer values are far shorter"""
 _MAX_DIMENSIONS = 8
 _MAX_COUNT = 1 << 24
+
+
+_PART_NAME = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,16 @@ class _Reader:
         if length > _KEPT_ARRAY:
             return None, length
         return struct.unpack_from(f"<{length}{_SCALARS[item_kind]}", self._data, start), length
+
+
+def model_files(path: Path) -> list[Path]:
+    """The file, or all parts of a model that was split as llama.cpp splits them."""
+    part = _PART_NAME.search(path.name)
+    if part is None:
+        return [path]
+    count = int(part.group(1))
+    names = (_PART_NAME.sub(f"-{number:05d}-of-{count:05d}", path.name) for number in range(1, count + 1))
+    return [other for other in (path.with_name(name) for name in names) if other.exists()]
 
 
 def read_header(path: str | Path) -> GgufHeader:

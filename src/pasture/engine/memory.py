@@ -79,7 +79,7 @@ def plan_on_device(info: ModelInfo, settings: EngineSettings, *, n_embd: int, av
 
 
 def _weights_bytes(info: ModelInfo, settings: EngineSettings) -> int:
-    return 2 * info.n_params if settings.weights is Weights.F16 else info.n_bytes
+    return max(2 * info.n_params, info.n_bytes) if settings.weights is Weights.F16 else info.n_bytes
 
 
 def check_fits(plan: MemoryPlan, n_cells: int) -> None:

@@ -15,7 +15,6 @@ from pasture.core.errors import ModelError
 from pasture.core.values import ModelInfo, Weights
 from pasture.engine import bindings
 from pasture.engine.bindings import Handle, lib
-from pasture.engine.fingerprint import model_files
 from pasture.engine.gguf_header import GgufHeader, read_header
 from pasture.engine.probe import probe_model
 from pasture.engine.settings import EngineSettings, OnProgress
@@ -70,9 +69,12 @@ def load_model(settings: EngineSettings, on_progress: OnProgress | None = None) 
     hears = bindings.progress_callback(on_progress)  # held until it is loaded
     if hears is not None:
         params.progress_callback = hears
+    path = Path(settings.model_path)
     file = loaded_file(settings)
     with bindings.library_log.errors() as reasons:
         handle = bindings.handle(lib.llama_model_load_from_file(str(file).encode(), params))
+        if handle is None and file != path:
+            file.unlink(missing_ok=True)  # a damaged copy: the next start makes another
         if handle is None:
             raise ModelError(f"{settings.model_path} cannot be loaded: {_reason(reasons)}")
     model = handle
@@ -86,14 +88,14 @@ def load_model(settings: EngineSettings, on_progress: OnProgress | None = None) 
     stateful = bool(lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model))
     info = replace(
         info,
-        description=bindings.model_description(handle),
+        description=bindings.model_description(handle) if file == path else info.description,
         n_params=int(lib.llama_model_n_params(model)),
-        n_bytes=sum(part.stat().st_size for part in model_files(Path(settings.model_path))),
         n_vocab=vocabulary.n_tokens,
         n_layers=int(lib.llama_model_n_layer(model)),
         n_ctx_train=int(lib.llama_model_n_ctx_train(model)),
         shareable=not stateful and settings.flash_attn,
-        weights=Weights.FILE if file == Path(settings.model_path) else Weights.F16,
+        weights=Weights.FILE if file == path else Weights.F16,
+        loaded_path=str(file),
     )
     return Model(
         handle,

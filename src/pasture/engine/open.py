@@ -1,8 +1,8 @@
 """From settings to a running engine, and back to nothing when one of the steps fails.
 
-The order: read the header (is it a model at all?), check the memory, try the settings in a child process, load, make the
-context, and decode two tokens whose state blob tells how this model's KV is laid out. A model whose blob is of a kind we do
-not know is served without sharing rather than wrongly.
+The order: read the header (is it a model at all?), check the memory, try the settings in a child process, choose the weights,
+load, make the context, and decode two tokens whose state blob tells how this model's KV is laid out. A model whose blob is of a
+kind we do not know is served without sharing rather than wrongly.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pasture.engine.probe import probe_model
 from pasture.engine.selfcheck import examine
 from pasture.engine.settings import EngineSettings, OnProgress
 from pasture.engine.stateblob import StateFormat, detect_state_format
+from pasture.engine.weighing import choose_weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,11 @@ def open_engine(settings: EngineSettings, on_progress: OnProgress | None = None)
     if settings.n_gpu_layers == 0 or not has_gpu():
         plan = plan_memory(info, settings, n_embd=header.number("embedding_length"))
         check_fits(plan, settings.n_cells)
-    if settings.self_check:
-        verdict = examine(settings)
-        return open_unchecked(verdict.apply(settings), verdict.reasons, on_progress, weights_because=verdict.weights_because)
-    return open_unchecked(settings, on_progress=on_progress)
+    if not settings.self_check:
+        return open_unchecked(settings, on_progress=on_progress)
+    verdict = examine(settings)
+    chosen, because = choose_weights(verdict.apply(settings))
+    return open_unchecked(chosen, verdict.reasons, on_progress, weights_because=because)
 
 
 def open_unchecked(

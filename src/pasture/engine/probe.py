@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pasture.core.errors import ConfigError, ModelError
 from pasture.core.values import ModelInfo
-from pasture.engine.gguf_header import GgufHeader, read_header
+from pasture.engine.gguf_header import GgufHeader, model_files, read_header
 
 _BLOCKS: dict[str, tuple[int, int]] = {
     "f32": (1, 4),
@@ -44,13 +44,14 @@ def probe_model(path: str | Path, *, type_k: str = "f16", type_v: str = "f16") -
     header = read_header(path)
     if not header.architecture:
         raise ModelError(f"{path} names no architecture: it holds no language model")
+    parts = [read_header(part) for part in model_files(Path(path))]
     return ModelInfo(
         name=header.text("general.name") or header.path.stem,
         path=str(path),
         architecture=header.architecture,
         description=_description(header),
-        n_params=header.n_params,
-        n_bytes=header.file_bytes,
+        n_params=sum(part.n_params for part in parts),
+        n_bytes=sum(part.file_bytes for part in parts),
         n_vocab=header.array_lengths.get("tokenizer.ggml.tokens", header.number("vocab_size")),
         n_layers=header.number("block_count"),
         n_ctx_train=header.number("context_length"),

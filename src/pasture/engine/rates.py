@@ -8,7 +8,7 @@ Uses the clock that is passed in, and the thread that calls it, which must be th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -60,6 +60,16 @@ class Rates:
     prefill_tokens_per_second: float
     decode: tuple[DecodeRate, ...]
     """one for each of `DECODE_SEQUENCES` that the engine has room for"""
+
+    @classmethod
+    def best(cls, found: Iterable[Rates]) -> Rates:
+        """The best of each figure, of measurements of one thing."""
+        rates = list(found)
+        steps = zip(*(one.decode for one in rates), strict=True)
+        return cls(
+            max(one.prefill_tokens_per_second for one in rates),
+            tuple(min(step, key=lambda rate: rate.step_seconds) for step in steps),
+        )
 
     @property
     def shared_seconds(self) -> float:

@@ -4,11 +4,11 @@ llama.cpp multiplies a quantised weight by unpacking it for every few tokens, an
 way. For one person that is the best a CPU can do: it waits for memory, and packed weights are the fewest bytes. With many
 people in a step it is the multiplying that everybody waits for, and most quantisations have no kernel that is as good at it as
 the one for f16. So the file may be written out once (two bytes a parameter, by the library's own converter) and the copy loaded
-in its place: the same function, with less rounding. What that brings is measured (`engine.selfcheck`), not assumed.
+in its place: the same function, with less rounding. What that brings is measured (`engine.weighing`), not assumed.
 
-Copies lie in the user's cache folder, one a file, under a name that says which file's and by which library. They are made
-beside their name and renamed, so that none is ever half there, and those that nobody has loaded for a month are removed when a
-new one is made.
+Copies lie in the user's cache folder, one a file, under a name that says which file's and by which library. One process makes
+one at a time; it is made beside its name, written through to the disk and renamed, so none is ever half there. Those that
+nobody has loaded for a month are removed when a new one is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import ctypes
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -26,10 +25,10 @@ from pathlib import Path
 
 from pasture.core.errors import ModelError
 from pasture.core.values import Weights
-from pasture.engine import bindings
+from pasture.engine import bindings, usercache
 from pasture.engine.bindings import lib
-from pasture.engine.fingerprint import content_id, model_files
-from pasture.engine.gguf_header import GgufHeader, read_header
+from pasture.engine.fingerprint import content_id
+from pasture.engine.gguf_header import GgufHeader, model_files, read_header
 from pasture.engine.settings import EngineSettings, default_threads
 
 logger = logging.getLogger(__name__)
@@ -37,28 +36,12 @@ logger = logging.getLogger(__name__)
 _MOSTLY_F16 = 1
 """LLAMA_FTYPE_MOSTLY_F16"""
 _PARAMETER_BYTES = 2
-_WORTH_TRYING_BYTES = 2 << 30
-"""a larger copy is made only when it is asked for: it takes long, and who is alone waits for memory"""
-_MEMORY_SHARE = 0.25
-"""of the free memory, for a copy that nobody asked for"""
 _UNUSED_SECONDS = 30 * 86400.0
-
-
-def cache_directory() -> Path:
-    """Where what can be made again is kept for this user."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "pasture"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pasture"
-
-
-def worth_trying(path: str | Path, available_bytes: int) -> bool:
-    """Whether a copy of this file is small enough, and different enough, that measuring what it brings makes sense."""
-    n_bytes = expanded_bytes(Path(path))
-    return n_bytes is not None and n_bytes <= min(_WORTH_TRYING_BYTES, _MEMORY_SHARE * available_bytes)
+_MAKING = "making-"
 
 
 def expanded_bytes(path: Path) -> int | None:
-    """What the copy takes; None for a file without quantised weights, of which there is none."""
+    """What the copy takes, about; None for a file without quantised weights, of which there is none."""
     headers = [read_header(part) for part in model_files(path)]
     return _PARAMETER_BYTES * sum(header.n_params for header in headers) if any(map(_is_quantised, headers)) else None
 
@@ -66,14 +49,19 @@ def expanded_bytes(path: Path) -> int | None:
 def loaded_file(settings: EngineSettings) -> Path:
     """The file to load for these settings. Makes the copy where there is none yet; raises ModelError where that fails."""
     path = Path(settings.model_path)
-    if settings.weights is not Weights.F16 or expanded_bytes(path) is None:
+    needed = expanded_bytes(path) if settings.weights is Weights.F16 else None
+    if needed is None:
         return path
     copy = _copy_of(path)
-    if _is_whole(copy, path):
-        with suppress(OSError):
-            os.utime(copy)
-        return copy
-    return _make(path, copy)
+    try:
+        if not _is_whole(copy, needed):
+            with usercache.alone(copy.parent):
+                if not _is_whole(copy, needed):  # another process may have made it meanwhile
+                    _make(path, copy, needed)
+        os.utime(copy)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written out as f16 to {copy.parent}: {error.strerror}") from error
+    return copy
 
 
 def expand_weights(source: Path, target: Path) -> None:
@@ -96,40 +84,47 @@ def _is_quantised(header: GgufHeader) -> bool:
 
 
 def _copy_of(path: Path) -> Path:
-    question = (*map(content_id, model_files(path)), bindings.VERSION.encode())
-    return cache_directory() / "weights" / f"{sha256(b'/'.join(question)).hexdigest()[:32]}-f16.gguf"
+    marks = (*map(content_id, model_files(path)), *(part.stat().st_mtime_ns for part in model_files(path)), bindings.VERSION)
+    return usercache.directory() / "weights" / f"{sha256(repr(marks).encode()).hexdigest()[:32]}-f16.gguf"
 
 
-def _is_whole(copy: Path, path: Path) -> bool:
-    """Whether a copy is there, and the disk has not lost a part of it."""
+def _is_whole(copy: Path, needed: int) -> bool:
+    """Whether a copy is there, and the disk has not lost its end."""
     try:
-        header = read_header(copy)
+        return read_header(copy).file_bytes >= needed
     except ModelError:
         return False
-    return header.file_bytes >= (expanded_bytes(path) or 0)
 
 
-def _make(path: Path, copy: Path) -> Path:
-    needed = expanded_bytes(path) or 0
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _remove_unused(copy.parent)
-        free = shutil.disk_usage(copy.parent).free
-        if free < needed:
-            raise ModelError(f"{path} written out as f16 takes {needed} bytes; {copy.parent} has {free} left")
-        with tempfile.TemporaryDirectory(dir=copy.parent, prefix="making-") as folder:
-            made = Path(folder) / "f16.gguf"
-            expand_weights(path, made)
-            made.replace(copy)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written out as f16 to {copy.parent}: {error.strerror}") from error
+def _make(path: Path, copy: Path, needed: int) -> None:
+    """Under the folder's lock."""
+    _remove_unused(copy.parent)
+    free = shutil.disk_usage(copy.parent).free
+    if free < needed:
+        raise ModelError(f"{path} written out as f16 takes {needed} bytes; {copy.parent} has {free} left")
+    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=_MAKING) as folder:
+        made = Path(folder) / "f16.gguf"
+        expand_weights(path, made)
+        _sync(made)
+        made.replace(copy)
+        _sync(copy.parent)
     logger.info("the weights of %s are written out as f16 to %s", path, copy)
-    return copy
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_unused(folder: Path) -> None:
+    """Copies that nobody has loaded for long, and what a process left that was killed while it made one."""
     oldest = time.time() - _UNUSED_SECONDS
     for entry in folder.iterdir():
         with suppress(OSError):
-            if entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if entry.name.startswith(_MAKING):
+                shutil.rmtree(entry)
+            elif entry.stat().st_mtime < oldest:
+                entry.unlink()

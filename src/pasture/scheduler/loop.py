@@ -237,12 +237,14 @@ class EngineLoop:
     def _step(self) -> bool:
         self._follow_traffic()
         self._scheduler.resting.expire()
-        if self._scheduler.resting.demote():
+        demoted = self._scheduler.resting.demote()
+        if demoted:
             self._flush()  # whoever waits to go on with it finds it in the store
+            self._tidy = False
         plan = self._scheduler.schedule()
         if not plan.works and not plan.operations:
             self._deliver(self._scheduler.take_events())
-            return False
+            return demoted
         result = self._execute(plan)
         events = self._scheduler.commit(plan, result)
         self._tidy = False

@@ -31,6 +31,8 @@ from pasture.scheduler.task import Task
 
 MIN_RESTORE_TOKENS = 16
 """fewer are computed along with the rest of the prompt"""
+REMEMBERED_SAVES = 64
+"""after which requests that wait look for their tokens again"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ class Resting:
         """of namespaces whose KV is kept for another time"""
         self._wake = wake
         self._saving: dict[int, _Saving] = {}
+        self._recent: dict[int, _Saving] = {}
+        """the latest of them, those that are done too"""
+        self._newest_save = 0
         self._copied: dict[Sequence, int] = {}
         """length at which an idle sequence was copied out last; its id says nothing, because the next to come gets it again"""
         self._asked = Asked()
@@ -80,7 +85,10 @@ class Resting:
         p0 = self.store.gap(sequence.namespace, tokens, 0)
         if p0 >= len(tokens):
             return False
-        self._saving[self._pool.save(sequence, p0)] = _Saving(sequence.namespace, tokens, None)
+        self._newest_save = key = self._pool.save(sequence, p0)
+        self._saving[key] = self._recent[key] = _Saving(sequence.namespace, tokens, None)
+        if len(self._recent) > REMEMBERED_SAVES:
+            del self._recent[next(iter(self._recent))]
         return True
 
     def _before_eviction(self, sequence: Sequence) -> None:
@@ -158,6 +166,7 @@ class Resting:
     def start_over(self) -> None:
         """The live cache was emptied: what was to be saved of it never will be."""
         self._saving.clear()
+        self._recent.clear()
         self._copied.clear()
         self.samples.clear()
 
@@ -182,13 +191,18 @@ class Resting:
     def look(self, task: Task) -> bool:
         """Find out what the store has for a waiting request; False while slow tiers are still being asked.
 
-        False too while what it will find is leaving the live cache: this step's operations take it into the store.
+        False too, for one step, while more of its tokens than it could find now are leaving the live cache for the store.
         """
         if not self._may_find(task):
             return True
         namespace, tokens = self._namespace(task.request), task.tokens[:-1]
-        if self._saving and self._is_leaving(task, namespace, tokens):
-            return False
+        saved = self._saved_since(task, namespace, tokens)
+        if saved is not None:
+            if saved in self._saving and task.waits_for in (None, saved) and self._gains(task, namespace, tokens, saved):
+                task.waits_for = saved
+                return False
+            task.looked = task.lift is not None  # what was live then is stored now
+        task.seen_save = self._newest_save
         if not task.looked:
             task.looked = True
             task.stored_tokens = max(self.store.reach(namespace, tokens), self._public_reach(task))
@@ -202,16 +216,24 @@ class Resting:
         task.stored_tokens = max(task.stored_tokens, self.store.reach(namespace, tokens))
         return True
 
-    def _is_leaving(self, task: Task, namespace: Namespace, tokens: array[int]) -> bool:
-        """Whether more of a prompt is being saved than live cells or RAM have of it now."""
-        found = max(self.store.reach(namespace, tokens), self._pool.lookup(task.request.namespace, task.tokens))
-        for saving in self._saving.values():
-            if saving.namespace == namespace:
-                common = common_prefix(saving.tokens, 0, tokens, 0)
-                whole = self._pool.cuttable or common == len(saving.tokens)
-                if whole and common - found >= MIN_RESTORE_TOKENS:
-                    return True
-        return False
+    def _saved_since(self, task: Task, namespace: Namespace, tokens: array[int]) -> int | None:
+        """The newest save that has some of a prompt's beginning, begun since the prompt was looked for."""
+        for key in reversed(self._recent):
+            if key <= task.seen_save:
+                return None
+            recent = self._recent[key]
+            if recent.namespace == namespace and common_prefix(recent.tokens, 0, tokens, 0) >= MIN_RESTORE_TOKENS:
+                return key
+        return None
+
+    def _gains(self, task: Task, namespace: Namespace, tokens: array[int], key: int) -> bool:
+        """Whether a save under way has more of a prompt than live cells or RAM have now."""
+        leaving = self._recent[key].tokens
+        common = common_prefix(leaving, 0, tokens, 0)
+        if not self._pool.cuttable and common < len(leaving):
+            return False
+        live = self._pool.lookup(task.request.namespace, task.tokens)
+        return common - max(live, task.stored_tokens, self.store.reach(namespace, tokens)) >= MIN_RESTORE_TOKENS
 
     def enter(self, task: Task) -> Sequence | None:
         """Give a request a sequence with all that is live or in RAM of its tokens; None when every sequence id runs."""

@@ -37,12 +37,14 @@ class Task:
         "request",
         "sampler",
         "save_at",
+        "seen_save",
         "sequence",
         "started_at",
         "stored_tokens",
         "submitted_at",
         "timeline",
         "tokens",
+        "waits_for",
     )
 
     def __init__(self, request: Request, submitted_at: float, paused: Paused, compiled: object | None = None) -> None:
@@ -63,6 +65,10 @@ class Task:
         """whether the store was asked"""
         self.stored_tokens = 0
         """what the store had in RAM when it was asked"""
+        self.seen_save = 0
+        """the newest save when the store was asked"""
+        self.waits_for: int | None = None
+        """the one save whose end was waited for"""
         self.save_at: int | None = None
         """length at which its state is to be kept for others (models whose states cannot be cut)"""
         self.started_at: float | None = None

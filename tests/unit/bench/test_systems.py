@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-import pasture
 from pasture.bench.client import Endpoint
 from pasture.bench.options import BenchOptions
 from pasture.bench.systems import Size, System, SystemFailed, find_llama_server, free_port, running, variants
@@ -29,11 +28,6 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-@pytest.fixture(autouse=True)
-def _copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pasture, "weights_file", lambda model, **_: COPY)
-
-
 def values(command: tuple[str, ...], flag: str) -> str:
     """The last one: Python's own `-m` comes before ours."""
     return command[len(command) - command[::-1].index(flag)]
@@ -44,7 +38,7 @@ def test_every_system_gets_the_same_model_cells_and_threads(tmp_path: Path) -> N
     binary.touch(mode=0o755)
     options = BenchOptions(model=MODEL, threads=2, llama_server=binary)
     for peer in ("pasture", "isolated", "llama-server"):
-        for system in variants(peer, SIZE, options):
+        for system in variants(peer, SIZE, options, loaded=COPY):
             model = "copy.gguf" if peer == "isolated" else "model.gguf"
             assert [values(system.command, flag) for flag in ("-m", "-c", "-t")] == [model, "32768", "2"]
             assert values(system.command, "--port") == str(system.endpoint.port)
@@ -54,7 +48,10 @@ def test_peers_may_get_another_file(tmp_path: Path) -> None:
     binary = tmp_path / "llama-server"
     binary.touch(mode=0o755)
     options = BenchOptions(model=MODEL, peer_model=Path("other.gguf"), llama_server=binary)
-    used = {peer: values(variants(peer, SIZE, options)[0].command, "-m") for peer in ("pasture", "isolated", "llama-server")}
+    used = {
+        peer: values(variants(peer, SIZE, options, loaded=COPY)[0].command, "-m")
+        for peer in ("pasture", "isolated", "llama-server")
+    }
     assert used == {"pasture": "model.gguf", "isolated": "other.gguf", "llama-server": "other.gguf"}
 
 

@@ -80,7 +80,7 @@ def test_every_spelling_of_every_setting_is_accepted(capsys: pytest.CaptureFixtu
         "on|off|auto": "on",
         "text|json": "json",
     }
-    values |= {"FORM": "q8_0", "WITH": "all", "POLICY": "lru", "URL": "redis://h"}
+    values |= {"FORM": "q8_0", "WITH": "all", "POLICY": "lru", "URL": "redis://h", "WEIGHTS": "f16"}
     partners = {
         "ssl_key_file": ["--ssl-cert-file", "c"],
         "ssl_cert_file": ["--ssl-key-file", "k"],

@@ -41,6 +41,7 @@ def test_every_setting_can_be_set_in_the_environment_and_in_the_file(monkeypatch
         "tensor_split": "3,1",
         "top_p": "0.5",
         "itl_target": "50ms",
+        "weights": "f16",
         "kv_layout": "streams",
         "kv_compress": "q8_0",
         "kv_policy": "lru",

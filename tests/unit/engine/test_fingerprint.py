@@ -9,7 +9,8 @@ import pytest
 
 from pasture.core.values import Layout
 from pasture.engine import bindings
-from pasture.engine.fingerprint import content_id, is_rotation_off, kv_fingerprint, model_files
+from pasture.engine.fingerprint import content_id, is_rotation_off, kv_fingerprint
+from pasture.engine.gguf_header import model_files
 from pasture.engine.settings import EngineSettings
 
 LARGE = 200 << 20

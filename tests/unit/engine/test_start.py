@@ -12,8 +12,8 @@ from subprocess import CompletedProcess
 import pytest
 
 from pasture.core.errors import ConfigError, DoesNotFit, ModelError
-from pasture.core.values import Layout, Weights
-from pasture.engine import bindings, heads, selfcheck
+from pasture.core.values import Layout
+from pasture.engine import bindings, heads, selfcheck, trial
 from pasture.engine import settings as engine_settings
 from pasture.engine.memory import MIB, MemoryPlan, available_bytes, check_fits, plan_memory
 from pasture.engine.model import load_model
@@ -67,7 +67,7 @@ def test_a_mac_is_asked_for_its_cores_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_healthy_settings_stay(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     children(monkeypatch, "")
-    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True, weights=Weights.FILE)
+    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True)
 
 
 def test_the_trial_runs_in_streams_as_well(settings: EngineSettings) -> None:
@@ -140,9 +140,9 @@ def test_the_verdict_is_kept(settings: EngineSettings, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("deaths", [("SIGABRT", ""), ("SIGSEGV", "SIGABRT", ""), ("SIGSEGV", "SIGSEGV", "")])
 def test_what_may_pass_is_not_kept(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, deaths: tuple[str, ...]) -> None:
     children(monkeypatch, *deaths)
-    assert find_safe_settings(settings) != replace(settings, use_extra_bufts=True, weights=Weights.FILE)
+    assert find_safe_settings(settings) != replace(settings, use_extra_bufts=True)
     children(monkeypatch, "")
-    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True, weights=Weights.FILE), (
+    assert find_safe_settings(settings) == replace(settings, use_extra_bufts=True), (
         "a GPU that was busy, or a driver that failed"
     )
 
@@ -196,9 +196,9 @@ def test_a_child_killed_by_a_signal_is_told_from_one_that_answers(
         (Child(0, json.dumps({"ok": True})), "", False),
     ):
         monkeypatch.setattr("subprocess.run", lambda *_, child=child, **__: child)
-        trial = selfcheck._run_child(settings)
-        assert expected in trial.death
-        assert (bool(trial.death), trial.lasting) == (bool(expected), lasting)
+        ended = selfcheck._run_child(settings)
+        assert expected in ended.death
+        assert (bool(ended.death), ended.lasting) == (bool(expected), lasting)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: Child(0, json.dumps({"error": "cut short"})))
     with pytest.raises(ModelError, match="cut short"):
         selfcheck._run_child(settings)
@@ -220,7 +220,7 @@ def test_a_slow_child_proves_nothing_and_is_not_remembered(
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(slow))
-    monkeypatch.setattr(selfcheck, "_BASE_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(trial, "BASE_TIMEOUT_SECONDS", 0.05)
     assert find_safe_settings(settings).use_extra_bufts is False
     assert "no answer" in caplog.text
     assert not list((tmp_path / "cache").rglob("*.json"))

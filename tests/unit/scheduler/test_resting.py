@@ -86,13 +86,25 @@ def test_who_goes_on_with_what_is_leaving_waits_until_it_is_stored(resting: Rest
     pool.operations()
     pool.drop(before, "idle")
     assert not resting.look(again)
+    assert not resting.look(again), "until the step is done"
     assert resting.look(other), "nothing of this one is on its way"
     saves = [operation for operation in pool.operations() if isinstance(operation, Save)]
     engine = FakeEngine(pool.shape)
     engine.execute(StepPlan((), (Work(SeqId(0), said, 0, None),)))
     resting.saved(engine.execute(StepPlan(tuple(saves), ())).saved)
     assert resting.look(again)
-    assert resting.store.reach(NAME, token_array(said)) == len(said)
+    assert again.stored_tokens == len(said), "and is worth what is stored of it"
+
+
+def test_a_request_waits_for_one_save_at_most(resting: Resting) -> None:
+    """Cells are taken piece by piece, by a store that keeps none of them: it had better start with what is left."""
+    pool = resting._pool
+    again = Task(Request(RequestId("again"), tuple(range(1000, 1101)), 1, namespace=NAME), 0.0, lambda: False)
+    for turn in range(3):
+        pool.drop(rest(pool, 1000), "idle")
+        assert resting.look(again) is (turn > 0)
+        pool.operations()
+        resting._saving.clear()
 
 
 def test_what_nobody_used_for_too_long_is_forgotten_and_not_saved() -> None:
