@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pasture.core.errors import ModelError, RequestError, ShuttingDown
 from pasture.core.values import Layout, Outcome, SamplingParams, Segment, SeqId, StepPlan, Weights, Work
-from pasture.engine import probe_model
+from pasture.engine import probe_model, weighing
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.quality import LIVE, measure_quality
 from pasture.engine.sampling import LlamaSampler
@@ -279,6 +279,7 @@ def test_the_self_check_lets_a_healthy_model_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(weighing, "available_bytes", lambda: 8 << 30)
     with caplog.at_level(logging.WARNING):
         engine = open_small(smollm_path(), self_check=True, use_extra_bufts=None)
     assert not caplog.records

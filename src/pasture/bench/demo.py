@@ -73,7 +73,7 @@ class Demo:
             shared = await self._play(up, f"one pasture, {together.cells:,} cells")
         if (waited := first_shared(shared)) is not None:
             console.print(f"The first answer that shared came after {seconds(waited)}.", highlight=False)
-        repack = await repack_survives(self._options, self._folder)
+        repack = await repack_survives(self._options, self._folder, loaded)
         alone = Size(workload.users, workload.longest_tokens, workload.users * each)
         baseline = variants("isolated", alone, self._options, repack=repack, loaded=loaded)[0]
         async with running(baseline, self._folder / "isolated.log") as up:

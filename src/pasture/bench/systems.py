@@ -146,13 +146,13 @@ async def loaded_file(up: Running) -> Path | None:
     return Path(path) if isinstance(path, str) and path else None
 
 
-async def repack_survives(options: BenchOptions, folder: Path) -> bool:
+async def repack_survives(options: BenchOptions, folder: Path, loaded: Path | None = None) -> bool:
     """Whether the model runs here with weights rearranged for the processor, as pasture finds out by itself at its start.
 
     Some virtual machines advertise instructions that they do not carry out; peers would die of it, so they get the same
     treatment: rearranged where that works, as they are where it does not.
     """
-    system = variants("isolated", Size(users=1, longest_tokens=512, cells=512), options, repack=True)[0]
+    system = variants("isolated", Size(users=1, longest_tokens=512, cells=512), options, repack=True, loaded=loaded)[0]
     request = Chat("probe", ({"role": "user", "content": "How are you? " * 30},), 4)
     try:
         async with running(system, folder / "probe.log"):

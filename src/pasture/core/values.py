@@ -39,7 +39,7 @@ class Weights(StrEnum):
     """What a model's weights are multiplied as."""
 
     AUTO = "auto"
-    """whichever the self-check finds quicker here"""
+    """whichever is measured to carry more people here; as in the file without a self-check"""
     FILE = "file"
     """as they are in the file"""
     F16 = "f16"

@@ -7,6 +7,7 @@ start and happens once; the context on top of it may be rebuilt many times.
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -74,9 +75,10 @@ def load_model(settings: EngineSettings, on_progress: OnProgress | None = None) 
     with bindings.library_log.errors() as reasons:
         handle = bindings.handle(lib.llama_model_load_from_file(str(file).encode(), params))
         if handle is None and file != path:
-            file.unlink(missing_ok=True)  # a damaged copy: the next start makes another
+            with suppress(OSError):
+                file.unlink()  # it may be damaged: whoever wants it next makes another
         if handle is None:
-            raise ModelError(f"{settings.model_path} cannot be loaded: {_reason(reasons)}")
+            raise ModelError(f"{file} cannot be loaded: {_reason(reasons)}")
     model = handle
     if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
         lib.llama_model_free(model)

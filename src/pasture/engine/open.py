@@ -11,9 +11,9 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from pasture.core.errors import EngineError
+from pasture.core.errors import EngineError, ModelError
 from pasture.core.storage import Bytes
-from pasture.core.values import ModelInfo
+from pasture.core.values import ModelInfo, Weights
 from pasture.engine.blob import KvFormat, StateSlab, detect_format, parse
 from pasture.engine.context import Context, Piece, max_sequences
 from pasture.engine.device import has_gpu
@@ -26,6 +26,7 @@ from pasture.engine.selfcheck import examine
 from pasture.engine.settings import EngineSettings, OnProgress
 from pasture.engine.stateblob import StateFormat, detect_state_format
 from pasture.engine.weighing import choose_weights
+from pasture.engine.weights import have_copy
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,18 @@ def open_engine(settings: EngineSettings, on_progress: OnProgress | None = None)
         check_fits(plan, settings.n_cells)
     if not settings.self_check:
         return open_unchecked(settings, on_progress=on_progress)
+    if settings.weights is Weights.F16:
+        have_copy(settings)
     verdict = examine(settings)
-    chosen, because = choose_weights(verdict.apply(settings))
-    return open_unchecked(chosen, verdict.reasons, on_progress, weights_because=because)
+    checked = verdict.apply(settings)
+    chosen, because = choose_weights(checked)
+    try:
+        return open_unchecked(chosen, verdict.reasons, on_progress, weights_because=because)
+    except ModelError as error:
+        if checked.weights is not Weights.AUTO or chosen.weights is Weights.FILE:
+            raise
+        logger.warning("%s; its weights stay as they are in the file", error)
+        return open_unchecked(replace(chosen, weights=Weights.FILE), verdict.reasons, on_progress)
 
 
 def open_unchecked(

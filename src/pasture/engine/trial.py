@@ -1,7 +1,7 @@
 """Computing in a child process, where a crash does no harm and no memory stays behind.
 
 `run` starts `python -m MODULE`, hands it engine settings as JSON on stdin and gets one JSON line back; `serve` is what such a
-module calls. The parent holds no C state of its own meanwhile.
+module calls.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pasture.engine.device import has_gpu
 from pasture.engine.memory import available_bytes
 from pasture.engine.rates import DECODE_SEQUENCES, LONE_FACTOR, PROMPT_TOKENS_A_REPLY_TOKEN, WORTH, DecodeRate, Rates, measure
 from pasture.engine.settings import EngineSettings, default_threads
-from pasture.engine.weights import expanded_bytes, loaded_file
+from pasture.engine.weights import expanded_bytes, have_copy
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,8 @@ _RULE = (WORTH, LONE_FACTOR, PROMPT_TOKENS_A_REPLY_TOKEN, DECODE_SEQUENCES, _ROU
 
 
 def choose_weights(settings: EngineSettings) -> tuple[EngineSettings, str]:
-    """Settings that the self-check has passed, with their weights chosen, and what was measured. AUTO: see the module.
-
-    Raises ModelError only where f16 was asked for and cannot be had.
-    """
+    """Settings that the self-check has passed, with their weights chosen where they are AUTO, and what was measured."""
     if settings.weights is not Weights.AUTO:
-        loaded_file(settings)
         return settings, ""
     as_in_file, written_out = (replace(settings, weights=weights) for weights in (Weights.FILE, Weights.F16))
     if not _worth_trying(settings):
@@ -47,7 +43,7 @@ def choose_weights(settings: EngineSettings) -> tuple[EngineSettings, str]:
     try:
         better, because = _compare(as_in_file, written_out)
         if better:
-            loaded_file(written_out)  # it may have gone since it was measured
+            have_copy(written_out)  # it may have gone since it was measured
     except (ModelError, OSError, subprocess.TimeoutExpired) as error:
         logger.warning("the weights of %s stay as they are in the file: %s", settings.model_path, error)
         return as_in_file, ""
@@ -65,16 +61,24 @@ def _worth_trying(settings: EngineSettings) -> bool:
 def _compare(as_in_file: EngineSettings, written_out: EngineSettings) -> tuple[bool, str]:
     """Whether the copy is better, and the comparison in words. Raises ModelError where one of both cannot be measured."""
     answer = _answer_file(as_in_file)
+    if (kept := _recall(answer)) is not None:
+        return kept
+    logger.info("comparing ways to compute with %s", as_in_file.model_path)
     with usercache.alone(answer.parent):
-        kept = usercache.recall(answer)
-        if isinstance(kept.get("better"), bool) and isinstance(kept.get("because"), str):
-            return kept["better"], kept["because"]
-        loaded_file(written_out)
+        if (kept := _recall(answer)) is not None:
+            return kept
+        have_copy(written_out)
         rounds = [(_rates(as_in_file), _rates(written_out)) for _ in range(_ROUNDS)]
         packed, unpacked = (Rates.best(found) for found in zip(*rounds, strict=True))
         better, because = unpacked.is_better_than(packed), unpacked.beside(packed)
         usercache.remember(answer, {"better": better, "because": because})
         return better, because
+
+
+def _recall(answer: Path) -> tuple[bool, str] | None:
+    kept = usercache.recall(answer)
+    better, because = kept.get("better"), kept.get("because")
+    return (better, because) if isinstance(better, bool) and isinstance(because, str) else None
 
 
 def _answer_file(settings: EngineSettings) -> Path:

@@ -17,15 +17,17 @@ import ctypes
 import logging
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from pasture.core.errors import ModelError
 from pasture.core.values import Weights
-from pasture.engine import bindings, usercache
+from pasture.engine import bindings, trial, usercache
 from pasture.engine.bindings import lib
 from pasture.engine.fingerprint import content_id
 from pasture.engine.gguf_header import GgufHeader, model_files, read_header
@@ -53,15 +55,36 @@ def loaded_file(settings: EngineSettings) -> Path:
     if needed is None:
         return path
     copy = _copy_of(path)
-    try:
-        if not _is_whole(copy, needed):
+    if not _is_whole(copy, needed):
+        try:
             with usercache.alone(copy.parent):
                 if not _is_whole(copy, needed):  # another process may have made it meanwhile
                     _make(path, copy, needed)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be written out as f16 to {copy.parent}: {error.strerror}") from error
+    with suppress(OSError):
         os.utime(copy)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written out as f16 to {copy.parent}: {error.strerror}") from error
     return copy
+
+
+def have_copy(settings: EngineSettings) -> None:
+    """Make the copy in a child process, where there is none yet: a converter that crashes ends nothing else.
+
+    Raises ModelError where that fails.
+    """
+    path = Path(settings.model_path)
+    needed = expanded_bytes(path)
+    if needed is None or _is_whole(_copy_of(path), needed):
+        return
+    logger.info("writing %s out as f16", path)
+    try:
+        answer = trial.run(
+            "pasture.engine.weights", replace(settings, weights=Weights.F16), trial.file_bytes(settings) + 4 * needed
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(f"{path} could not be written out as f16 in {error.timeout:.0f} s") from error
+    if isinstance(answer, trial.Death):
+        raise ModelError(f"{path} cannot be written out as f16: {answer.reason}")
 
 
 def expand_weights(source: Path, target: Path) -> None:
@@ -105,6 +128,8 @@ def _make(path: Path, copy: Path, needed: int) -> None:
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=_MAKING) as folder:
         made = Path(folder) / "f16.gguf"
         expand_weights(path, made)
+        if not _is_whole(made, needed):
+            raise ModelError(f"{path} cannot be written out as f16: some of its weights stay as they are")
         _sync(made)
         made.replace(copy)
         _sync(copy.parent)
@@ -128,3 +153,7 @@ def _remove_unused(folder: Path) -> None:
                 shutil.rmtree(entry)
             elif entry.stat().st_mtime < oldest:
                 entry.unlink()
+
+
+if __name__ == "__main__":
+    trial.serve(lambda settings: {"path": str(loaded_file(settings))})

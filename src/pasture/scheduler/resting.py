@@ -217,14 +217,15 @@ class Resting:
         return True
 
     def _saved_since(self, task: Task, namespace: Namespace, tokens: array[int]) -> int | None:
-        """The newest save that has some of a prompt's beginning, begun since the prompt was looked for."""
+        """Of the saves begun since a prompt was looked for, the one that has most of its beginning; None: nothing."""
+        best, longest = None, MIN_RESTORE_TOKENS - 1
         for key in reversed(self._recent):
             if key <= task.seen_save:
-                return None
+                break
             recent = self._recent[key]
-            if recent.namespace == namespace and common_prefix(recent.tokens, 0, tokens, 0) >= MIN_RESTORE_TOKENS:
-                return key
-        return None
+            if recent.namespace == namespace and (common := common_prefix(recent.tokens, 0, tokens, 0)) > longest:
+                best, longest = key, common
+        return best
 
     def _gains(self, task: Task, namespace: Namespace, tokens: array[int], key: int) -> bool:
         """Whether a save under way has more of a prompt than live cells or RAM have now."""

@@ -13,6 +13,7 @@ import pytest
 from pasture.core.errors import ModelError
 from pasture.core.values import Weights
 from pasture.engine import trial, weighing, weights
+from pasture.engine.open import open_engine
 from pasture.engine.rates import DecodeRate, Rates
 from pasture.engine.settings import EngineSettings
 from pasture.engine.weighing import choose_weights
@@ -104,14 +105,38 @@ def test_a_copy_that_went_and_cannot_be_made_again_leaves_the_file(
     chosen, _ = choose_weights(settings)
     loaded_file(chosen).unlink()
 
-    def full(source: Path, target: Path) -> None:
-        raise ModelError("the disk is full")
-
-    monkeypatch.setattr(weights, "expand_weights", full)
+    monkeypatch.setattr(trial, "run", lambda *_: trial.Death("the disk is full"))
     assert choose_weights(settings)[0].weights is Weights.FILE
     assert "the disk is full" in caplog.text
     with pytest.raises(ModelError, match="the disk is full"):
-        choose_weights(replace(settings, weights=Weights.F16))
+        open_engine(replace(settings, weights=Weights.F16))
+
+
+def test_a_copy_that_is_there_and_cannot_be_loaded_leaves_the_file(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured(monkeypatch, file=FILE, f16=QUICK)
+    chosen, _ = choose_weights(settings)
+    copy = loaded_file(chosen)
+    copy.write_bytes(copy.read_bytes().replace(b"llama", b"lLama"))
+    engine = open_engine(settings)
+    assert engine.model.weights is Weights.FILE
+    engine.close()
+    assert f"{copy} cannot be loaded" in caplog.text
+    engine = open_engine(settings)
+    assert engine.model.weights is Weights.F16, "made anew"
+    engine.close()
+
+
+def test_a_converter_that_crashes_ends_only_its_child(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crashing = tmp_path / "python"
+    crashing.write_text("#!/bin/sh\nkill -ABRT $$\n")
+    crashing.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(crashing))
+    with pytest.raises(ModelError, match="written out as f16: a trial run was killed by SIGABRT"):
+        weights.have_copy(settings)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,20 @@ def test_who_goes_on_with_what_is_leaving_waits_until_it_is_stored(resting: Rest
     assert again.stored_tokens == len(said), "and is worth what is stored of it"
 
 
+def test_of_several_saves_the_one_with_most_of_the_prompt_is_waited_for() -> None:
+    """Everybody has the system prompt in common, and the last to leave may have nothing else."""
+    engine = FakeEngine(PoolShape(1024, 4))
+    pool = Pool(engine.shape, clock=lambda: 0.0)
+    with closing(store_for(engine)) as store:
+        resting = Resting(pool, store, engine.codec, lambda: 0.0, SchedulerSettings(), lambda: None)
+        mine, other = rest(pool, 1000, after=50), rest(pool, 2000, after=50)
+        again = Task(Request(RequestId("again"), (*mine.tokens(), 5), 1, namespace=NAME), 0.0, lambda: False)
+        assert resting.look(again)
+        for sequence in (mine, other):
+            pool.drop(sequence, "idle")
+        assert not resting.look(again)
+
+
 def test_a_request_waits_for_one_save_at_most(resting: Resting) -> None:
     """Cells are taken piece by piece, by a store that keeps none of them: it had better start with what is left."""
     pool = resting._pool
