@@ -29,6 +29,13 @@ _REF = "#/components/schemas/{model}"
 _JSON = "application/json"
 EVENTS = "text/event-stream"
 
+_EVENT: Json = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+"""each event: before OpenAPI 3.2, tools take the schema of a stream for that"""
+
 TAKES_BODY = (400, 408, 413)
 """errors of every route that reads a body"""
 GENERATES = (408, 409, 429, 500, 503)
@@ -74,7 +81,7 @@ def described(
     if answer is not None:
         content = {_JSON: {"schema": _schema(answer, "serialization")}}
     if streams:
-        content |= {EVENTS: {"schema": {"type": "string"}}}
+        content |= {EVENTS: {"schema": _EVENT}}
     extra: Json = {}
     if headers:
         extra["parameters"] = [
