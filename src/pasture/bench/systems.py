@@ -121,10 +121,7 @@ def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = Fal
     if peer == PASTURE:
         command = [sys.executable, "-m", "pasture", "serve", "-m", model, "-c", str(size.cells), "-t", threads]
         return [_local(peer, "", [*command, *options.serve_flags])]
-    if peer == "isolated":
-        model = str(options.peer_model or loaded or model)
-    elif options.peer_model is not None:
-        model = str(options.peer_model)
+    model = str(options.peer_model or (loaded if peer == "isolated" else None) or model)
     slots = max(1, min(size.users, size.cells // max(1, size.longest_tokens)))
     if peer == "isolated":
         command = [sys.executable, "-m", "pasture.bench.isolated", "-m", model, "-c", str(size.cells), "-t", threads]

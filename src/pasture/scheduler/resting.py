@@ -32,7 +32,7 @@ from pasture.scheduler.task import Task
 MIN_RESTORE_TOKENS = 16
 """fewer are computed along with the rest of the prompt"""
 REMEMBERED_SAVES = 64
-"""after which requests that wait look for their tokens again"""
+"""the latest, with which a waiting request compares its tokens"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,6 @@ class Resting:
         self._saving: dict[int, _Saving] = {}
         self._recent: dict[int, _Saving] = {}
         """the latest of them, those that are done too"""
-        self._newest_save = 0
         self._copied: dict[Sequence, int] = {}
         """length at which an idle sequence was copied out last; its id says nothing, because the next to come gets it again"""
         self._asked = Asked()
@@ -85,7 +84,7 @@ class Resting:
         p0 = self.store.gap(sequence.namespace, tokens, 0)
         if p0 >= len(tokens):
             return False
-        self._newest_save = key = self._pool.save(sequence, p0)
+        key = self._pool.save(sequence, p0)
         self._saving[key] = self._recent[key] = _Saving(sequence.namespace, tokens, None)
         if len(self._recent) > REMEMBERED_SAVES:
             del self._recent[next(iter(self._recent))]
@@ -202,7 +201,7 @@ class Resting:
                 task.waits_for = saved
                 return False
             task.looked = task.lift is not None  # what was live then is stored now
-        task.seen_save = self._newest_save
+        task.seen_save = next(reversed(self._recent), 0)
         if not task.looked:
             task.looked = True
             task.stored_tokens = max(self.store.reach(namespace, tokens), self._public_reach(task))

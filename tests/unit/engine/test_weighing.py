@@ -18,45 +18,36 @@ from pasture.engine.rates import DecodeRate, Rates
 from pasture.engine.settings import EngineSettings
 from pasture.engine.weighing import choose_weights
 from pasture.engine.weights import expanded_bytes, loaded_file
-from tests.gguf_factory import write_llama
 
 FILE = Rates(300.0, (DecodeRate(1, 0.012), DecodeRate(8, 0.060)))
 QUICK = Rates(600.0, (DecodeRate(1, 0.016), DecodeRate(8, 0.050)))
-
-
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSettings:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.platform", "linux")
-    path = write_llama(tmp_path / "m.gguf", quantised=True)
-    return EngineSettings(model_path=str(path), n_cells=512, n_seqs=4, n_gpu_layers=0, use_extra_bufts=False)
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, **rates: Rates) -> list[Weights]:
     """Replace the children: each weights' rates are as given. Returns what was measured."""
     asked: list[Weights] = []
 
-    def found(settings: EngineSettings) -> Rates:
-        asked.append(settings.weights)
-        return rates[settings.weights.value]
+    def found(quantised: EngineSettings) -> Rates:
+        asked.append(quantised.weights)
+        return rates[quantised.weights.value]
 
     monkeypatch.setattr(weighing, "_rates", found)
     return asked
 
 
 def test_the_quicker_weights_are_chosen_and_kept(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = measured(monkeypatch, file=FILE, f16=QUICK)
     with caplog.at_level(logging.WARNING):
-        chosen, because = choose_weights(settings)
-    assert chosen == replace(settings, weights=Weights.F16)
+        chosen, because = choose_weights(quantised)
+    assert chosen == replace(quantised, weights=Weights.F16)
     assert "a prompt token takes 0.50 times" in because
     assert "a step of 1 1.33, a step of 8 0.83 times" in because
     assert asked == [Weights.FILE, Weights.F16] * 2, "in turn"
     assert not caplog.records, "nothing is wrong with it"
     asked = measured(monkeypatch)
-    assert choose_weights(settings) == (chosen, because)
+    assert choose_weights(quantised) == (chosen, because)
     assert not asked
 
 
@@ -67,9 +58,9 @@ def test_the_quicker_weights_are_chosen_and_kept(
         (Rates(600.0, (DecodeRate(1, 0.024), DecodeRate(8, 0.050))), "who is alone waits twice as long"),
     ],
 )
-def test_weights_stay_as_they_are(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, f16: Rates, why: str) -> None:
+def test_weights_stay_as_they_are(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, f16: Rates, why: str) -> None:
     measured(monkeypatch, file=FILE, f16=f16)
-    assert choose_weights(settings)[0].weights is Weights.FILE, why
+    assert choose_weights(quantised)[0].weights is Weights.FILE, why
 
 
 def test_the_best_of_each_figure_counts() -> None:
@@ -89,82 +80,82 @@ def fails(reason: Exception) -> Callable[[EngineSettings], Rates]:
     [ModelError("a trial run was killed by SIGKILL"), subprocess.TimeoutExpired("python", 5.0), OSError(30, "read-only")],
 )
 def test_what_could_not_be_measured_is_said_and_asked_again(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: Exception
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: Exception
 ) -> None:
     monkeypatch.setattr(weighing, "_rates", fails(reason))
-    assert choose_weights(settings)[0].weights is Weights.FILE
+    assert choose_weights(quantised)[0].weights is Weights.FILE
     assert "stay as they are in the file" in caplog.text
     measured(monkeypatch, file=FILE, f16=QUICK)
-    assert choose_weights(settings)[0].weights is Weights.F16
+    assert choose_weights(quantised)[0].weights is Weights.F16
 
 
 def test_a_copy_that_went_and_cannot_be_made_again_leaves_the_file(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured(monkeypatch, file=FILE, f16=QUICK)
-    chosen, _ = choose_weights(settings)
+    chosen, _ = choose_weights(quantised)
     loaded_file(chosen).unlink()
 
     monkeypatch.setattr(trial, "run", lambda *_: trial.Death("the disk is full"))
-    assert choose_weights(settings)[0].weights is Weights.FILE
+    assert choose_weights(quantised)[0].weights is Weights.FILE
     assert "the disk is full" in caplog.text
     with pytest.raises(ModelError, match="the disk is full"):
-        open_engine(replace(settings, weights=Weights.F16))
+        open_engine(replace(quantised, weights=Weights.F16))
 
 
 def test_a_copy_that_is_there_and_cannot_be_loaded_leaves_the_file(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured(monkeypatch, file=FILE, f16=QUICK)
-    chosen, _ = choose_weights(settings)
+    chosen, _ = choose_weights(quantised)
     copy = loaded_file(chosen)
     copy.write_bytes(copy.read_bytes().replace(b"llama", b"lLama"))
-    engine = open_engine(settings)
+    engine = open_engine(quantised)
     assert engine.model.weights is Weights.FILE
     engine.close()
     assert f"{copy} cannot be loaded" in caplog.text
-    engine = open_engine(settings)
+    engine = open_engine(quantised)
     assert engine.model.weights is Weights.F16, "made anew"
     engine.close()
 
 
 def test_a_converter_that_crashes_ends_only_its_child(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     crashing = tmp_path / "python"
     crashing.write_text("#!/bin/sh\nkill -ABRT $$\n")
     crashing.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(crashing))
     with pytest.raises(ModelError, match="written out as f16: a trial run was killed by SIGABRT"):
-        weights.have_copy(settings)
+        weights.have_copy(quantised)
 
 
 @pytest.mark.parametrize(
     "changes", [{"use_mmap": False}, {"use_mlock": True}, {"weights": Weights.FILE}, {"weights": Weights.F16}]
 )
 def test_nothing_is_measured_where_there_is_nothing_to_choose(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
     asked = measured(monkeypatch)
-    wanted = replace(settings, **changes)  # type: ignore[arg-type]
+    wanted = replace(quantised, **changes)  # type: ignore[arg-type]
     expected = Weights.F16 if wanted.weights is Weights.F16 else Weights.FILE
     assert choose_weights(wanted)[0].weights is expected
     assert not asked
 
 
 def test_a_gpu_computes_with_the_file_whatever_a_cpu_was_found_to_do(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(monkeypatch, file=FILE, f16=QUICK)
-    everything = replace(settings, n_gpu_layers=-1)
+    everything = replace(quantised, n_gpu_layers=-1)
     monkeypatch.setattr(weighing, "has_gpu", lambda: False)
     assert choose_weights(everything)[0].weights is Weights.F16
     monkeypatch.setattr(weighing, "has_gpu", lambda: True)
     assert choose_weights(everything)[0].weights is Weights.FILE
 
 
-def test_a_large_model_is_not_written_out_unasked(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = expanded_bytes(Path(settings.model_path)) or 0
+def test_a_large_model_is_not_written_out_unasked(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = expanded_bytes(Path(quantised.model_path)) or 0
     for free, limit, expected in (
         (4 * needed, 1 << 40, Weights.F16),
         (4 * needed - 4, 1 << 40, Weights.FILE),
@@ -173,27 +164,29 @@ def test_a_large_model_is_not_written_out_unasked(settings: EngineSettings, monk
         measured(monkeypatch, file=FILE, f16=QUICK)
         monkeypatch.setattr(weighing, "available_bytes", lambda free=free: free)
         monkeypatch.setattr(weighing, "_WORTH_TRYING_BYTES", limit)
-        assert choose_weights(settings)[0].weights is expected, "also where it was measured before"
+        assert choose_weights(quantised)[0].weights is expected, "also where it was measured before"
 
 
-def test_a_damaged_answer_is_asked_for_again(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_damaged_answer_is_asked_for_again(
+    quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     measured(monkeypatch, file=FILE, f16=QUICK)
-    choose_weights(settings)
+    choose_weights(quantised)
     (kept,) = (tmp_path / "cache").rglob("*.json")
     for damage in ("", "[]", '{"better": 1, "because": ""}'):
         kept.write_text(damage)
         asked = measured(monkeypatch, file=FILE, f16=QUICK)
-        choose_weights(settings)
+        choose_weights(quantised)
         assert asked
 
 
-def test_the_children_measure_both_ways(settings: EngineSettings) -> None:
-    chosen, because = choose_weights(settings)
+def test_the_children_measure_both_ways(quantised: EngineSettings) -> None:
+    chosen, because = choose_weights(quantised)
     assert "times as long as with the file's own" in because
     assert chosen.weights in (Weights.FILE, Weights.F16)
 
 
-def test_a_child_that_dies_is_an_error(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_dies_is_an_error(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "run", lambda *_: trial.Death("a trial run was killed by SIGILL"))
     with pytest.raises(ModelError, match="SIGILL"):
-        weighing._rates(settings)
+        weighing._rates(quantised)
