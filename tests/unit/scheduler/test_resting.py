@@ -102,7 +102,7 @@ def test_of_several_saves_the_one_with_most_of_the_prompt_is_waited_for() -> Non
     pool = Pool(engine.shape, clock=lambda: 0.0)
     with closing(store_for(engine)) as store:
         resting = Resting(pool, store, engine.codec, lambda: 0.0, SchedulerSettings(), lambda: None)
-        mine, other = rest(pool, 1000, after=50), rest(pool, 2000, after=50)
+        mine, other, _ = (rest(pool, first, after=50) for first in (1000, 2000, 3000))  # the third keeps what all have
         again = Task(Request(RequestId("again"), (*mine.tokens(), 5), 1, namespace=NAME), 0.0, lambda: False)
         assert resting.look(again)
         for sequence in (mine, other):
@@ -158,6 +158,19 @@ def test_a_namespace_may_have_a_time_of_its_own() -> None:
         resting.expire()
         assert [sequence.namespace for sequence in pool.sequences.values()] == [NAME]
         assert resting.expires_in() == 70.0
+
+
+def test_all_that_is_due_leaves_the_live_cache_before_the_engine_rests() -> None:
+    engine = FakeEngine(PoolShape(1024, 8))
+    loop = EngineLoop(engine, SchedulerSettings(idle_live_seconds=0.0), store_for(engine), lambda _: None)
+    for name, first in (("a", 0), ("b", 1000)):
+        loop._scheduler.submit(Task(Request(RequestId(name), tuple(range(first, first + 300)), 0), 0.0, lambda: False))
+    n_steps = 0
+    while loop.step():
+        n_steps += 1
+        assert n_steps < 50
+    assert not loop._scheduler.pool.used_cells
+    loop._store.close()
 
 
 def test_an_engine_waits_for_no_time_that_cannot_be_waited_for() -> None:
