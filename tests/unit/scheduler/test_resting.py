@@ -163,8 +163,8 @@ def test_a_namespace_may_have_a_time_of_its_own() -> None:
 def test_all_that_is_due_leaves_the_live_cache_before_the_engine_rests() -> None:
     engine = FakeEngine(PoolShape(1024, 8))
     loop = EngineLoop(engine, SchedulerSettings(idle_live_seconds=0.0), store_for(engine), lambda _: None)
-    for name, first in (("a", 0), ("b", 1000)):
-        loop._scheduler.submit(Task(Request(RequestId(name), tuple(range(first, first + 300)), 0), 0.0, lambda: False))
+    for name, first in (("a", 0), ("b", 1000), ("c", 2000)):
+        loop._scheduler.submit(Task(Request(RequestId(name), tuple(range(first, first + 20)), 0), 0.0, lambda: False))
     n_steps = 0
     while loop.step():
         n_steps += 1
