@@ -74,7 +74,7 @@ class OpenOptions(TypedDict, total=False):
     n_gpu_layers: int
     main_gpu: int
     tensor_split: Sequence[float]
-    weights: Literal["auto", "file", "f16"]
+    weights: Literal["auto", "file", "f16", "bf16"]
     mmap: bool
     mlock: bool
     self_check: bool

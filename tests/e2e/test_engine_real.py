@@ -289,15 +289,16 @@ def test_the_self_check_lets_a_healthy_model_pass(
     engine.close()
 
 
+@pytest.mark.parametrize("form", [Weights.F16, Weights.BF16])
 def test_kv_means_the_same_whichever_weights_computed_it(
-    hand: Hand, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hand: Hand, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Weights
 ) -> None:
     """Stored KV is not filed by what multiplied it: it says as much to the other as to the one that computed it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     context, tail = tokens[:130], tokens[130:140]
     hand.feed(0, context, 0)
     slab = hand.save(0, 0, len(context))
-    other = Hand(open_small(smollm_path(), n_cells=512, weights=Weights.F16))
+    other = Hand(open_small(smollm_path(), n_cells=512, weights=form))
     assert other.engine.codec.fingerprint == hand.engine.codec.fingerprint
     other.feed(0, context, 0)
     expected = other.look(0, tail, len(context))
@@ -350,6 +351,6 @@ def test_squeezed_blocks_on_weights_that_round_nothing(tmp_path: Path, monkeypat
 
 def test_a_file_that_cannot_be_expanded_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"missing\.gguf"):
-        expand_weights(tmp_path / "missing.gguf", tmp_path / "out.gguf")
+        expand_weights(tmp_path / "missing.gguf", tmp_path / "out.gguf", Weights.F16)
     with pytest.raises(ModelError, match="cannot be written"):
-        expand_weights(smollm_path(), tmp_path / "no" / "out.gguf")
+        expand_weights(smollm_path(), tmp_path / "no" / "out.gguf", Weights.F16)

@@ -137,7 +137,7 @@ def variants(peer: str, size: Size, options: BenchOptions, *, repack: bool = Fal
 
 
 async def loaded_file(up: Running) -> Path | None:
-    """The file that a running pasture computes with: the model's, or its copy with f16 weights. None where it does not say."""
+    """The file that a running pasture computes with: the model's, or its copy written out. None where it does not say."""
     model = (await call_json(up.system.endpoint, "/props") or {}).get("model")
     path = model.get("loaded_path") if isinstance(model, dict) else None
     return Path(path) if isinstance(path, str) and path else None

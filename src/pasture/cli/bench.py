@@ -119,7 +119,7 @@ RequestTimeout = Annotated[
 Seconds = Annotated[float, typer.Option("--seconds", help="How long `overhead` streams.", rich_help_panel=OUTPUT)]
 Texts = Annotated[int, typer.Option("--texts", help="Texts that `quality` measures on.", rich_help_panel=LOAD)]
 WeightsForm = Annotated[
-    Weights, typer.Option("--weights", help="What `quality` computes with: auto, file or f16.", rich_help_panel=LOAD)
+    Weights, typer.Option("--weights", help="What `quality` computes with: auto, file, f16 or bf16.", rich_help_panel=LOAD)
 ]
 Conversations = Annotated[
     int,

@@ -71,7 +71,7 @@ def remarks() -> Iterator[list[str]]:
 
 def weights(model: ModelInfo) -> str:
     """With which weights a loaded model computes, and why, as rich markup."""
-    how = "as they are in the file" if model.weights is Weights.FILE else "written out as f16"
+    how = "as they are in the file" if model.weights is Weights.FILE else f"written out as {model.weights}"
     return f"{how} [dim]({model.weights_because})[/]" if model.weights_because else how
 
 

@@ -106,10 +106,10 @@ class Settings(BaseSettings):
     tensor_split: Annotated[Shares, Flag(("-ts", "--tensor-split"), MODEL, "A,B,..")] = Field(
         default=(), description="Each GPU's share of the model, as proportions."
     )
-    weights: Annotated[Literal["auto", "file", "f16"], Flag(("--weights",), MODEL, "WEIGHTS")] = Field(
+    weights: Annotated[Literal["auto", "file", "f16", "bf16"], Flag(("--weights",), MODEL, "WEIGHTS")] = Field(
         default="auto",
-        description="The weights to compute with: file (as they are), f16 (a copy written out, two bytes each) or auto (what "
-        "carries more people on a CPU).",
+        description="The weights to compute with: file (as they are), f16 or bf16 (a copy written out, two bytes each) or auto "
+        "(what carries more people on a CPU).",
     )
     mmap: Annotated[bool, Flag(("--mmap",), MODEL, off="--no-mmap")] = Field(
         default=True, description="Map the model file into memory instead of reading it."

@@ -161,6 +161,12 @@ def ggml_function(*names: str) -> Any | None:
     return next((getattr(lib._lib, name) for name in names if hasattr(lib._lib, name)), None)
 
 
+def multiplies_bf16() -> bool:
+    """Whether the library was built for a CPU with its own instruction for products of bf16, and so are its matrix kernels."""
+    asked = ggml_function("ggml_cpu_has_avx512_bf16")
+    return bool(asked and asked())
+
+
 class Brake:
     """Stops decodes from another thread.
 

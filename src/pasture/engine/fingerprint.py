@@ -2,7 +2,7 @@
 
 In it: the model file's content, the architecture, the KV types as configured, flash attention, whether quantised rows are
 rotated, which rope factors are in use, full-size sliding windows, the library's version and the block format's. Not in it: the
-number of cells and sequences, the layout, threads, batch sizes, where layers run, and whether weights were written out as f16.
+number of cells and sequences, the layout, threads, batch sizes, where layers run, and whether weights were written out.
 KV from a GPU differs from a CPU's by less than two chunkings of one prompt on the same CPU do, and so does KV from f16 weights:
 machines of all kinds may exchange blocks.
 

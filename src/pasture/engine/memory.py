@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import psutil
 
 from pasture.core.errors import DoesNotFit
-from pasture.core.values import ModelInfo, Weights
+from pasture.core.values import ModelInfo
 from pasture.engine import control_groups
 from pasture.engine.settings import CELL_PADDING, EngineSettings
 
@@ -79,7 +79,7 @@ def plan_on_device(info: ModelInfo, settings: EngineSettings, *, n_embd: int, av
 
 
 def _weights_bytes(info: ModelInfo, settings: EngineSettings) -> int:
-    return max(2 * info.n_params, info.n_bytes) if settings.weights is Weights.F16 else info.n_bytes
+    return max(2 * info.n_params, info.n_bytes) if settings.weights.is_copy else info.n_bytes
 
 
 def check_fits(plan: MemoryPlan, n_cells: int) -> None:

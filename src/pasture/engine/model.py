@@ -96,7 +96,7 @@ def load_model(settings: EngineSettings, on_progress: OnProgress | None = None) 
         n_layers=int(lib.llama_model_n_layer(model)),
         n_ctx_train=int(lib.llama_model_n_ctx_train(model)),
         shareable=not stateful and settings.flash_attn,
-        weights=Weights.FILE if file == path else Weights.F16,
+        weights=Weights.FILE if file == path else settings.weights,
         loaded_path=str(file),
     )
     return Model(

@@ -45,7 +45,7 @@ def open_engine(settings: EngineSettings, on_progress: OnProgress | None = None)
         check_fits(plan, settings.n_cells)
     if not settings.self_check:
         return open_unchecked(settings, on_progress=on_progress)
-    if settings.weights is Weights.F16:
+    if settings.weights.is_copy:
         have_copy(settings)
     verdict = examine(settings)
     checked = verdict.apply(settings)

@@ -1,14 +1,16 @@
-"""Which weights a model computes with: the file's own, or a copy of them written out as f16.
+"""Which weights a model computes with: the file's own, or a copy of them written out, two bytes a parameter.
 
 llama.cpp multiplies a quantised weight by unpacking it for every few tokens, and rounds the activations to eight bits on the
 way. For one person that is the best a CPU can do: it waits for memory, and packed weights are the fewest bytes. With many
 people in a step it is the multiplying that everybody waits for, and most quantisations have no kernel that is as good at it as
-the one for f16. So the file may be written out once (two bytes a parameter, by the library's own converter) and the copy loaded
-in its place: the same function, with less rounding. What that brings is measured (`engine.weighing`), not assumed.
+the one for f16, or for bf16 on a CPU that has an instruction for it. So the file may be written out once (by the library's own
+converter) and the copy loaded in its place: the same function, with less rounding. That holds for bf16 too: it rounds each
+weight and activation to eight bits of its own, where quantised activations share one scale between 32. What a copy brings is
+measured (`engine.weighing`), not assumed.
 
-Copies lie in the user's cache folder, one a file, under a name that says which file's and by which library. One process makes
-one at a time; it is made beside its name, written through to the disk and renamed, so none is ever half there. Those that
-nobody has loaded for a month are removed when a new one is made.
+Copies lie in the user's cache folder, one a file and form, under a name that says which file's and by which library. One
+process makes one at a time; it is made beside its name, written through to the disk and renamed, so none is ever half there.
+Those that nobody has loaded for a month are removed when a new one is made.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -35,8 +36,8 @@ from pasture.engine.settings import EngineSettings, default_threads
 
 logger = logging.getLogger(__name__)
 
-_MOSTLY_F16 = 1
-"""LLAMA_FTYPE_MOSTLY_F16"""
+_FILE_TYPES = {Weights.F16: 1, Weights.BF16: 32}
+"""LLAMA_FTYPE_MOSTLY_F16 and _BF16"""
 _PARAMETER_BYTES = 2
 _UNUSED_SECONDS = 30 * 86400.0
 _MAKING = "making-"
@@ -51,64 +52,65 @@ def expanded_bytes(path: Path) -> int | None:
 def loaded_file(settings: EngineSettings) -> Path:
     """The file to load for these settings. Makes the copy where there is none yet; raises ModelError where that fails."""
     path = Path(settings.model_path)
-    needed = expanded_bytes(path) if settings.weights is Weights.F16 else None
+    needed = expanded_bytes(path) if settings.weights.is_copy else None
     if needed is None:
         return path
-    copy = _copy_of(path)
+    copy = _copy_of(path, settings.weights)
     if not _is_whole(copy, needed):
         try:
             with usercache.alone(copy.parent):
                 if not _is_whole(copy, needed):  # another process may have made it meanwhile
-                    _make(path, copy, needed)
+                    _make(path, copy, settings.weights, needed)
         except OSError as error:
-            raise ModelError(f"{path} cannot be written out as f16 to {copy.parent}: {error.strerror}") from error
+            raise ModelError(
+                f"{path} cannot be written out as {settings.weights} to {copy.parent}: {error.strerror}"
+            ) from error
     with suppress(OSError):
         os.utime(copy)
     return copy
 
 
 def have_copy(settings: EngineSettings) -> None:
-    """Make the copy in a child process, where there is none yet: a converter that crashes ends nothing else.
+    """Make the copy that these settings load in a child process, where there is none yet: a converter may crash.
 
     Raises ModelError where that fails.
     """
     path = Path(settings.model_path)
     needed = expanded_bytes(path)
-    if needed is None or _is_whole(_copy_of(path), needed):
+    if needed is None or _is_whole(_copy_of(path, settings.weights), needed):
         return
-    logger.info("writing %s out as f16", path)
+    logger.info("writing %s out as %s", path, settings.weights)
     try:
-        answer = trial.run(
-            "pasture.engine.weights", replace(settings, weights=Weights.F16), trial.file_bytes(settings) + 4 * needed
-        )
+        answer = trial.run("pasture.engine.weights", settings, trial.file_bytes(settings) + 4 * needed)
     except subprocess.TimeoutExpired as error:
-        raise ModelError(f"{path} could not be written out as f16 in {error.timeout:.0f} s") from error
+        raise ModelError(f"{path} could not be written out as {settings.weights} in {error.timeout:.0f} s") from error
     if isinstance(answer, trial.Death):
-        raise ModelError(f"{path} cannot be written out as f16: {answer.reason}")
+        raise ModelError(f"{path} cannot be written out as {settings.weights}: {answer.reason}")
 
 
-def expand_weights(source: Path, target: Path) -> None:
-    """Write `source` with f16 weights to `target`: two bytes a parameter. Raises ModelError where that cannot be done."""
+def expand_weights(source: Path, target: Path, weights: Weights) -> None:
+    """Write `source` with F16 or BF16 weights to `target`. Raises ModelError where that cannot be done."""
     read_header(source)
     bindings.initialise()
     params = lib.llama_model_quantize_default_params()
-    params.ftype = _MOSTLY_F16
+    params.ftype = _FILE_TYPES[weights]
     params.allow_requantize = True
     params.nthread = default_threads()
     with bindings.library_log.errors() as reasons:
         failed = int(lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)))
     if failed:
         target.unlink(missing_ok=True)
-        raise ModelError(f"{source} cannot be written as f16: {reasons[0] if reasons else 'the library gave no reason'}")
+        reason = reasons[0] if reasons else "the library gave no reason"
+        raise ModelError(f"{source} cannot be written as {weights}: {reason}")
 
 
 def _is_quantised(header: GgufHeader) -> bool:
     return not header.tensor_types <= bindings.PLAIN_TYPES
 
 
-def _copy_of(path: Path) -> Path:
+def _copy_of(path: Path, weights: Weights) -> Path:
     marks = (*map(content_id, model_files(path)), *(part.stat().st_mtime_ns for part in model_files(path)), bindings.VERSION)
-    return usercache.directory() / "weights" / f"{sha256(repr(marks).encode()).hexdigest()[:32]}-f16.gguf"
+    return usercache.directory() / "weights" / f"{sha256(repr(marks).encode()).hexdigest()[:32]}-{weights}.gguf"
 
 
 def _is_whole(copy: Path, needed: int) -> bool:
@@ -119,21 +121,21 @@ def _is_whole(copy: Path, needed: int) -> bool:
         return False
 
 
-def _make(path: Path, copy: Path, needed: int) -> None:
+def _make(path: Path, copy: Path, weights: Weights, needed: int) -> None:
     """Under the folder's lock."""
     _remove_unused(copy.parent)
     free = shutil.disk_usage(copy.parent).free
     if free < needed:
-        raise ModelError(f"{path} written out as f16 takes {needed} bytes; {copy.parent} has {free} left")
+        raise ModelError(f"{path} written out as {weights} takes {needed} bytes; {copy.parent} has {free} left")
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=_MAKING) as folder:
-        made = Path(folder) / "f16.gguf"
-        expand_weights(path, made)
+        made = Path(folder) / copy.name
+        expand_weights(path, made, weights)
         if not _is_whole(made, needed):
-            raise ModelError(f"{path} cannot be written out as f16: some of its weights stay as they are")
+            raise ModelError(f"{path} cannot be written out as {weights}: some of its weights stay as they are")
         _sync(made)
         made.replace(copy)
         _sync(copy.parent)
-    logger.info("the weights of %s are written out as f16 to %s", path, copy)
+    logger.info("the weights of %s are written out as %s to %s", path, weights, copy)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pasture.core.errors import ModelError
 from pasture.core.values import Weights
-from pasture.engine import trial, weighing, weights
+from pasture.engine import bindings, trial, weighing, weights
 from pasture.engine.open import open_engine
 from pasture.engine.rates import DecodeRate, Rates
 from pasture.engine.settings import EngineSettings
@@ -26,6 +26,7 @@ QUICK = Rates(600.0, (DecodeRate(1, 0.016), DecodeRate(8, 0.050)))
 def measured(monkeypatch: pytest.MonkeyPatch, **rates: Rates) -> list[Weights]:
     """Replace the children: each weights' rates are as given. Returns what was measured."""
     asked: list[Weights] = []
+    monkeypatch.setattr(bindings, "multiplies_bf16", lambda: "bf16" in rates)
 
     def found(quantised: EngineSettings) -> Rates:
         asked.append(quantised.weights)
@@ -49,6 +50,14 @@ def test_the_quicker_weights_are_chosen_and_kept(
     asked = measured(monkeypatch)
     assert choose_weights(quantised) == (chosen, because)
     assert not asked
+
+
+def test_a_cpu_that_multiplies_bf16_gets_a_copy_of_it(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, file=FILE, f16=FILE)
+    assert choose_weights(quantised)[0].weights is Weights.FILE
+    asked = measured(monkeypatch, file=FILE, bf16=QUICK)
+    assert choose_weights(quantised)[0].weights is Weights.BF16, "what was found about f16 says nothing of it"
+    assert asked == [Weights.FILE, Weights.BF16] * 2
 
 
 @pytest.mark.parametrize(
@@ -127,7 +136,7 @@ def test_a_converter_that_crashes_ends_only_its_child(
     crashing.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(crashing))
     with pytest.raises(ModelError, match="written out as f16: a trial run was killed by SIGABRT"):
-        weights.have_copy(quantised)
+        weights.have_copy(replace(quantised, weights=Weights.F16))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +192,7 @@ def test_a_damaged_answer_is_asked_for_again(
 def test_the_children_measure_both_ways(quantised: EngineSettings) -> None:
     chosen, because = choose_weights(quantised)
     assert "times as long as with the file's own" in because
-    assert chosen.weights in (Weights.FILE, Weights.F16)
+    assert chosen.weights in (Weights.FILE, Weights.BF16 if bindings.multiplies_bf16() else Weights.F16)
 
 
 def test_a_child_that_dies_is_an_error(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Weights written out as f16: which file is loaded, when a copy is made, and who chooses."""
+"""Weights written out: which file is loaded, when a copy is made, and who chooses."""
 
 from __future__ import annotations
 
@@ -41,16 +41,18 @@ def test_a_file_that_is_not_quantised_has_no_copy(quantised: EngineSettings, tmp
     assert loaded_file(replace(quantised, model_path=str(plain), weights=Weights.F16)) == plain
 
 
-def test_the_copy_is_made_once_and_computes(quantised: EngineSettings, tmp_path: Path) -> None:
-    wanted = replace(quantised, weights=Weights.F16)
+@pytest.mark.parametrize("form", [Weights.F16, Weights.BF16])
+def test_the_copy_is_made_once_and_computes(quantised: EngineSettings, tmp_path: Path, form: Weights) -> None:
+    wanted = replace(quantised, weights=form)
     copy = loaded_file(wanted)
     assert copies(tmp_path) == [copy]
     assert {entry.name for entry in copy.parent.iterdir()} == {copy.name, "lock"}, "nothing of its making is left"
     assert read_header(copy).n_params == read_header(quantised.model_path).n_params
+    assert {"f16": 1, "bf16": 30}[form] in read_header(copy).tensor_types, "as GGML numbers it"
     made_at = copy.stat().st_ino
     assert loaded_file(wanted).stat().st_ino == made_at
     model = load_model(wanted)
-    assert model.info.weights is Weights.F16
+    assert model.info.weights is form
     assert (model.info.path, model.info.n_bytes) == (quantised.model_path, os.path.getsize(quantised.model_path))
     model.close()
 
@@ -80,7 +82,7 @@ def test_a_copy_that_cannot_be_loaded_is_made_anew_by_the_next_start(quantised: 
 def test_who_starts_in_the_same_moment_makes_one_copy(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
 
-    def slowly(source: Path, target: Path) -> None:
+    def slowly(source: Path, target: Path, _: Weights) -> None:
         made.append(target)
         time.sleep(0.1)
         shutil.copyfile(source, target)
@@ -90,6 +92,12 @@ def test_who_starts_in_the_same_moment_makes_one_copy(quantised: EngineSettings,
     with ThreadPoolExecutor(4) as starts:
         found = set(starts.map(lambda _: loaded_file(replace(quantised, weights=Weights.F16)), range(4)))
     assert len(made) == len(found) == 1
+
+
+def test_each_form_has_its_copy(quantised: EngineSettings, tmp_path: Path) -> None:
+    made = {loaded_file(replace(quantised, weights=form)) for form in (Weights.F16, Weights.BF16)}
+    assert set(copies(tmp_path)) == made
+    assert len(made) == 2
 
 
 def test_another_file_under_the_same_name_has_another_copy(quantised: EngineSettings, tmp_path: Path) -> None:
@@ -141,8 +149,9 @@ def test_weights_that_are_read_count_as_what_they_take(quantised: EngineSettings
     info: ModelInfo = replace(probe_model(quantised.model_path), n_params=10 << 20, n_bytes=6 << 20)
     read = replace(quantised, use_mmap=False)
     as_in_file = plan_memory(info, read, n_embd=64, available=0).fixed_bytes
-    written_out = plan_memory(info, replace(read, weights=Weights.F16), n_embd=64, available=0).fixed_bytes
-    assert written_out - as_in_file == 14 << 20
+    for form in (Weights.F16, Weights.BF16):
+        written_out = plan_memory(info, replace(read, weights=form), n_embd=64, available=0).fixed_bytes
+        assert written_out - as_in_file == 14 << 20
     plain = replace(info, n_bytes=40 << 20)
     as_f32 = plan_memory(plain, replace(read, weights=Weights.F16), n_embd=64, available=0).fixed_bytes
     assert as_f32 - as_in_file == 34 << 20, "a file of f32 has no copy"
