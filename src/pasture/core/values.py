@@ -460,6 +460,12 @@ class StepPlan:
     def n_tokens(self) -> int:
         return sum(len(work.tokens) for work in self.works)
 
+    @property
+    def n_cells(self) -> int:
+        """Free cells that it needs; those of rows that only fill the batch up are free again after it."""
+        n_apart = sum(len(work.tokens) for work in self.works[: self.n_apart])
+        return n_apart + max(self.n_tokens - n_apart, self.pad_to)
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

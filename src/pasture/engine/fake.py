@@ -197,7 +197,7 @@ class FakeEngine:
         outcome = self._decodes_to_fail.pop(0) if plan.works and self._decodes_to_fail else Outcome.DONE
         if plan.works and self.interrupted.is_set():
             outcome = Outcome.INTERRUPTED
-        if outcome is Outcome.DONE and not self._fits(plan.works, plan.pad_to):
+        if outcome is Outcome.DONE and plan.works and not self._fits(plan):
             outcome = Outcome.NO_ROOM
         if outcome in (Outcome.FAILED, Outcome.INTERRUPTED):
             for work in plan.works[: len(plan.works) // 2 + 1]:  # a part was computed, then cut back
@@ -357,12 +357,11 @@ class FakeEngine:
             if not self._refs[id(cell)]:
                 del self._refs[id(cell)]
 
-    def _fits(self, works: Sequence[Work], pad_to: int) -> bool:
+    def _fits(self, plan: StepPlan) -> bool:
         if self._shape.layout is Layout.STREAMS:
             limit = self._shape.cells_per_sequence
-            return all(work.start + len(work.tokens) + work.pad_tokens <= limit for work in works)
-        n_rows = max(sum(len(work.tokens) for work in works), pad_to if works else 0)
-        return len(self._refs) + len(self._left) + n_rows <= self._shape.n_cells
+            return all(work.start + len(work.tokens) + work.pad_tokens <= limit for work in plan.works)
+        return len(self._refs) + len(self._left) + plan.n_cells <= self._shape.n_cells
 
     def _compute(self, work: Work) -> Sample | None:
         cells = self._cells.setdefault(work.sequence, [])

@@ -46,9 +46,10 @@ class StepShaper:
         pad_to = 0
         if pool.shape.can_pad:
             pad_to = self.costs.padding(pool.shape, self._load(works[n_apart:], n_streams - n_apart))
-        if pad_to and not pool.make_room(pad_to):
-            pad_to = 0
-        return StepPlan(pool.operations(), tuple(works), n_apart, pad_to)
+        plan = StepPlan((), tuple(works), n_apart, pad_to)
+        if pad_to and not pool.make_room(plan.n_cells):
+            plan = replace(plan, pad_to=0)
+        return replace(plan, operations=pool.operations())
 
     def padded(self, work: Work) -> Work:
         """A prompt's short chunk in the streams layout, filled up where that is cheaper."""
