@@ -65,8 +65,8 @@ class Hand:
         key = next(_keys)
         return self.do(Save(SeqId(sequence), p0, p1, key)).saved[key]
 
-    def restore(self, sequence: int, slab: Slab) -> None:
-        self.do(Restore(SeqId(sequence), (slab,)))
+    def restore(self, sequence: int, *slabs: Slab) -> None:
+        self.do(Restore(SeqId(sequence), slabs))
 
     def feed(self, sequence: int, tokens: Sequence[int], start: int) -> None:
         """Compute tokens without drawing one."""

@@ -31,7 +31,7 @@ from pasture.core.values import (
     Work,
 )
 from pasture.engine import relayout
-from pasture.engine.assembly import concatenate
+from pasture.engine.assembly import Workbench, concatenate
 from pasture.engine.blob import CacheKind, KvSlab, RowKind, Rows
 from pasture.engine.context import Context, Piece
 from pasture.engine.llama import LlamaEngine
@@ -197,6 +197,21 @@ def test_a_part_goes_out_and_comes_back(hand: Hand, p0: int) -> None:
     hand.remove(0)
     hand.restore(1, slab)
     assert np.array_equal(hand.look(1, TOKENS[120:125], 120), expected)
+
+
+@pytest.mark.parametrize("ready_bytes", [1, 1 << 20])
+def test_many_slabs_come_back_at_once(hand: Hand, monkeypatch: pytest.MonkeyPatch, ready_bytes: int) -> None:
+    """In portions that each hold one of them, and in a single one."""
+    monkeypatch.setattr(Workbench, "READY_BYTES", ready_bytes)
+    expected = cold(hand, TOKENS[:120], TOKENS[120:125])
+    hand.feed(0, TOKENS[:120], 0)
+    blocks = [hand.save(0, a, min(a + 50, 120)) for a in range(0, 120, 50)]
+    hand.copy(0, 1, 0, 50)
+    hand.remove(0)
+    hand.restore(1, *blocks[1:])
+    hand.restore(2, *blocks)
+    for sequence in (1, 2):
+        assert np.array_equal(hand.look(sequence, TOKENS[120:125], 120), expected)
 
 
 def test_blocks_go_out_and_come_back(hand: Hand) -> None:
@@ -530,13 +545,20 @@ def test_impossible_plans_raise(hand: Hand) -> None:
         hand.restore(1, slab.cut(5, 10))
 
 
-def test_a_restore_without_room_leaves_the_sequence_empty(models: Path) -> None:
+@pytest.mark.parametrize("ready_bytes", [1, 1 << 20])
+def test_a_restore_without_room_leaves_the_sequence_as_it_was(
+    models: Path, monkeypatch: pytest.MonkeyPatch, ready_bytes: int
+) -> None:
+    monkeypatch.setattr(Workbench, "READY_BYTES", ready_bytes)
     hand = Hand(open_small(models / "llama.gguf", n_cells=256))
     hand.feed(0, TOKENS[:150], 0)
-    slab = hand.save(0, 0, 150)
-    with pytest.raises(EngineError, match="could not be restored"):
-        hand.restore(1, slab)
-    assert hand.engine._context.length(1) == 0
+    whole = hand.save(0, 0, 150)
+    slabs = [whole.cut(a, a + 50) for a in (0, 50, 100)]
+    hand.copy(0, 2, 0, 10)
+    for sequence, length, parts in ((1, 0, slabs), (2, 10, [whole.cut(10, 50), *slabs[1:]])):
+        with pytest.raises(EngineError, match="could not be restored"):
+            hand.restore(sequence, *parts)
+        assert hand.engine._context.length(sequence) == length
     hand.engine.close()
 
 

@@ -208,7 +208,9 @@ async def _slot(endpoint: Endpoint, slot: int, action: str) -> bool:
 
 
 def _private(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Made anew: what an earlier benchmark left there would be known from the beginning."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, mode=0o700)
     return directory
 
 

@@ -16,7 +16,7 @@ Owns nothing; works on a `Context` from the engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from pasture.core.errors import EngineError
@@ -61,21 +61,40 @@ class PartTransfer:
             raise EngineError(f"sequence {sequence} holds [0, {length}): a slab of [{p0}, {p1}) does not continue it")
         if p0 == p1:
             return
-        if p0 == 0:
-            self._context.write_state(sequence, self._blob(parts))
-        elif self._context.shape.layout is Layout.STREAMS:
-            held = self._save_stream(sequence, length)
-            self._context.write_state(sequence, self._blob([held, *parts]))
-        else:
+        if self._context.shape.layout is Layout.UNIFIED:
             self.share([sequence], parts)
+        else:
+            held = [self._save_stream(sequence, length)] if length else []
+            self._context.write_state(sequence, self._blob([*held, *parts]))
 
     def share(self, holders: Sequence[int], slabs: Sequence[KvSlab]) -> None:
-        """Put slabs into cells once and let every holder join them. Unified layout."""
+        """Put slabs into cells once and let every holder join them, portion by portion. Unified layout.
+
+        Raises EngineError, with the holders as they were, when there is no room.
+        """
         scratch = self._hidden(self._context.scratch)
-        self._context.write_state(scratch, self._blob(slabs))
-        for holder in holders:
-            self._context.join(scratch, holder, slabs[0].p0, slabs[-1].p1)
-        self._context.remove(scratch)
+        for portion in self._portions(slabs):
+            try:
+                self._context.write_state(scratch, self._blob(portion))
+            except EngineError:
+                for holder in holders:
+                    self._context.remove(holder, slabs[0].p0)
+                raise
+            for holder in holders:
+                self._context.join(scratch, holder, portion[0].p0, portion[-1].p1)
+            self._context.remove(scratch)
+
+    def _portions(self, slabs: Sequence[KvSlab]) -> Iterator[Sequence[KvSlab]]:
+        """Neighbours that go in together: as many as the workbench has memory for; all, where a window looks over them."""
+        portion: list[KvSlab] = []
+        n_bytes = 0
+        for slab in slabs:
+            if portion and n_bytes + slab.n_bytes > Workbench.READY_BYTES and self._piece_tokens is None:
+                yield portion
+                portion, n_bytes = [], 0
+            portion.append(slab)
+            n_bytes += slab.n_bytes
+        yield portion
 
     def copy(self, source: int, target: int, p0: int, p1: int) -> None:
         """Target holds source's `[p0, p1)` too: metadata in the unified layout, bytes in streams."""

@@ -37,6 +37,9 @@ def test_every_system_has_a_directory_that_survives_it(tmp_path: Path) -> None:
     assert len(set(folders)) == 3
     assert all(folder.is_dir() and folder.stat().st_mode & 0o077 == 0 for folder in folders)
     assert all(f"{state}/" in system.command for system, state in theirs)
+    (cache / "blocks").write_text("an earlier benchmark's")
+    systems(options, tmp_path / "state", repack=False)
+    assert not list(cache.iterdir())
 
 
 def test_the_table_compares_with_the_same_systems_cold_start() -> None:
