@@ -102,6 +102,8 @@ class StubService:
     script: Callable[[Request], AsyncGenerator[TokenEvent, None]] | None = None
     hold: asyncio.Event | None = None
     """where given, a reply stops after its first token until it is set"""
+    still: asyncio.Event | None = None
+    """where given, requests seem to be open until it is set"""
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """set with the first request"""
     max_conversation_tokens: int = 1000
@@ -175,6 +177,10 @@ class StubService:
     async def pin(self, namespace: Namespace, tokens: Sequence[int]) -> StubPin:
         self.pins.append(StubPin((namespace, tuple(tokens))))
         return self.pins[-1]
+
+    async def quiet(self) -> None:
+        if self.still is not None:
+            await self.still.wait()
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         self.anticipated.append(tuple(tokens))

@@ -6,13 +6,15 @@
 A chat template may show a reply differently once another message follows: reasoning is stripped, headers are added, blanks
 trimmed. Then the cells that the reply left behind serve its conversation only up to that point, and the next turn would compute
 all that follows, with its user waiting. The engine thread does it instead when it has nothing else to do; where nothing
-differs, next to nothing is missing and it does nothing. Event loop; long conversations are rendered on a worker thread.
+differs, next to nothing is missing and it does nothing. Rendering and tokenizing take a core for some milliseconds too, so that
+waits for the same moment, one conversation after the other. Event loop; long ones are rendered on a worker thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
@@ -25,8 +27,8 @@ from pasture.core.ports import Service
 
 _log = logging.getLogger("pasture.api")
 
-MAX_AT_ONCE = 32
-"""conversations being rendered; beyond that the server is busy enough, and nobody is waited for"""
+MAX_WAITING = 32
+"""conversations to be rendered; beyond that the server is busy enough, and the oldest is forgotten"""
 
 
 class Expecting:
@@ -38,19 +40,20 @@ class Expecting:
         self._jobs = jobs
         self._turn_ahead = turn_ahead
         self._prefetch = prefetch
-        self._rendering: set[asyncio.Task[None]] = set()
+        self._answered: deque[tuple[ChatBody, Caller, Mapping[str, JsonValue]]] = deque(maxlen=MAX_WAITING)
+        self._rendering: asyncio.Task[None] | None = None
 
     def answered(self, body: ChatBody, caller: Caller, reply: Mapping[str, JsonValue]) -> None:
         """`reply` is the complete answer to `body`, as a message; returns at once."""
-        if self._turn_ahead and len(self._rendering) < MAX_AT_ONCE:
-            task = asyncio.create_task(self._expect(body, caller, reply))
-            self._rendering.add(task)
-            task.add_done_callback(self._rendering.discard)
+        if self._turn_ahead:
+            self._answered.append((body, caller, reply))
+            if self._rendering is None or self._rendering.done():
+                self._rendering = asyncio.create_task(self._render())
 
     @property
-    def under_way(self) -> frozenset[asyncio.Task[None]]:
-        """The turns that are being rendered."""
-        return frozenset(self._rendering)
+    def under_way(self) -> asyncio.Task[None] | None:
+        """Ends when every turn that was waiting has been rendered."""
+        return self._rendering
 
     async def typing(
         self, messages: Sequence[Mapping[str, JsonValue]], context: Mapping[str, object], draft: str, caller: Caller
@@ -65,6 +68,12 @@ class Expecting:
             self._service.allow(caller.namespace, caller.allowance)
             self._service.anticipate(caller.namespace, tokens, typing=True)
         return len(tokens), found.live_tokens
+
+    async def _render(self) -> None:
+        while self._answered:
+            await self._service.quiet()
+            await self._expect(*self._answered.popleft())
+            await asyncio.sleep(0)  # whoever has come meanwhile goes first
 
     async def _expect(self, body: ChatBody, caller: Caller, reply: Mapping[str, JsonValue]) -> None:
         messages: list[Mapping[str, JsonValue]] = [*body.messages, reply]

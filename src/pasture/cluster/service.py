@@ -294,6 +294,9 @@ class ClusterService:
             with suppress(RuntimeError):  # the loop has ended, and this service with it
                 self._loop.call_soon_threadsafe(self.links.keep_for, seconds)
 
+    async def quiet(self) -> None:
+        """Returns at once: nothing is computed in this process."""
+
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         link = self._likely(namespace, tokens)
         if link is not None:

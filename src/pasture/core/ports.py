@@ -185,6 +185,10 @@ class Service(Protocol):
         """Keep in RAM what there is of these tokens, live or in RAM. The pin may be released on any thread."""
         ...
 
+    async def quiet(self) -> None:
+        """Returns when no request is open that what is done beside them could slow down."""
+        ...
+
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         """Compute these tokens when nobody asks for anything: somebody's next prompt will probably begin with them.
 

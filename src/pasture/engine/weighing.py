@@ -21,7 +21,7 @@ from pasture.engine.device import has_gpu
 from pasture.engine.memory import available_bytes
 from pasture.engine.rates import DECODE_SEQUENCES, LONE_FACTOR, PROMPT_TOKENS_A_REPLY_TOKEN, WORTH, DecodeRate, Rates, measure
 from pasture.engine.settings import EngineSettings, default_threads
-from pasture.engine.weights import expanded_bytes, have_copy
+from pasture.engine.weights import expanded_bytes, have_copy, remove_copy
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,13 @@ def _compare(as_in_file: EngineSettings, written_out: EngineSettings) -> tuple[b
     with usercache.alone(answer.parent):
         if (kept := _recall(answer)) is not None:
             return kept
-        have_copy(written_out)
+        is_new = have_copy(written_out)
         rounds = [(_rates(as_in_file), _rates(written_out)) for _ in range(_ROUNDS)]
         packed, unpacked = (Rates.best(found) for found in zip(*rounds, strict=True))
         better, because = unpacked.is_better_than(packed), unpacked.beside(packed)
         usercache.remember(answer, {"better": better, "because": because})
+        if is_new and not better:
+            remove_copy(written_out)  # nobody will ask for it
         return better, because
 
 

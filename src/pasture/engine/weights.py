@@ -70,15 +70,15 @@ def loaded_file(settings: EngineSettings) -> Path:
     return copy
 
 
-def have_copy(settings: EngineSettings) -> None:
+def have_copy(settings: EngineSettings) -> bool:
     """Make the copy that these settings load in a child process, where there is none yet: a converter may crash.
 
-    Raises ModelError where that fails.
+    Whether it was made. Raises ModelError where that fails.
     """
     path = Path(settings.model_path)
     needed = expanded_bytes(path)
     if needed is None or _is_whole(_copy_of(path, settings.weights), needed):
-        return
+        return False
     logger.info("writing %s out as %s", path, settings.weights)
     try:
         answer = trial.run("pasture.engine.weights", settings, trial.file_bytes(settings) + 4 * needed)
@@ -86,6 +86,12 @@ def have_copy(settings: EngineSettings) -> None:
         raise ModelError(f"{path} could not be written out as {settings.weights} in {error.timeout:.0f} s") from error
     if isinstance(answer, trial.Death):
         raise ModelError(f"{path} cannot be written out as {settings.weights}: {answer.reason}")
+    return True
+
+
+def remove_copy(settings: EngineSettings) -> None:
+    """Who has it loaded keeps it until they end."""
+    _copy_of(Path(settings.model_path), settings.weights).unlink(missing_ok=True)
 
 
 def expand_weights(source: Path, target: Path, weights: Weights) -> None:

@@ -88,7 +88,7 @@ class LocalService:
         """whose reader has gone, and somebody still wants to know what the request had cost"""
         self._draining = False
         self._empty: asyncio.Event | None = None
-        """set when the last request has ended; made by `drain`"""
+        """set when the last request has ended; made by who waits for that"""
         self._n_rejected = 0
         self._started_at = time.monotonic()
         self._loop = EngineLoop(engine, self._settings, store, self._publish)
@@ -145,6 +145,7 @@ class LocalService:
                 self._loop.cancel(request.request_id)
             if self._empty is not None and not self._channels:
                 self._empty.set()
+                self._empty = None
 
     async def locate(self, namespace: Namespace, tokens: Sequence[int], *, deep: bool = False) -> Whereabouts:
         """See `pasture.core.ports.Service.locate`."""
@@ -183,6 +184,13 @@ class LocalService:
         await self._ask(lambda scheduler: keeping.save(scheduler, namespace, path))
         pin = await self._ask(lambda scheduler: scheduler.resting.store.pin(namespace, path), self._unpin)
         return keeping.SafePin(pin, self._tell)
+
+    async def quiet(self) -> None:
+        """See `pasture.core.ports.Service.quiet`."""
+        while self._channels:
+            if self._empty is None:
+                self._empty = asyncio.Event()
+            await self._empty.wait()
 
     def anticipate(self, namespace: Namespace, tokens: Sequence[int], *, typing: bool = False) -> None:
         """See `pasture.core.ports.Service.anticipate`. Without effect on a server that ends."""
@@ -228,10 +236,8 @@ class LocalService:
     async def drain(self) -> bool:
         """Take nothing new and wait for what runs, at most `drain_seconds`."""
         self._draining = True
-        if self._channels:
-            self._empty = asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), self._settings.drain_seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.quiet(), self._settings.drain_seconds)
         return not self._channels
 
     def close(self, *, at_once: bool = False) -> None:

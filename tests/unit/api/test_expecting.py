@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +41,8 @@ async def ask(client: httpx.AsyncClient, messages: list[dict[str, str]], max_tok
 async def all_done(at: World) -> None:
     """Wait until nothing is left to compute ahead. The rendering of what was answered comes first."""
     app: Any = at.transport.app
-    for task in list(app.state.gateway.expecting.under_way):
-        await task
+    if (rendering := app.state.gateway.expecting.under_way) is not None:
+        await rendering
     while await at.service._ask(lambda scheduler: scheduler.ahead.waiting):
         pass
 
@@ -65,6 +66,20 @@ async def next_turn(turn_ahead: bool) -> int:
 async def test_a_turn_after_reasoning_computes_what_its_user_said_and_next_to_nothing_else() -> None:
     assert await next_turn(turn_ahead=True) <= len(FOLLOW_UP["content"]) + 8
     assert await next_turn(turn_ahead=False) > len(FOLLOW_UP["content"]) + ANSWER_TOKENS
+
+
+async def test_the_next_turn_is_rendered_when_nobody_waits_for_a_reply(connect: Connect) -> None:
+    service = StubService(still=asyncio.Event())
+    client = connect(service)
+    for text in ("one", "two"):
+        await client.post(CHAT, json=chat_body(messages=[{"role": "user", "content": text}]))
+    assert service.still is not None
+    for expected in (0, 2):
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(service.anticipated) == expected
+        service.still.set()
+    assert [bytes(t for t in tokens if t < 256).split(b"\n")[1] for tokens in service.anticipated] == [b"one", b"two"]
 
 
 async def test_what_is_typed_is_computed_while_it_is_typed() -> None:

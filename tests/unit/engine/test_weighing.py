@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,6 +71,16 @@ def test_a_cpu_that_multiplies_bf16_gets_a_copy_of_it(quantised: EngineSettings,
 def test_weights_stay_as_they_are(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch, f16: Rates, why: str) -> None:
     measured(monkeypatch, file=FILE, f16=f16)
     assert choose_weights(quantised)[0].weights is Weights.FILE, why
+    assert not list((Path(os.environ["XDG_CACHE_HOME"]) / "pasture" / "weights").glob("*.gguf")), (
+        "the copy would lie there for nothing"
+    )
+
+
+def test_a_copy_that_somebody_asked_for_stays(quantised: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = loaded_file(replace(quantised, weights=Weights.F16))
+    measured(monkeypatch, file=FILE, f16=FILE)
+    assert choose_weights(quantised)[0].weights is Weights.FILE
+    assert copy.exists()
 
 
 def test_the_best_of_each_figure_counts() -> None:

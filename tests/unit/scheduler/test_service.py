@@ -327,6 +327,22 @@ async def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
     assert rest[-1].finish.reason is FinishReason.LENGTH
 
 
+async def test_it_is_quiet_when_the_last_request_has_ended() -> None:
+    with served(FakeEngine(SHAPE)) as service:
+        await service.quiet()
+        for _ in range(2):
+            streams = [service.generate(request(name, SYSTEM, 20)) for name in ("one", "two")]
+            for stream in streams:
+                await anext(stream)
+            waiting = [asyncio.create_task(service.quiet()) for _ in range(2)]
+            assert [event async for event in streams[0]]
+            await asyncio.sleep(0)
+            assert not any(task.done() for task in waiting)
+            assert [event async for event in streams[1]]
+            async with asyncio.timeout(5):
+                await asyncio.gather(*waiting)
+
+
 async def test_close_cancels_what_runs_and_frees_the_engine() -> None:
     engine = FakeEngine(SHAPE)
     service = LocalService(engine, store_for(engine))
