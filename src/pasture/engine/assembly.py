@@ -36,7 +36,8 @@ def fresh(n_bytes: int) -> Bytes:
 class Workbench:
     """Memory for one blob at a time, kept for the next.
 
-    Fresh pages cost as much as the copy itself, or several times that where the machine is virtual and its host has to find them.
+    Fresh pages cost as much as the copy itself, or several times that where the machine is virtual and its host has to find
+    them.
     """
 
     READY_BYTES = 8 << 20
