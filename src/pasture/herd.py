@@ -46,6 +46,7 @@ class OpenOptions(TypedDict, total=False):
 
     kv_cells: int
     kv_memory: str | int
+    kv_annex: int
     share_prefix: bool
     kv_layout: Literal["auto", "unified", "streams"]
     cache_type_k: str

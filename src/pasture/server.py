@@ -50,6 +50,10 @@ SWEEPS = 8
 
 CELLS_ALIGNMENT = 256
 """llama.cpp rounds a cache up to a multiple of this"""
+ANNEX_SHARE = 4
+"""the annex has one cell for so many of the pool"""
+LEAST_ANNEX_CELLS, MOST_ANNEX_CELLS = 1024, 4096
+"""up to so many tokens of a conversation are computed in it"""
 
 MIN_STREAM_CELLS = 2048
 """the shortest conversation that the streams layout should still hold at start"""
@@ -175,9 +179,8 @@ def engine_settings(settings: Settings) -> EngineSettings:
         self_check=settings.self_check,
     )
     n_cells = pool_cells(settings, model, lambda: _largest_cells(model, wanted))
-    if wanted.layout is Layout.UNIFIED:
-        return replace(wanted, n_cells=n_cells)
-    return replace(wanted, n_cells=n_cells, n_seqs=stream_sequences(wanted.n_seqs, n_cells))
+    n_seqs = wanted.n_seqs if wanted.layout is Layout.UNIFIED else stream_sequences(wanted.n_seqs, n_cells)
+    return replace(wanted, n_cells=n_cells, n_seqs=n_seqs, annex_cells=_annex_cells(settings, n_cells))
 
 
 def planned_cells(settings: Settings) -> int:
@@ -311,6 +314,14 @@ def _memory_plan(model: ModelInfo, wanted: EngineSettings) -> MemoryPlan | None:
 def _largest_cells(model: ModelInfo, wanted: EngineSettings) -> int | None:
     plan = _memory_plan(model, wanted)
     return None if plan is None else plan.largest_cells
+
+
+def _annex_cells(settings: Settings, n_cells: int) -> int:
+    """Of the annex of such a pool; none for a small one unless asked for, where it would gain little for what it takes."""
+    if settings.kv_annex is not None:
+        return min(n_cells, -(-settings.kv_annex // CELLS_ALIGNMENT) * CELLS_ALIGNMENT)
+    annex_cells = min(MOST_ANNEX_CELLS, _aligned(n_cells // ANNEX_SHARE))
+    return annex_cells if annex_cells >= LEAST_ANNEX_CELLS else 0
 
 
 def _aligned(n_cells: int) -> int:

@@ -172,6 +172,8 @@ def _props(gateway: Gateway) -> Json:
             "cell_bytes": service.model.cell_bytes,
             "form": shape.form.value,
             "bytes": statistics.live_bytes,
+            "annex_cells": shape.annex_cells,
+            "annex_bytes": statistics.annex_bytes,
         },
         "turn_ahead": gateway.settings.turn_ahead,
         "modalities": {"vision": False, "audio": False},

@@ -72,6 +72,7 @@ class _StatisticsCollector(Collector):
         yield _gauge("pasture_uptime_seconds", "Since the service started", statistics.uptime_seconds)
         yield _gauge("pasture_draining", "1 while the server takes nothing new", float(statistics.draining))
         yield _gauge("pasture_kv_bytes", "Of the live cache's buffers", statistics.live_bytes)
+        yield _gauge("pasture_kv_annex_bytes", "Of the cache beside it in which prompts are computed", statistics.annex_bytes)
         yield from _pool(statistics.pool)
         yield from _scheduler(statistics.scheduler)
         yield from store_metrics(statistics.store)

@@ -136,6 +136,12 @@ class Settings(BaseSettings):
     kv_memory: Annotated[Bytes | None, Flag(("--kv-memory",), CACHE, "SIZE")] = Field(
         default=None, description="The shared cache's size in bytes (2GiB) instead of tokens."
     )
+    kv_annex: Annotated[int | None, Flag(("--kv-annex",), CACHE, "N")] = Field(
+        default=None,
+        ge=0,
+        description="Tokens of a second, small cache in which CPUs compute prompts once the shared one is so full that it "
+        "slows them down; a quarter of it, up to 4096, unless given. 0 turns it off.",
+    )
     share_prefix: Annotated[bool, Flag(("--share-prefix",), CACHE, off="--no-share-prefix")] = Field(
         default=True, description="Let conversations share the tokens that their prompts have in common."
     )

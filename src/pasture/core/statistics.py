@@ -179,6 +179,11 @@ class ServiceStatistics:
 
     @property
     def live_bytes(self) -> int:
-        """Of the live cache's buffers; a cache shifted down counts as f16 in its present form."""
+        """Of the pool's buffers; a cache shifted down counts as f16 in its present form."""
         shape = self.pool.shape
         return round(shape.n_cells * self.model.cell_bytes * _SHARE_OF_F16[shape.form])
+
+    @property
+    def annex_bytes(self) -> int:
+        """Of the cache beside the pool in which prompts are computed."""
+        return self.pool.shape.annex_cells * self.model.cell_bytes

@@ -314,6 +314,8 @@ class PoolShape:
     """whether the engine can fill up to a tile with rows that nobody reads: a step (unified), or a work (streams)"""
     form: Form = Form.RAW
     """how cells are written now: RAW, in the types the cache was configured with; else shifted down"""
+    annex_cells: int = 0
+    """of a small cache beside this one, in which prompts can be computed (`Work.in_annex`); 0: there is none"""
 
     @property
     def cells_per_sequence(self) -> int:
@@ -443,6 +445,8 @@ class Work:
     n_logprobs: int | None = None
     pad_tokens: int = 0
     """computed behind `tokens` for the shape of the micro-batch, read by nobody and removed again; streams layout only"""
+    in_annex: bool = False
+    """compute it in the annex, which then holds the whole sequence, and move what is new into the live cache"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,7 +456,9 @@ class StepPlan:
     operations: tuple[CellOperation, ...]
     works: tuple[Work, ...]
     n_apart: int = 0
-    """so many works, from the first, are a batch of their own that goes before the others; 0: all are one batch"""
+    """so many works, from the first, are a batch of their own that goes before the others; 0: all are one batch
+
+    But for those in the annex: each of them goes alone, last."""
     pad_to: int = 0
     """fill the (last) batch up to this many rows, which take free cells for the length of the step; unified layout only"""
 
@@ -463,8 +469,8 @@ class StepPlan:
     @property
     def n_cells(self) -> int:
         """Free cells that it needs; those of rows that only fill the batch up are free again after it."""
-        n_apart = sum(len(work.tokens) for work in self.works[: self.n_apart])
-        return n_apart + max(self.n_tokens - n_apart, self.pad_to)
+        alone = sum(len(work.tokens) for i, work in enumerate(self.works) if i < self.n_apart or work.in_annex)
+        return alone + max(self.n_tokens - alone, self.pad_to)
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,9 +499,13 @@ class StepResult:
     saved: Mapping[int, Slab]
     """`Save.key` -> slab"""
     decode_seconds: float
-    """inside llama_decode"""
+    """inside llama_decode, and moving what the annex computed"""
     apart_seconds: float = 0.0
     """of decode_seconds, those of the plan's `n_apart` works"""
+    annex_seconds: float = 0.0
+    """of decode_seconds, those of works in the annex, without moving"""
+    moving_seconds: float = 0.0
+    """of decode_seconds, those of moving sequences into the annex and out of it"""
     sample_seconds: float = 0.0
     lost: frozenset[SeqId] = frozenset()
     """sequences the engine had to empty (recurrent states cannot be cut back)"""

@@ -57,8 +57,10 @@ KV_TYPES: dict[str, int] = {
 }
 """name -> ggml type number, for the types llama.cpp takes as `-ctk` and `-ctv`"""
 
+DECODED = 0
+NO_SLOT = 1
 ABORTED = 2
-"""llama_decode's answer where it was told to stop"""
+"""llama_decode's answers: all is well; no room for the batch; it was told to stop"""
 
 ROTATION_SWITCH = "LLAMA_ATTN_ROT_DISABLE"
 """environment variable: 1 makes the library store quantised K and V without the Hadamard rotation it gives them otherwise"""

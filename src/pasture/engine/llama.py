@@ -51,7 +51,8 @@ from pasture.core.values import (
     Transfer,
     Work,
 )
-from pasture.engine.bindings import ABORTED, Brake
+from pasture.engine.annex import Annex, Computed
+from pasture.engine.bindings import ABORTED, DECODED, NO_SLOT, Brake
 from pasture.engine.blob import CacheKind, KvFormat, StateSlab
 from pasture.engine.blockcodec import LlamaCodec, kinds_in
 from pasture.engine.context import Context, Piece, on_host
@@ -66,8 +67,6 @@ from pasture.engine.stateblob import StateFormat
 from pasture.engine.transfer import PartTransfer, StateTransfer
 from pasture.engine.vocabulary import LlamaVocabulary
 
-_DECODED = 0
-_NO_SLOT = 1
 _INVALID_BATCH = -1
 
 
@@ -81,13 +80,18 @@ class LlamaEngine:
         settings: EngineSettings,
         kv_format: KvFormat | None,
         state_format: StateFormat | None = None,
+        annex: Context | None = None,
     ) -> None:
-        """`kv_format` where sequences can be cut; else `state_format`, or neither for a model nothing of which is stored."""
+        """`kv_format` where sequences can be cut; else `state_format`, or neither for a model nothing of which is stored.
+
+        `annex`: for a model with a `kv_format` and no window, see `pasture.engine.annex`.
+        """
         self._model = model
         self._settings = settings
         self._kv_format = kv_format
         self._state_format = state_format
         self._brake = Brake()
+        self._annex = self._furnish(annex) if annex is not None else None
         self._use(context)
         self._on_host = on_host(settings)
         self._closed = False
@@ -104,7 +108,7 @@ class LlamaEngine:
 
     @property
     def shape(self) -> PoolShape:
-        return self._context.shape
+        return self._shape
 
     @property
     def codec(self) -> LlamaCodec:
@@ -144,7 +148,7 @@ class LlamaEngine:
             raise EngineError(f"logits after {len(tokens)} tokens at once; there is room for {self.shape.n_seqs}")
         pieces = [Piece(sequence, [token], start + index, wants_logits=True) for index, token in enumerate(tokens)]
         code, _ = self._context.decode(pieces)
-        if code != _DECODED:
+        if code != DECODED:
             raise EngineError(f"llama_decode answered {code}")
         return self._context.logits(len(pieces)).copy()
 
@@ -152,21 +156,47 @@ class LlamaEngine:
         self._check_works(plan.works)
         decode_seconds = apart_seconds = 0.0
         rows: list[NDArray[np.float32]] = []
-        apart = list(_batches(plan.works[: plan.n_apart], self.shape.n_batch))
-        batches = [*apart, *_batches(plan.works[plan.n_apart :], self.shape.n_batch)]
+        in_annex = [work for work in plan.works if work.in_annex]
+        works = [work for work in plan.works if not work.in_annex]
+        apart = list(_batches(works[: plan.n_apart], self.shape.n_batch))
+        batches = [*apart, *_batches(works[plan.n_apart :], self.shape.n_batch)]
+        n_parts = len(batches) + len(in_annex)
         for i, batch in enumerate(batches):
             code, seconds = self._context.decode(batch, plan.pad_to if i >= len(apart) else 0)
             decode_seconds += seconds
             apart_seconds += seconds if i < len(apart) else 0.0
-            if code != _DECODED:
+            if code != DECODED:
                 return self._failure(code, plan.works, saved, decode_seconds)
             view = self._context.logits(sum(piece.wants_logits for piece in batch))
-            rows.append(view if len(batches) == 1 else view.copy())
+            rows.append(view if n_parts == 1 else view.copy())
+        annex_seconds = moving_seconds = 0.0
+        for work in in_annex:
+            computed = self._compute_in_annex(work)
+            decode_seconds += computed.decode_seconds + computed.moving_seconds
+            annex_seconds += computed.decode_seconds
+            moving_seconds += computed.moving_seconds
+            if computed.code != DECODED:
+                return self._failure(computed.code, plan.works, saved, decode_seconds)
+            rows.append(computed.logits if n_parts == 1 else computed.logits.copy())
         began = time.perf_counter()
         refused: dict[SeqId, RequestError] = {}
-        samples = self._draw(plan.works, rows[0] if len(rows) == 1 else np.concatenate(rows), refused)
-        seconds = time.perf_counter() - began
-        return StepResult(Outcome.DONE, samples, saved, decode_seconds, apart_seconds, seconds, refused=refused)
+        samples = self._draw([*works, *in_annex], rows[0] if n_parts == 1 else np.concatenate(rows), refused)
+        return StepResult(
+            Outcome.DONE,
+            samples,
+            saved,
+            decode_seconds,
+            apart_seconds,
+            annex_seconds,
+            moving_seconds,
+            sample_seconds=time.perf_counter() - began,
+            refused=refused,
+        )
+
+    def _compute_in_annex(self, work: Work) -> Computed:
+        if self._annex is None or not self.shape.annex_cells or not isinstance(self._transfer, PartTransfer):
+            raise EngineError("a work for the annex, and this cache has none")
+        return self._annex.compute(work, self._transfer)
 
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
         """See `pasture.core.ports.Engine.rebuild`; the model stays loaded, samplers live on.
@@ -248,11 +278,21 @@ class LlamaEngine:
         """Free the cache and the model; safe to call twice."""
         if not self._closed:
             self._closed = True
+            if self._annex is not None:
+                self._annex.close()
             self._context.close()
             self._model.close()
 
+    def _furnish(self, context: Context) -> Annex:
+        assert self._kv_format is not None
+        context.heed(self._brake)
+        return Annex(context, PartTransfer(context, self._kv_format.form, self._kv_format.kinds, window_tokens=0))
+
     def _use(self, context: Context) -> None:
         self._context = context
+        # in streams a prompt is alone anyway, and of a cache shifted down the annex would be as slow
+        gains = context.shape.layout is Layout.UNIFIED and context.shape.can_pad
+        self._shape = replace(context.shape, annex_cells=self._annex.n_cells if self._annex is not None and gains else 0)
         context.heed(self._brake)
         self._transfer: PartTransfer | StateTransfer = (
             StateTransfer(context)
@@ -283,6 +323,8 @@ class LlamaEngine:
     def _carry_out(self, operation: CellOperation, saved: dict[int, Slab]) -> Transfer | None:
         """What was moved out of the cache or into it, where the operation does that."""
         began = time.perf_counter()
+        if self._annex is not None:
+            self._annex.heed(operation)
         match operation:
             case Copy(source, target, p0, p1):
                 self._check_ids(source, target)
@@ -346,10 +388,12 @@ class LlamaEngine:
         return samples
 
     def _failure(self, code: int, works: Sequence[Work], saved: dict[int, Slab], decode_seconds: float) -> StepResult:
+        if self._annex is not None:
+            self._annex.forget()
         lost = frozenset(work.sequence for work in works if not self._cut_back(work))
         if code == _INVALID_BATCH:
             raise EngineError("llama_decode refused the batch as invalid: a token or a position is impossible")
-        outcome = Outcome.NO_ROOM if code == _NO_SLOT and not lost else Outcome.FAILED
+        outcome = Outcome.NO_ROOM if code == NO_SLOT and not lost else Outcome.FAILED
         if code == ABORTED and self._brake.is_set:
             outcome = Outcome.INTERRUPTED
         return StepResult(outcome, {}, saved, decode_seconds, lost=lost)

@@ -1,10 +1,10 @@
 """Whether a model and its pool fit into the memory that is free, and how many cells would.
 
 An estimate made before anything is allocated: llama.cpp would otherwise be killed by the kernel while it clears its buffers,
-without a word. Counted: the KV cells, the logits buffer, the attention mask and the activations of one micro-batch, and the
-weights where they are read rather than mapped, which on a GPU they always are. The free memory of the machine is the smaller
-of what it and what the process's control groups still have; `device` knows a GPU's, whose own allocator has the last word.
-Stateless.
+without a word. Counted: the KV cells and the annex, the logits buffer, the attention mask and the activations of one
+micro-batch, and the weights where they are read rather than mapped, which on a GPU they always are. The free memory of the
+machine is the smaller of what it and what the process's control groups still have; `device` knows a GPU's, whose own allocator
+has the last word. Stateless.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ def plan_memory(info: ModelInfo, settings: EngineSettings, *, n_embd: int, avail
     rows = min(settings.n_ubatch, settings.n_batch)
     logits = 2 * settings.n_seqs * info.n_vocab * 4
     activations = rows * n_embd * _ACTIVATION_ROWS * 4
+    cell_bytes = info.cell_bytes + rows * _MASK_BYTES
+    annex = settings.annex_cells * cell_bytes + activations if settings.annex_cells else 0
     weights = 0 if settings.use_mmap and not settings.use_mlock else _weights_bytes(info, settings)
     return MemoryPlan(
-        cell_bytes=info.cell_bytes + rows * _MASK_BYTES,
-        fixed_bytes=weights + logits + activations + SPARE_BYTES,
+        cell_bytes=cell_bytes,
+        fixed_bytes=weights + logits + activations + annex + SPARE_BYTES,
         available_bytes=available_bytes() if available is None else available,
     )
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from pasture.core.errors import EngineError, ModelError
 from pasture.core.storage import Bytes
-from pasture.core.values import ModelInfo, Weights
+from pasture.core.values import Layout, ModelInfo, Weights
 from pasture.engine.blob import KvFormat, StateSlab, detect_format, parse
 from pasture.engine.context import Context, Piece, max_sequences
 from pasture.engine.device import has_gpu
@@ -41,8 +41,7 @@ def open_engine(settings: EngineSettings, on_progress: OnProgress | None = None)
     header = read_header(settings.model_path)
     info = probe_model(settings.model_path, type_k=settings.type_k, type_v=settings.type_v)
     if settings.n_gpu_layers == 0 or not has_gpu():
-        plan = plan_memory(info, settings, n_embd=header.number("embedding_length"))
-        check_fits(plan, settings.n_cells)
+        settings = _within_memory(info, settings, header.number("embedding_length"))
     if not settings.self_check:
         return open_unchecked(settings, on_progress=on_progress)
     if settings.weights.is_copy:
@@ -85,13 +84,34 @@ def open_unchecked(
                 model.info = replace(model.info, shareable=False)
                 context = Context(model, settings, settings.layout, n_seqs)
             state_format = None if model.info.shareable else _learn_state_format(model, context)
+            annex = _annex(model, context, settings) if learnt is not None else None
         except BaseException:
             context.close()
             raise
     except BaseException:
         model.close()
         raise
-    return LlamaEngine(model, context, settings, learnt, state_format)
+    return LlamaEngine(model, context, settings, learnt, state_format, annex)
+
+
+def _within_memory(info: ModelInfo, settings: EngineSettings, n_embd: int) -> EngineSettings:
+    """The settings, without an annex where the pool alone fits. Raises DoesNotFit where that does not fit either."""
+    plan = plan_memory(info, settings, n_embd=n_embd)
+    if settings.annex_cells and plan.needed_bytes(settings.n_cells) > plan.available_bytes:
+        return _within_memory(info, replace(settings, annex_cells=0), n_embd)
+    check_fits(plan, settings.n_cells)
+    return settings
+
+
+def _annex(model: Model, context: Context, settings: EngineSettings) -> Context | None:
+    """Where there is anything to gain from it. It is no reason not to start: without it prompts are only slower."""
+    if not settings.annex_cells or context.shape.tile_tokens == 1 or model.window_tokens:
+        return None
+    try:
+        return Context(model, replace(settings, n_cells=settings.annex_cells), Layout.UNIFIED, 1)
+    except ModelError as error:
+        logger.warning("prompts are computed in the pool alone: %s", error)
+        return None
 
 
 def _learn_format(model: Model, context: Context) -> KvFormat | None:

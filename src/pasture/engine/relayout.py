@@ -80,9 +80,9 @@ class Sketch:
         return sum(row.row_size for kind in self.kinds for row in kind.rows)
 
     def context_bytes(self, model: Model) -> int:
-        """Everything but the weights, which are there."""
+        """Everything but the weights and the annex, which are there."""
         info = replace(model.info, cell_bytes=self.cell_bytes or model.info.cell_bytes, n_bytes=0, n_params=0)
-        plan = plan_memory(info, replace(self.settings, n_seqs=self.n_seqs), n_embd=model.n_embd, available=0)
+        plan = plan_memory(info, replace(self.settings, n_seqs=self.n_seqs, annex_cells=0), n_embd=model.n_embd, available=0)
         return plan.needed_bytes(self.settings.n_cells)
 
 

@@ -47,6 +47,9 @@ class EngineSettings:
     n_cells: int = 8192
     n_seqs: int = 64
     layout: Layout = Layout.UNIFIED
+    annex_cells: int = 0
+    """of a small cache beside the pool in which prompts are computed where attention looks over the whole pool otherwise; it
+    is made where that is so (llama.cpp's tiles on a CPU), and 0 is none"""
     n_batch: int = 2048
     n_ubatch: int = 512
     n_gpu_layers: int = -1
@@ -74,6 +77,8 @@ class EngineSettings:
         for name in ("n_cells", "n_seqs", "n_batch", "n_ubatch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.annex_cells < 0:
+            raise ConfigError(f"an annex of {self.annex_cells} cells")
         for threads in (self.n_threads, self.n_threads_batch):
             if threads is not None and threads < 1:
                 raise ConfigError(f"{threads} threads; at least 1 is needed")

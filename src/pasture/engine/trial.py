@@ -63,12 +63,12 @@ def run(module: str, settings: EngineSettings, file_bytes: int) -> Answer | Deat
 
 
 def serve(compute: Callable[[EngineSettings], Answer]) -> None:
-    """Be the child: settings from stdin, mapped and in small batches; one line of JSON to stdout."""
+    """Be the child: settings from stdin, mapped, in small batches and without an annex; one line of JSON to stdout."""
     asked = json.loads(sys.stdin.read())
     enums = {"layout": Layout(asked["layout"]), "weights": Weights(asked["weights"])}
     settings = EngineSettings(**(asked | enums | {"tensor_split": tuple(asked["tensor_split"])}))
     try:
-        answer = compute(replace(settings, n_batch=256, use_mmap=True, use_mlock=False))
+        answer = compute(replace(settings, annex_cells=0, n_batch=256, use_mmap=True, use_mlock=False))
     except PastureError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

@@ -4,19 +4,22 @@ A step's cost is linear in what it does, but with different coefficients in diff
 
     row by row   fewer rows than a tile: each row walks over the cells it attends to, and skips the others
     tiled        a tile of rows (64 on CPUs) or more: attention is a matrix product over every cell that any row of the tile
-                 attends to, several times cheaper a row
+                 attends to, several times cheaper a row; but on CPUs each row looks over the mask of all cells in use
+    annex        tiled, in a cache where nobody else's cells are; moving there and back takes time too
     streams      decode rows row by row, prompts in a micro-batch of their own
 
 So a prompt's chunk should bring the step up to a full tile, a step that falls somewhat short of one is cheaper filled up with
-rows that nobody reads, and streams whose cells are not the prompt's are cheaper in a batch of their own than in its tile, which
-would then walk over their cells too. On a backend without the cliff (`tile_tokens` 1) everything is the tiled regime.
-Coefficients are fitted by least squares with forgetting; the start values are a CPU's. Knows no clock and no engine.
+rows that nobody reads, and streams whose cells are not the prompt's are cheaper in a batch of their own than in its tile,
+which would then walk over their cells too; and in a full pool a prompt is cheaper in the annex. On a backend without the cliff
+(`tile_tokens` 1) everything is the tiled regime. Coefficients are fitted by least squares with forgetting; the start values
+are a CPU's. Knows no clock and no engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from pasture.core.values import Layout, PoolShape
 
@@ -38,7 +41,11 @@ BUSY_FACTOR = 2.0
 PAD_GAIN = 0.9
 """filling up must promise to take at most this share of the time"""
 APART_GAIN = 0.95
-"""a batch of their own for the streams must promise to take at most this share of the time a prompt token"""
+"""a batch of their own for the streams, or the annex, must promise to take at most this share of the time a prompt token"""
+MOVING_KEPT = 0.9
+"""share of the past that stays in the time of moving a cell"""
+PRIOR_MOVING_SECONDS = 10e-6
+"""a cell, out of one cache and into the other"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +61,30 @@ class Load:
     """that any of them attends to: what a tile with all of them walks over"""
     prompt_cells: int
     """of these, what the prompts attend to: what a tile of prompt tokens alone walks over"""
+    used_cells: int = 0
+    """of the whole cache: a row of a tile looks at the mask of each"""
 
     @property
     def n_tokens(self) -> int:
         return self.rows + self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class AnnexLoad:
+    """What one prompt computes in the annex."""
+
+    n_tokens: int
+    start: int
+    """the cells before them, which are moved there"""
+
+
+class _Place(Enum):
+    """Where a step computes a prompt."""
+
+    TOGETHER = auto()
+    """in one batch with the streams"""
+    APART = auto()
+    ANNEX = auto()
 
 
 class _Linear:
@@ -126,8 +153,10 @@ class StepCosts:
     def __init__(self, itl_target_seconds: float) -> None:
         self._target = itl_target_seconds
         self._row_by_row = _Linear([0.008, 0.003, 0.0035], [0.01, 0.003, 0.01])
-        self._tiled = _Linear([0.008, 0.003, 0.07], [0.01, 0.003, 0.02])
+        self._tiled = _Linear([0.008, 0.003, 0.07, 0.2], [0.01, 0.003, 0.02, 0.2])
         self._streams = _Linear([0.008, 0.003, 0.003, 0.0035], [0.01, 0.003, 0.003, 0.01])
+        self._moving_seconds = PRIOR_MOVING_SECONDS
+        """a cell"""
         self._prompt_tokens = self._prompt_seconds = 0.0
         """of the latest prompts, fading"""
 
@@ -136,12 +165,26 @@ class StepCosts:
         model, features = self._regime(shape, load, max(load.n_tokens, pad_to))
         model.learn(features, seconds)
         if load.prompt_tokens:
-            self._prompt_tokens = RATE_KEPT * self._prompt_tokens + load.prompt_tokens
-            self._prompt_seconds = RATE_KEPT * self._prompt_seconds + seconds * load.prompt_tokens / load.n_tokens
+            self._keep_rate(load.prompt_tokens, seconds * load.prompt_tokens / load.n_tokens)
+
+    def observe_annex(self, shape: PoolShape, loads: Sequence[AnnexLoad], seconds: float, moving_seconds: float) -> None:
+        """What the step's prompts in the annex took, and moving them. The kernels are the pool's: one teaches the other."""
+        features = [sum(column) for column in zip(*(_in_annex(shape, load) for load in loads), strict=True)]
+        self._tiled.learn(features, seconds)
+        n_moved = sum(load.start + load.n_tokens for load in loads)
+        self._moving_seconds += (1 - MOVING_KEPT) * (moving_seconds / n_moved - self._moving_seconds)
+        self._keep_rate(sum(load.n_tokens for load in loads), seconds + moving_seconds)
+
+    def _keep_rate(self, n_tokens: int, seconds: float) -> None:
+        self._prompt_tokens = RATE_KEPT * self._prompt_tokens + n_tokens
+        self._prompt_seconds = RATE_KEPT * self._prompt_seconds + seconds
 
     def expected_seconds(self, shape: PoolShape, load: Load, pad_to: int = 0) -> float:
         model, features = self._regime(shape, load, max(load.n_tokens, pad_to))
         return model.predict(features)
+
+    def annex_seconds(self, shape: PoolShape, load: AnnexLoad) -> float:
+        return self._tiled.predict(_in_annex(shape, load)) + self._moving_seconds * (load.start + load.n_tokens)
 
     def padding(self, shape: PoolShape, load: Load) -> int:
         """Rows to fill the step up to; 0 where that does not pay."""
@@ -162,7 +205,7 @@ class StepCosts:
         return tile - n_tokens if tiled < row_by_row * PAD_GAIN else 0
 
     def step(self, shape: PoolShape, streams: Load, prompt: Load, n_waiting: int = 0, *, brief: bool = False) -> int:
-        """How many prompt tokens a step with `streams` should take, in their batch or in one of its own.
+        """How many prompt tokens a step with `streams` should take: in their batch, in one of its own, or in the annex.
 
         `prompt` is a first token of the prompt that goes next: its cells, and (distinct) those of it and the streams together.
         `n_waiting` of the streams' tenant wait for a first token. A longer step computes prompts in fewer tiles, so where they
@@ -171,39 +214,53 @@ class StepCosts:
         alone = self.expected_seconds(shape, streams) if streams.rows else 0.0
         patience = min(MOST_PATIENCE, max(1.0 if streams.rows else QUIET_FACTOR, n_waiting / max(1, streams.rows)))
         target = self._target * BRIEF_FACTOR if brief else max(self._target * patience, alone * BUSY_FACTOR)
-        together = self._grow(shape, streams, prompt, target, apart=False)
-        if not streams.rows or not shape.can_pad or shape.layout is Layout.STREAMS:
-            return together
-        apart = self._grow(shape, streams, prompt, target, apart=True)
-        gain = [
-            (self._with_prompt(shape, streams, prompt, n, apart=is_apart) - alone) / max(1, n)
-            for n, is_apart in ((together, False), (apart, True))
-        ]
-        return apart if gain[1] < gain[0] * APART_GAIN else together
+        best = self._grow(shape, streams, prompt, target, _Place.TOGETHER)
+        least = (self._with_prompt(shape, streams, prompt, best, _Place.TOGETHER) - alone) / max(1, best) * APART_GAIN
+        for place in self._other_places(shape, streams, prompt):
+            n_tokens = self._grow(shape, streams, prompt, target, place)
+            each = (self._with_prompt(shape, streams, prompt, n_tokens, place) - alone) / max(1, n_tokens)
+            if each < least:
+                best, least = n_tokens, each
+        return best
 
-    def _grow(self, shape: PoolShape, streams: Load, prompt: Load, target: float, *, apart: bool) -> int:
+    def _other_places(self, shape: PoolShape, streams: Load, prompt: Load) -> list[_Place]:
+        """Than together."""
+        places = []
+        if streams.rows and shape.can_pad and shape.layout is Layout.UNIFIED:
+            places.append(_Place.APART)
+        if prompt.prompt_cells + shape.tile_tokens <= shape.annex_cells:
+            places.append(_Place.ANNEX)
+        return places
+
+    def _grow(self, shape: PoolShape, streams: Load, prompt: Load, target: float, place: _Place) -> int:
         """Prompt tokens in whole tiles: one at least, more while the step stays within the target."""
         tile = shape.tile_tokens
+        most = shape.n_batch - streams.rows
+        if place is _Place.ANNEX:
+            most = min(most, shape.annex_cells - prompt.prompt_cells)
         if shape.layout is Layout.STREAMS:
             tokens = step = tile + 1 if tile > 1 else MIN_PROMPT_TOKENS
         else:
             step = tile if tile > 1 else MIN_PROMPT_TOKENS
-            tokens = step if apart else max(MIN_PROMPT_TOKENS, tile - streams.rows)
-        while tokens + step <= shape.n_batch - streams.rows:
-            if self._with_prompt(shape, streams, prompt, tokens + step, apart=apart) > target:
+            tokens = max(MIN_PROMPT_TOKENS, tile - streams.rows) if place is _Place.TOGETHER else step
+        while tokens + step <= most:
+            if self._with_prompt(shape, streams, prompt, tokens + step, place) > target:
                 break
             tokens += step
-        return max(0, min(tokens, shape.n_batch - streams.rows))
+        return max(0, min(tokens, most))
 
-    def _with_prompt(self, shape: PoolShape, streams: Load, prompt: Load, n_tokens: int, *, apart: bool) -> float:
+    def _with_prompt(self, shape: PoolShape, streams: Load, prompt: Load, n_tokens: int, place: _Place) -> float:
         """Seconds of a step with `n_tokens` of the prompt."""
+        if place is _Place.ANNEX:
+            beside = self.expected_seconds(shape, streams) if streams.rows else 0.0
+            return beside + self.annex_seconds(shape, AnnexLoad(n_tokens, prompt.prompt_cells))
         attended = 0 if shape.layout is Layout.STREAMS else prompt.attended_cells * n_tokens + n_tokens * n_tokens // 2
-        cells = prompt.prompt_cells + n_tokens
-        if apart:
-            alone = self.expected_seconds(shape, Load(0, n_tokens, attended, cells, cells), shape.tile_tokens)
+        cells, used = prompt.prompt_cells + n_tokens, prompt.used_cells + n_tokens
+        if place is _Place.APART:
+            alone = self.expected_seconds(shape, Load(0, n_tokens, attended, cells, cells, used), shape.tile_tokens)
             return self.expected_seconds(shape, streams) + alone
         joined = prompt.distinct_cells + n_tokens
-        load = Load(streams.rows, n_tokens, streams.attended_cells + attended, joined, cells)
+        load = Load(streams.rows, n_tokens, streams.attended_cells + attended, joined, cells, used)
         return self.expected_seconds(shape, load)
 
     @property
@@ -220,4 +277,12 @@ class StepCosts:
             return self._row_by_row, (1.0, n_rows, load.attended_cells / 1000)
         tiles = -(-n_rows // shape.tile_tokens) if shape.tile_tokens > 1 else n_rows / 64
         walked = load.distinct_cells + max(0.0, tiles - 1) * load.prompt_cells  # the streams are rows of the first tile
-        return self._tiled, (1.0, n_rows, walked / 1000)
+        seen = n_rows * load.used_cells if shape.annex_cells else 0
+        return self._tiled, (1.0, n_rows, walked / 1000, seen / 1e6)
+
+
+def _in_annex(shape: PoolShape, load: AnnexLoad) -> tuple[float, ...]:
+    """The features of the tiled regime; a short prompt is filled up to a tile."""
+    cells = load.start + load.n_tokens
+    n_rows = max(load.n_tokens, shape.tile_tokens)
+    return (1.0, n_rows, -(-n_rows // shape.tile_tokens) * cells / 1000, n_rows * cells / 1e6)

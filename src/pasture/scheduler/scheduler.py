@@ -288,7 +288,7 @@ class Scheduler:
         return [work for stream, work in zip(streams, works[: self._n_streams], strict=True) if stream not in aside]
 
     def _chunk(self, task: Task, budget: int, *, brief: bool) -> int:
-        """Tokens of a prompt for this step; in streams no rest is left that would be shorter than a tile.
+        """Tokens of a prompt for this step; in streams and the annex no rest is left that would be shorter than a tile.
 
         In a `brief` step, none that would be shorter than half a tile: a longer one is filled up.
         """
@@ -297,7 +297,8 @@ class Scheduler:
             return min(n, task.save_at - task.computed)
         shape = self.pool.shape
         least = shape.tile_tokens // 2 if brief and shape.can_pad else shape.tile_tokens
-        if shape.layout is Layout.STREAMS and task.remaining - n <= least:
+        whole_tiles = shape.layout is Layout.STREAMS or task.computed + task.remaining <= shape.annex_cells
+        if whole_tiles and task.remaining - n <= least:
             n = min(task.remaining, shape.n_batch - len(self._planned))
         return n
 

@@ -1,4 +1,4 @@
-"""Puts a step together: how much prompt goes beside the streams, in one batch or two, filled up or not.
+"""Puts a step together: how much prompt goes beside the streams, in one batch, two, or the annex, filled up or not.
 
 Translates works into the loads that `StepCosts` knows about, asks it, and tells it afterwards what the step really took. The
 streams' works always come first. Owns nothing but the costs; reads the pool. Engine thread.
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pasture.core.values import Layout, StepPlan, StepResult, Work
 from pasture.kv.pool import Pool
-from pasture.scheduler.costs import APART_GAIN, Load, StepCosts
+from pasture.scheduler.costs import APART_GAIN, AnnexLoad, Load, StepCosts
 from pasture.scheduler.task import Task
 
 
@@ -32,7 +32,7 @@ class StepShaper:
         sequences = [pool.sequences[work.sequence] for work in streams]
         own = prompt.sequence.length
         joined = pool.distinct_cells([*sequences, prompt.sequence]) if pool.cells_are_shared else own
-        load = Load(0, 1, own, joined, own)
+        load = Load(0, 1, own, joined, own, pool.used_cells)
         beside = self._load(streams, len(streams))
         share = self.costs.step(pool.shape, beside, load, brief=brief)
         if prompt.remaining <= share or not n_waiting:
@@ -42,10 +42,12 @@ class StepShaper:
     def plan(self, works: list[Work], n_streams: int) -> StepPlan:
         """The step of these works, the first `n_streams` of them streams. Makes the room it needs for filling up."""
         pool = self._pool
-        n_apart = n_streams if self._are_better_apart(works, n_streams) else 0
+        works = self._placed(works, n_streams)
+        inside = _in_pool(works)
+        n_apart = n_streams if self._are_better_apart(inside, n_streams) else 0
         pad_to = 0
-        if pool.shape.can_pad:
-            pad_to = self.costs.padding(pool.shape, self._load(works[n_apart:], n_streams - n_apart))
+        if pool.shape.can_pad and len(inside) > n_apart:
+            pad_to = self.costs.padding(pool.shape, self._load(inside[n_apart:], n_streams - n_apart))
         plan = StepPlan((), tuple(works), n_apart, pad_to)
         if pad_to and not pool.make_room(plan.n_cells):
             plan = replace(plan, pad_to=0)
@@ -60,11 +62,39 @@ class StepShaper:
         """What the plan, whose first `n_streams` works were streams, took. Before the pool books the step's tokens."""
         if not plan.works or result.decode_seconds <= 0:
             return
+        shape, seconds = self._pool.shape, result.decode_seconds
+        if annexed := [AnnexLoad(len(work.tokens), work.start) for work in plan.works if work.in_annex]:
+            self.costs.observe_annex(shape, annexed, result.annex_seconds, result.moving_seconds)
+            seconds -= result.annex_seconds + result.moving_seconds
+        works = _in_pool(plan.works)
         if plan.n_apart:
-            first = self._load(plan.works[: plan.n_apart], plan.n_apart)
-            self.costs.observe(self._pool.shape, first, 0, result.apart_seconds)
-        last = self._load(plan.works[plan.n_apart :], n_streams - plan.n_apart)
-        self.costs.observe(self._pool.shape, last, plan.pad_to, result.decode_seconds - result.apart_seconds)
+            self.costs.observe(shape, self._load(works[: plan.n_apart], plan.n_apart), 0, result.apart_seconds)
+            seconds -= result.apart_seconds
+        if last := works[plan.n_apart :]:
+            self.costs.observe(shape, self._load(last, n_streams - plan.n_apart), plan.pad_to, seconds)
+
+    def _placed(self, works: list[Work], n_streams: int) -> list[Work]:
+        """The works, those of prompts that fit into the annex marked for it where that is quicker."""
+        shape = self._pool.shape
+        if not shape.annex_cells or len(works) == n_streams:
+            return works
+        placed = works[:n_streams]
+        placed += [replace(w, in_annex=w.start + len(w.tokens) <= shape.annex_cells) for w in works[n_streams:]]
+        loads = [AnnexLoad(len(work.tokens), work.start) for work in placed if work.in_annex]
+        if not loads:
+            return works
+        seconds = sum(self.costs.annex_seconds(shape, load) for load in loads) + self._seconds(_in_pool(placed), n_streams)
+        return placed if seconds < self._seconds(works, n_streams) * APART_GAIN else works
+
+    def _seconds(self, works: Sequence[Work], n_streams: int) -> float:
+        """Of a step of these works in the pool, however it is shaped best."""
+        if not works:
+            return 0.0
+        together = self._filled(self._load(works, n_streams))
+        if not 0 < n_streams < len(works):
+            return together
+        apart = self.costs.expected_seconds(self._pool.shape, self._load(works[:n_streams], n_streams))
+        return min(together, apart + self._filled(self._load(works[n_streams:], 0)))
 
     def _are_better_apart(self, works: Sequence[Work], n_streams: int) -> bool:
         shape = self._pool.shape
@@ -86,7 +116,8 @@ class StepShaper:
         n_tokens = sum(len(work.tokens) for work in prompts)
         rows_attend = sum(work.start for work in works[:n_streams])
         attended = rows_attend + sum(work.start * len(work.tokens) + len(work.tokens) ** 2 // 2 for work in prompts)
-        return Load(n_streams, n_tokens, attended, self._cells(works), self._cells(prompts) if prompts else 0)
+        used = self._pool.used_cells + sum(len(work.tokens) for work in works)
+        return Load(n_streams, n_tokens, attended, self._cells(works), self._cells(prompts) if prompts else 0, used)
 
     def _cells(self, works: Iterable[Work]) -> int:
         """Distinct cells that they attend to, their own tokens included."""
@@ -95,6 +126,10 @@ class StepShaper:
         if not self._pool.cells_are_shared:
             return n_tokens + sum(work.start for work in works)
         return n_tokens + self._pool.distinct_cells(self._pool.sequences[work.sequence] for work in works)
+
+
+def _in_pool(works: Sequence[Work]) -> list[Work]:
+    return [work for work in works if not work.in_annex]
 
 
 def _load_in_streams(works: Iterable[Work]) -> Load:
