@@ -221,7 +221,7 @@ def events_of(tokens: Sequence[int], *, reason: FinishReason = FinishReason.STOP
 
 
 _POOL = PoolStatistics(
-    shape=PoolShape(4096, 8),
+    shape=PoolShape(4096, 8, annex_cells=512),
     used_cells=100,
     running_cells=60,
     idle_cells=40,

@@ -13,6 +13,7 @@ from pasture.config import Settings, validate_settings
 from pasture.core.errors import ConfigError, ModelError
 from pasture.core.values import ModelInfo
 from pasture.scheduler.settings import LayoutChoice
+from tests.gguf_factory import write_llama
 from tests.unit.stub_service import StubService
 
 MODEL = ModelInfo("small", "small.gguf", "llama", "llama 1M", 1, 1 << 20, 512, 2, 8192, cell_bytes=1000, shareable=True)
@@ -67,6 +68,24 @@ def test_streams_are_long_enough_for_a_conversation_and_two_at_least() -> None:
     assert server.stream_sequences(128, 32768) == 16
     assert server.stream_sequences(4, 32768) == 4
     assert server.stream_sequences(128, 512) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "cells"),
+    [
+        ({"kv_cells": 2048}, 0),
+        ({"kv_cells": 4352}, 1280),
+        ({"kv_cells": 32768}, 4096),
+        ({"kv_cells": 32768, "kv_annex": 0}, 0),
+        ({"kv_cells": 512, "kv_annex": 300}, 512),
+        ({"kv_cells": 512, "kv_annex": 10_000}, 512),
+    ],
+)
+def test_the_annex_is_a_third_of_the_pool_within_bounds_or_what_was_asked_for(
+    tmp_path: Path, asked: dict[str, object], cells: int
+) -> None:
+    settings = validate_settings({"model": str(write_llama(tmp_path / "m.gguf")), **asked})
+    assert server.engine_settings(settings).annex_cells == cells
 
 
 def test_the_schedulers_part() -> None:

@@ -499,13 +499,13 @@ class StepResult:
     saved: Mapping[int, Slab]
     """`Save.key` -> slab"""
     decode_seconds: float
-    """inside llama_decode, and moving what the annex computed"""
+    """inside llama_decode"""
     apart_seconds: float = 0.0
     """of decode_seconds, those of the plan's `n_apart` works"""
     annex_seconds: float = 0.0
-    """of decode_seconds, those of works in the annex, without moving"""
+    """of decode_seconds, those of works in the annex"""
     moving_seconds: float = 0.0
-    """of decode_seconds, those of moving sequences into the annex and out of it"""
+    """of moving their sequences into the annex and out of it"""
     sample_seconds: float = 0.0
     lost: frozenset[SeqId] = frozenset()
     """sequences the engine had to empty (recurrent states cannot be cut back)"""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pasture.core.errors import EngineError
-from pasture.core.values import CellOperation, Copy, Remove, Restore, SeqId, Work
+from pasture.core.values import CellOperation, Remove, SeqId, Work
 from pasture.engine.bindings import DECODED, NO_SLOT
 from pasture.engine.context import Context, Piece
 from pasture.engine.transfer import PartTransfer
@@ -58,12 +58,8 @@ class Annex:
 
     def heed(self, operation: CellOperation) -> None:
         """The live cache is about to change so; what is here may not be what it holds any more."""
-        match operation:
-            case Copy(target=changed) | Remove(sequence=changed) | Restore(sequence=changed):
-                if changed == self._holder:
-                    self.forget()
-            case _:
-                pass
+        if isinstance(operation, Remove) and operation.sequence == self._holder:  # whatever else changes makes it longer
+            self.forget()
 
     def forget(self) -> None:
         """Be empty."""

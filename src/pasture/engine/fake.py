@@ -137,7 +137,7 @@ class FakeEngine:
         """taken, though nobody attends to them"""
         self._decodes_to_fail: list[Outcome] = []
         self.interrupted = threading.Event()
-        self._raw_cells = shape.n_cells
+        self._raw_cells, self._annex_cells = shape.n_cells, shape.annex_cells
         self.codec = FakeCodec()
         self.transfer_seconds = 0.0
         """what it claims that saving or restoring a token takes"""
@@ -191,6 +191,8 @@ class FakeEngine:
         time.sleep(0)  # lets other threads run, as the real engine does while it computes
         saved: dict[int, Slab] = {}
         transfers = tuple(filter(None, [self._operate(operation, saved) for operation in plan.operations]))
+        if any(w.in_annex and w.start + len(w.tokens) > self._shape.annex_cells for w in plan.works):
+            raise EngineError(f"a work that does not fit into an annex of {self._shape.annex_cells} cells")
         if plan.n_tokens > self._shape.n_batch:
             raise EngineError(f"{plan.n_tokens} tokens in a batch of {self._shape.n_batch}")
         lost: set[SeqId] = set()
@@ -221,7 +223,9 @@ class FakeEngine:
         if form is not Form.RAW and (form is not Form.Q8_0 or self._recurrent):
             raise DoesNotFit(f"no live cache in {form}")
         n_cells = self._raw_cells * CELL_BYTES[Form.RAW] // CELL_BYTES[form]
-        shape = replace(self._shape, n_seqs=n_seqs, layout=layout, form=form, n_cells=n_cells)
+        gains = layout is Layout.UNIFIED and form is Form.RAW
+        annex_cells = self._annex_cells if gains else 0
+        shape = replace(self._shape, n_seqs=n_seqs, layout=layout, form=form, n_cells=n_cells, annex_cells=annex_cells)
         kept: dict[SeqId, list[Cell]] = {}
         for segment in segments:
             cells = self._cells[segment.holders[0]][segment.p0 : segment.p1]

@@ -172,7 +172,7 @@ class LlamaEngine:
         annex_seconds = moving_seconds = 0.0
         for work in in_annex:
             computed = self._compute_in_annex(work)
-            decode_seconds += computed.decode_seconds + computed.moving_seconds
+            decode_seconds += computed.decode_seconds
             annex_seconds += computed.decode_seconds
             moving_seconds += computed.moving_seconds
             if computed.code != DECODED:
@@ -388,8 +388,6 @@ class LlamaEngine:
         return samples
 
     def _failure(self, code: int, works: Sequence[Work], saved: dict[int, Slab], decode_seconds: float) -> StepResult:
-        if self._annex is not None:
-            self._annex.forget()
         lost = frozenset(work.sequence for work in works if not self._cut_back(work))
         if code == _INVALID_BATCH:
             raise EngineError("llama_decode refused the batch as invalid: a token or a position is impossible")

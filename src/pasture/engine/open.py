@@ -105,7 +105,7 @@ def _within_memory(info: ModelInfo, settings: EngineSettings, n_embd: int) -> En
 
 def _annex(model: Model, context: Context, settings: EngineSettings) -> Context | None:
     """Where there is anything to gain from it. It is no reason not to start: without it prompts are only slower."""
-    if not settings.annex_cells or context.shape.tile_tokens == 1 or model.window_tokens:
+    if not settings.annex_cells or not context.shape.can_pad:
         return None
     try:
         return Context(model, replace(settings, n_cells=settings.annex_cells), Layout.UNIFIED, 1)

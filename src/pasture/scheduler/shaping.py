@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from pasture.core.values import Layout, StepPlan, StepResult, Work
+from pasture.core.values import Layout, PoolShape, StepPlan, StepResult, Work
 from pasture.kv.pool import Pool
 from pasture.scheduler.costs import APART_GAIN, AnnexLoad, Load, StepCosts
 from pasture.scheduler.task import Task
@@ -65,7 +65,7 @@ class StepShaper:
         shape, seconds = self._pool.shape, result.decode_seconds
         if annexed := [AnnexLoad(len(work.tokens), work.start) for work in plan.works if work.in_annex]:
             self.costs.observe_annex(shape, annexed, result.annex_seconds, result.moving_seconds)
-            seconds -= result.annex_seconds + result.moving_seconds
+            seconds -= result.annex_seconds
         works = _in_pool(plan.works)
         if plan.n_apart:
             self.costs.observe(shape, self._load(works[: plan.n_apart], plan.n_apart), 0, result.apart_seconds)
@@ -74,12 +74,12 @@ class StepShaper:
             self.costs.observe(shape, self._load(last, n_streams - plan.n_apart), plan.pad_to, seconds)
 
     def _placed(self, works: list[Work], n_streams: int) -> list[Work]:
-        """The works, those of prompts that fit into the annex marked for it where that is quicker."""
+        """The works, those of prompts that suit the annex marked for it where that is quicker."""
         shape = self._pool.shape
         if not shape.annex_cells or len(works) == n_streams:
             return works
         placed = works[:n_streams]
-        placed += [replace(w, in_annex=w.start + len(w.tokens) <= shape.annex_cells) for w in works[n_streams:]]
+        placed += [replace(work, in_annex=_suits_annex(work, shape)) for work in works[n_streams:]]
         loads = [AnnexLoad(len(work.tokens), work.start) for work in placed if work.in_annex]
         if not loads:
             return works
@@ -126,6 +126,12 @@ class StepShaper:
         if not self._pool.cells_are_shared:
             return n_tokens + sum(work.start for work in works)
         return n_tokens + self._pool.distinct_cells(self._pool.sequences[work.sequence] for work in works)
+
+
+def _suits_annex(work: Work, shape: PoolShape) -> bool:
+    """It fits, and is a tile or all that is left of a prompt."""
+    fits = work.start + len(work.tokens) <= shape.annex_cells
+    return fits and (len(work.tokens) >= shape.tile_tokens or work.sampler is not None)
 
 
 def _in_pool(works: Sequence[Work]) -> list[Work]:

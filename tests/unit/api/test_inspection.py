@@ -103,6 +103,7 @@ async def test_metrics_show_statistics_and_what_clients_felt(client: httpx.Async
 async def test_props_show_every_tier_and_what_the_gate_goes_by(client: httpx.AsyncClient) -> None:
     props = (await client.get("/props")).json()
     assert (props["kv"]["bytes"], props["kv"]["form"]) == (4096 * 16, "raw")
+    assert (props["kv"]["annex_cells"], props["kv"]["annex_bytes"]) == (512, 512 * 16)
     ram, disk = props["store"]["tiers"]
     assert {field.name for field in fields(TierStatistics)} == set(ram) == set(disk), "all there is"
     assert (ram["name"], ram["bytes_by_form"], disk["damaged_blocks"]) == ("ram", {"raw": 2000, "q8_0": 1000}, 2)
@@ -135,6 +136,7 @@ async def test_metrics_show_every_tier_and_what_the_gate_goes_by(client: httpx.A
         for sample in family.samples
     }
     assert samples["pasture_kv_bytes",] == 4096 * 16
+    assert samples["pasture_kv_annex_bytes",] == 512 * 16
     assert samples["pasture_store_bytes", "ram"] == 3000
     assert samples["pasture_store_blocks", "disk"] == 7
     assert samples["pasture_store_form_bytes", "q8_0", "ram"] == 1000
