@@ -186,6 +186,21 @@ def test_without_room_in_the_pool_nothing_changes(models: Path) -> None:
         assert close(row(again, 1), row(plain, 1))
 
 
+def test_what_found_no_room_is_not_what_the_pool_computes_later(models: Path) -> None:
+    """Of the same length, by somebody who goes on from the same beginning."""
+    with closing(open_small(models / "llama.gguf", n_cells=512, annex_cells=512)) as engine:
+        hand = Hand(engine)
+        hand.feed(0, TOKENS[:250], 0)
+        compute(engine, work(engine, 1, 0, 100))
+        assert engine.execute(StepPlan((), (work(engine, 1, 100, 280),))).outcome is Outcome.NO_ROOM
+        hand.remove(0)
+        hand.feed(1, TOKENS[279:99:-1], 100)
+        there = compute(engine, work(engine, 1, 280, 300))
+        hand.remove(1, 280)
+        here = compute(engine, work(engine, 1, 280, 300, in_annex=False))
+        assert np.abs(row(here, 1) - row(there, 1)).max() < OTHER_KERNEL
+
+
 def test_it_stops_when_it_is_told_to(engine: LlamaEngine) -> None:
     hand = Hand(engine)
     hand.feed(1, TOKENS[:90], 0)
