@@ -508,7 +508,7 @@ def test_a_failure_in_the_middle_is_undone(hand: Hand, monkeypatch: pytest.Monke
         done, seconds = decode(pieces)
         return (code, seconds) if next(calls) else (done, seconds)
 
-    monkeypatch.setattr(context, "shape", type(context.shape)(1024, 4, context.shape.layout, 16))
+    monkeypatch.setattr(hand.engine, "_shape", type(context.shape)(1024, 4, context.shape.layout, 16))
     monkeypatch.setattr(context, "decode", fail_second)
     sampler = hand.engine.sampler(SamplingParams(seed=5, repeat_penalty=1.3), TOKENS[:20])
     works = (Work(SeqId(0), TOKENS[100:104], 20, sampler), Work(SeqId(1), TOKENS[:20], 0, None))
