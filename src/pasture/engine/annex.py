@@ -2,7 +2,7 @@
 
 llama.cpp's tiled attention on CPUs looks at the mask of every cell in use before it skips those of others: for each head of
 each layer, for each row. In a large pool that takes several times as long as the prompt itself (SmolLM2, two cores, 448 tokens
-behind 768: 0.74 s alone, 2.3 s beside 12,000 cells of others, 4.3 s beside 32,000). Here a prompt is alone:
+behind 768: 0.7 to 1.1 s alone, about 2 s beside 12,000 cells of others, 3.4 s beside 32,000). Here a prompt is alone:
 
     live cache   ... [ A ][ B ][ prefix of C ]......[ C's new tokens ] ...
                                |  moved in                ^  moved out
