@@ -317,11 +317,11 @@ def _largest_cells(model: ModelInfo, wanted: EngineSettings) -> int | None:
 
 
 def _annex_cells(settings: Settings, n_cells: int) -> int:
-    """Of the annex of such a pool; none for a small one unless asked for, where it would gain little for what it takes."""
+    """Of the annex of such a pool; unless asked for none where it would gain nothing, or little for what it takes."""
     if settings.kv_annex is not None:
         return min(n_cells, -(-settings.kv_annex // CELLS_ALIGNMENT) * CELLS_ALIGNMENT)
     annex_cells = min(MOST_ANNEX_CELLS, _aligned(n_cells // ANNEX_SHARE))
-    return annex_cells if annex_cells >= LEAST_ANNEX_CELLS else 0
+    return annex_cells if annex_cells >= LEAST_ANNEX_CELLS and settings.kv_layout != "streams" else 0
 
 
 def _aligned(n_cells: int) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pasture.core.errors import EngineError, ModelError
+from pasture.core.errors import DoesNotFit, EngineError, ModelError
 from pasture.core.values import Form, Layout, Outcome, Segment, SeqId, StepPlan, StepResult, Work
+from pasture.engine import llama
 from pasture.engine import open as opening
 from pasture.engine.annex import Annex
 from pasture.engine.context import Context, Piece
@@ -241,13 +242,30 @@ def comes_and_goes(engine: LlamaEngine) -> None:
     segments = [Segment((SeqId(0),), 0, 90)]
     assert engine.rebuild(segments, Layout.STREAMS, 4).annex_cells == 0
     assert engine.rebuild(segments, Layout.UNIFIED, 4).annex_cells == 512
-    assert engine.rebuild(segments, Layout.UNIFIED, 4, Form.Q8_0).annex_cells == 0
-    assert engine.rebuild(segments, Layout.UNIFIED, 4, Form.RAW).annex_cells == 512
+    shifted = engine.rebuild(segments, Layout.UNIFIED, 4, Form.Q8_0)
+    assert shifted.annex_cells == 0
+    assert shifted.n_cells == (2048 + 512) * 64 // 34 // 256 * 256, "its bytes are the pool's meanwhile"
+    assert engine.rebuild(segments, Layout.UNIFIED, 4).n_cells == shifted.n_cells
+    raw = engine.rebuild(segments, Layout.UNIFIED, 4, Form.RAW)
+    assert (raw.n_cells, raw.annex_cells) == (2048, 512)
     hand.remove(0, 0)
     hand.feed(0, TOKENS[:90], 0)
     hand.copy(0, 1, 0, 90)
     here = compute(engine, work(engine, 0, 90, 200, in_annex=False))
     assert close(row(compute(engine, work(engine, 1, 90, 200)), 1), row(here, 0))
+
+
+def test_it_is_there_again_after_a_shift_that_could_not_be_made(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(open_small(models / "wide.gguf", n_cells=2048, annex_cells=512)) as engine:
+        hand = Hand(engine)
+        hand.feed(0, TOKENS[:90], 0)
+        monkeypatch.setattr(llama, "available_bytes", lambda: 0)
+        with pytest.raises(DoesNotFit):
+            engine.rebuild([Segment((SeqId(0),), 0, 90)], Layout.UNIFIED, 4, Form.Q8_0)
+        assert (engine.shape.form, engine.shape.n_cells, engine.shape.annex_cells) == (Form.RAW, 2048, 512)
+        hand.copy(0, 1, 0, 90)
+        here = compute(engine, work(engine, 0, 90, 200, in_annex=False))
+        assert close(row(compute(engine, work(engine, 1, 90, 200)), 1), row(here, 0))
 
 
 def test_memory_for_the_pool_alone_is_enough_to_start(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ def test_streams_are_long_enough_for_a_conversation_and_two_at_least() -> None:
         ({"kv_cells": 2048}, 0),
         ({"kv_cells": 4352}, 1280),
         ({"kv_cells": 32768}, 4096),
+        ({"kv_cells": 32768, "kv_layout": "streams"}, 0),
         ({"kv_cells": 32768, "kv_annex": 0}, 0),
         ({"kv_cells": 512, "kv_annex": 300}, 512),
         ({"kv_cells": 512, "kv_annex": 10_000}, 512),

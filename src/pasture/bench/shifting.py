@@ -45,6 +45,8 @@ class Shifted:
 @dataclass(frozen=True, slots=True)
 class Found:
     cells_raw: int
+    annex_cells: int
+    """beside those, in bytes that are the pool's while it is shifted down"""
     cells_down: int
     users_raw: int
     """that fit at once"""
@@ -75,7 +77,7 @@ def measure(engine: Engine, seed: int, rounds: int, on_progress: Callable[[], No
     for text in texts:
         slabs.append(_computed(engine, text))
         on_progress()
-    cells_raw, users_raw = engine.shape.n_cells, users_in(engine)
+    cells_raw, annex_cells, users_raw = engine.shape.n_cells, engine.shape.annex_cells, users_in(engine)
     cells_down = users_down = 0
     found = []
     for _ in range(rounds):
@@ -91,7 +93,7 @@ def measure(engine: Engine, seed: int, rounds: int, on_progress: Callable[[], No
         _leave(engine, range(users_raw))
         found.append(Shifted(down_seconds, back_seconds, _agreeing(reference, after_down), _agreeing(reference, after_back)))
         on_progress()
-    return Found(cells_raw, cells_down, users_raw, users_down, users_raw * N_TOKENS, tuple(found))
+    return Found(cells_raw, annex_cells, cells_down, users_raw, users_down, users_raw * N_TOKENS, tuple(found))
 
 
 def _text(engine: Engine, rng: Random) -> Sequence[int]:

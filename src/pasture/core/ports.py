@@ -103,8 +103,9 @@ class Engine(Protocol):
     def rebuild(self, segments: Sequence[Segment], layout: Layout, n_seqs: int, form: Form | None = None) -> PoolShape:
         """Save every segment, lay the cache out anew, restore: compaction, a move to another layout, a shift to another form.
 
-        `form`: RAW, or Q8_0 with as many more cells as go into the same bytes (about 1.88 times those of f16); None keeps
-        what there is. Slabs and payloads of one form can be restored in every other.
+        `form`: RAW, or Q8_0 with as many more cells as go into the same bytes (about 1.88 times those of f16), the annex's
+        with them, which is of no use then and comes back with RAW; None keeps what there is. Slabs and payloads of one form
+        can be restored in every other.
 
         `segments` cover every used cell once, parents before children. Sequence ids are kept, so they must be below
         `n_seqs`. In the streams layout each holder gets a copy of its own. Returns the new shape. Raises DoesNotFit, with

@@ -222,7 +222,8 @@ class FakeEngine:
         form = self._shape.form if form is None else form
         if form is not Form.RAW and (form is not Form.Q8_0 or self._recurrent):
             raise DoesNotFit(f"no live cache in {form}")
-        n_cells = self._raw_cells * CELL_BYTES[Form.RAW] // CELL_BYTES[form]
+        n_cells = self._raw_cells if form is Form.RAW else self._raw_cells + self._annex_cells
+        n_cells = n_cells * CELL_BYTES[Form.RAW] // CELL_BYTES[form]
         gains = layout is Layout.UNIFIED and form is Form.RAW
         annex_cells = self._annex_cells if gains else 0
         shape = replace(self._shape, n_seqs=n_seqs, layout=layout, form=form, n_cells=n_cells, annex_cells=annex_cells)

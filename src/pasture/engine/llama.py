@@ -15,6 +15,7 @@ middle leaves samplers and sequences as they were. Thread: one; `vocabulary` alo
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,8 @@ from pasture.engine.stateblob import StateFormat
 from pasture.engine.transfer import PartTransfer, StateTransfer
 from pasture.engine.vocabulary import LlamaVocabulary
 
+log = logging.getLogger(__name__)
+
 _INVALID_BATCH = -1
 
 
@@ -80,18 +83,16 @@ class LlamaEngine:
         settings: EngineSettings,
         kv_format: KvFormat | None,
         state_format: StateFormat | None = None,
-        annex: Context | None = None,
     ) -> None:
-        """`kv_format` where sequences can be cut; else `state_format`, or neither for a model nothing of which is stored.
-
-        `annex`: for a model with a `kv_format` and no window, see `pasture.engine.annex`.
-        """
+        """`kv_format` where sequences can be cut; else `state_format`, or neither for a model nothing of which is stored."""
         self._model = model
         self._settings = settings
         self._kv_format = kv_format
         self._state_format = state_format
         self._brake = Brake()
-        self._annex = self._furnish(annex) if annex is not None else None
+        self._annex = self._furnished() if settings.annex_cells and kv_format is not None and context.shape.can_pad else None
+        self._annex_cells = 0 if self._annex is None else self._annex.n_cells
+        """also while it is away"""
         self._use(context)
         self._on_host = on_host(settings)
         self._closed = False
@@ -209,6 +210,16 @@ class LlamaEngine:
         form = old.form if form is None else form
         settings = self._settings_in(form)
         check_fit(self._model, settings, segments, old, layout, n_seqs)
+        if form is not Form.RAW:
+            self._give_annex_up()
+        try:
+            self._lay_out(segments, settings, layout, n_seqs, form)
+        finally:
+            self._take_annex_up()
+        return self.shape
+
+    def _lay_out(self, segments: Sequence[Segment], settings: EngineSettings, layout: Layout, n_seqs: int, form: Form) -> None:
+        old = self.shape
         old_sketch = Sketch(self._settings_in(old.form), self._live_kinds(), old.layout, old.n_seqs)
         new_sketch = Sketch(settings, self._kinds_in(form), layout, n_seqs)
         room = Room.of(segments, self._model, old_sketch, new_sketch)
@@ -220,7 +231,6 @@ class LlamaEngine:
         elif room.beside_bytes > self._free_bytes() or not self._move_beside(segments, settings, layout, n_seqs, form):
             self._check_room(room.through_memory_bytes)
             self._move_through_memory(segments, settings, layout, n_seqs, form)
-        return self.shape
 
     def _move_beside(
         self, segments: Sequence[Segment], settings: EngineSettings, layout: Layout, n_seqs: int, form: Form
@@ -272,7 +282,9 @@ class LlamaEngine:
             raise DoesNotFit(f"laying the cache out anew takes {n_bytes / MIB:.0f} MiB for a while, and fewer are free")
 
     def _settings_in(self, form: Form) -> EngineSettings:
-        return settings_in(self._settings, self._kv_format.kinds if self._kv_format else (), form)
+        """Of the live cache; shifted down, it has the annex's bytes too."""
+        n_cells = self._settings.n_cells + (self._annex_cells if form is not Form.RAW else 0)
+        return settings_in(replace(self._settings, n_cells=n_cells), self._kv_format.kinds if self._kv_format else (), form)
 
     def close(self) -> None:
         """Free the cache and the model; safe to call twice."""
@@ -283,16 +295,36 @@ class LlamaEngine:
             self._context.close()
             self._model.close()
 
-    def _furnish(self, context: Context) -> Annex:
+    def _furnished(self) -> Annex | None:
+        """An annex. That there is no memory for it is no reason not to go on: without it prompts are only slower."""
         assert self._kv_format is not None
+        try:
+            context = Context(self._model, replace(self._settings, n_cells=self._settings.annex_cells), Layout.UNIFIED, 1)
+        except ModelError as error:
+            log.warning("prompts are computed in the pool alone: %s", error)
+            return None
         context.heed(self._brake)
         return Annex(context, PartTransfer(context, self._kv_format.form, self._kv_format.kinds, window_tokens=0))
 
+    def _give_annex_up(self) -> None:
+        """What is computed in another form is not computed in tiles, there or here; its bytes are worth more as cells."""
+        if self._annex is not None:
+            self._annex.close()
+            self._annex = None
+
+    def _take_annex_up(self) -> None:
+        if self._annex_cells and self._annex is None and self.shape.form is Form.RAW and not self._context.closed:
+            self._annex = self._furnished()
+            self._shape = self._shape_of(self._context)
+
+    def _shape_of(self, context: Context) -> PoolShape:
+        """In streams a prompt is alone anyway."""
+        has_annex = self._annex is not None and context.shape.layout is Layout.UNIFIED
+        return replace(context.shape, annex_cells=self._annex_cells if has_annex else 0)
+
     def _use(self, context: Context) -> None:
         self._context = context
-        # in streams a prompt is alone anyway, and of a cache shifted down the annex would be as slow
-        gains = context.shape.layout is Layout.UNIFIED and context.shape.can_pad
-        self._shape = replace(context.shape, annex_cells=self._annex.n_cells if self._annex is not None and gains else 0)
+        self._shape = self._shape_of(context)
         context.heed(self._brake)
         self._transfer: PartTransfer | StateTransfer = (
             StateTransfer(context)

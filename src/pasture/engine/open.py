@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from pasture.core.errors import EngineError, ModelError
 from pasture.core.storage import Bytes
-from pasture.core.values import Layout, ModelInfo, Weights
+from pasture.core.values import ModelInfo, Weights
 from pasture.engine.blob import KvFormat, StateSlab, detect_format, parse
 from pasture.engine.context import Context, Piece, max_sequences
 from pasture.engine.device import has_gpu
@@ -84,14 +84,13 @@ def open_unchecked(
                 model.info = replace(model.info, shareable=False)
                 context = Context(model, settings, settings.layout, n_seqs)
             state_format = None if model.info.shareable else _learn_state_format(model, context)
-            annex = _annex(model, context, settings) if learnt is not None else None
         except BaseException:
             context.close()
             raise
     except BaseException:
         model.close()
         raise
-    return LlamaEngine(model, context, settings, learnt, state_format, annex)
+    return LlamaEngine(model, context, settings, learnt, state_format)
 
 
 def _within_memory(info: ModelInfo, settings: EngineSettings, n_embd: int) -> EngineSettings:
@@ -101,17 +100,6 @@ def _within_memory(info: ModelInfo, settings: EngineSettings, n_embd: int) -> En
         return _within_memory(info, replace(settings, annex_cells=0), n_embd)
     check_fits(plan, settings.n_cells)
     return settings
-
-
-def _annex(model: Model, context: Context, settings: EngineSettings) -> Context | None:
-    """Where there is anything to gain from it. It is no reason not to start: without it prompts are only slower."""
-    if not settings.annex_cells or not context.shape.can_pad:
-        return None
-    try:
-        return Context(model, replace(settings, n_cells=settings.annex_cells), Layout.UNIFIED, 1)
-    except ModelError as error:
-        logger.warning("prompts are computed in the pool alone: %s", error)
-        return None
 
 
 def _learn_format(model: Model, context: Context) -> KvFormat | None:

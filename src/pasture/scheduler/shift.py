@@ -1,6 +1,6 @@
 """When the live cache itself should be written smaller, so that more people fit: and when not any more.
 
-    RAW  --- short of cells for a while --->  Q8_0 (about 1.9 times the cells in the same bytes)
+    RAW  --- short of cells for a while --->  Q8_0 (about 1.9 times the cells in the same bytes, 2.3 with the annex's)
          <-- what runs and waits would fit again for a while, or the machine turned out to be slower that way ---
 
 Smaller cells are not free everywhere: some backends compute on them more slowly than what swapping costs. So the tokens a

@@ -48,6 +48,18 @@ def test_a_full_cache_is_shifted_down_and_back() -> None:
         assert said in text
 
 
+def test_what_the_annex_took_is_the_pools_while_it_is_shifted_down() -> None:
+    engine = TimedEngine(PoolShape(4 * USER_CELLS, 64, annex_cells=USER_CELLS))
+    found = measure(engine, 1, 1, lambda: None, lambda: engine.now)
+    assert (found.cells_raw, found.annex_cells) == (4 * USER_CELLS, USER_CELLS)
+    assert found.cells_down == 5 * USER_CELLS * 64 // 34
+    assert found.users_down > 2 * found.users_raw
+    assert (engine.shape.n_cells, engine.shape.annex_cells) == (4 * USER_CELLS, USER_CELLS)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table(found))
+    assert "1,024 and 0" in str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
 def test_a_reply_that_parts_is_told() -> None:
     class Rounding(TimedEngine):
         """Its cells are not what they were, once they have been written smaller."""
