@@ -52,10 +52,6 @@ class Annex:
     def n_cells(self) -> int:
         return self._context.shape.n_cells
 
-    @property
-    def context(self) -> Context:
-        return self._context
-
     def heed(self, operation: CellOperation) -> None:
         """The live cache is about to change so; what is here may not be what it holds any more."""
         if isinstance(operation, Remove) and operation.sequence == self._holder:  # whatever else changes makes it longer
