@@ -71,6 +71,8 @@ from pasture.engine.vocabulary import LlamaVocabulary
 log = logging.getLogger(__name__)
 
 _INVALID_BATCH = -1
+ANNEX_UBATCH = 256
+"""tokens: as quick as 512, with half of the buffers to compute in"""
 
 
 class LlamaEngine:
@@ -299,7 +301,9 @@ class LlamaEngine:
         """An annex. That there is no memory for it is no reason not to go on: without it prompts are only slower."""
         assert self._kv_format is not None
         try:
-            context = Context(self._model, replace(self._settings, n_cells=self._settings.annex_cells), Layout.UNIFIED, 1)
+            given = self._settings
+            settings = replace(given, n_cells=given.annex_cells, n_ubatch=min(given.n_ubatch, ANNEX_UBATCH))
+            context = Context(self._model, settings, Layout.UNIFIED, 1)
         except ModelError as error:
             log.warning("prompts are computed in the pool alone: %s", error)
             return None
