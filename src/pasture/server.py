@@ -50,7 +50,7 @@ SWEEPS = 8
 
 CELLS_ALIGNMENT = 256
 """llama.cpp rounds a cache up to a multiple of this"""
-ANNEX_SHARE = 3
+ANNEX_SHARE = 4
 """the annex has one cell for so many of the pool"""
 LEAST_ANNEX_CELLS, MOST_ANNEX_CELLS = 1024, 4096
 """up to so many tokens of a conversation are computed in it"""

@@ -140,7 +140,7 @@ class Settings(BaseSettings):
         default=None,
         ge=0,
         description="Tokens of a second, small cache in which CPUs compute prompts once the shared one is so full that it "
-        "slows them down; a third of it, up to 4096, unless given. 0 turns it off.",
+        "slows them down; a quarter of it, up to 4096, unless given. 0 turns it off.",
     )
     share_prefix: Annotated[bool, Flag(("--share-prefix",), CACHE, off="--no-share-prefix")] = Field(
         default=True, description="Let conversations share the tokens that their prompts have in common."

@@ -53,6 +53,7 @@ from pasture.core.values import (
     Work,
 )
 from pasture.engine.annex import Annex, Computed
+from pasture.engine.assembly import Workbench
 from pasture.engine.bindings import ABORTED, DECODED, NO_SLOT, Brake
 from pasture.engine.blob import CacheKind, KvFormat, StateSlab
 from pasture.engine.blockcodec import LlamaCodec, kinds_in
@@ -92,6 +93,7 @@ class LlamaEngine:
         self._kv_format = kv_format
         self._state_format = state_format
         self._brake = Brake()
+        self._bench = Workbench()
         self._annex = self._furnished() if settings.annex_cells and kv_format is not None and context.shape.can_pad else None
         self._annex_cells = 0 if self._annex is None else self._annex.n_cells
         """also while it is away"""
@@ -308,7 +310,7 @@ class LlamaEngine:
             log.warning("prompts are computed in the pool alone: %s", error)
             return None
         context.heed(self._brake)
-        return Annex(context, PartTransfer(context, self._kv_format.form, self._kv_format.kinds, window_tokens=0))
+        return Annex(context, PartTransfer(context, self._kv_format.form, self._kv_format.kinds, 0, self._bench))
 
     def _give_annex_up(self) -> None:
         """What is computed in another form is not computed in tiles, there or here; its bytes are worth more as cells."""
@@ -333,7 +335,7 @@ class LlamaEngine:
         self._transfer: PartTransfer | StateTransfer = (
             StateTransfer(context)
             if self._kv_format is None
-            else PartTransfer(context, self._kv_format.form, self._live_kinds(), self._model.window_tokens)
+            else PartTransfer(context, self._kv_format.form, self._live_kinds(), self._model.window_tokens, self._bench)
         )
 
     def _live_kinds(self) -> tuple[CacheKind, ...]:

@@ -30,9 +30,12 @@ from pasture.engine.context import WINDOW_STATE_ONLY, Context
 class PartTransfer:
     """Save, restore and copy for models whose sequences can be cut anywhere."""
 
-    def __init__(self, context: Context, form: BlobFormat, kinds: Sequence[CacheKind], window_tokens: int) -> None:
+    def __init__(
+        self, context: Context, form: BlobFormat, kinds: Sequence[CacheKind], window_tokens: int, bench: Workbench
+    ) -> None:
+        """`bench`: for one blob at a time, whoever's."""
         self._context = context
-        self._bench = Workbench()
+        self._bench = bench
         self._form = form
         self._kinds = tuple(kinds)
         """of the live cache; slabs that hold other types are converted as they go in"""
