@@ -25,21 +25,10 @@ from pasture.engine.llama import LlamaEngine
 from pasture.engine.memory import MemoryPlan, plan_memory
 from pasture.engine.settings import EngineSettings
 from tests.engine_support import GREEDY, Hand, open_small
-from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
+from tests.gguf_factory import N_VOCAB
 
 TOKENS = [3 + (i * 37) % (N_VOCAB - 3) for i in range(300)]
 OTHER_ORDER, OTHER_KERNEL = 1e-4, 1e-2
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_llama(folder / "llama.gguf")
-    write_llama(folder / "wide.gguf", n_heads=2, n_kv_heads=1)
-    write_gemma3(folder / "gemma3.gguf")
-    write_mamba(folder / "mamba.gguf")
-    write_falcon_h1(folder / "falcon-h1.gguf")
-    return folder
 
 
 @pytest.fixture
@@ -215,7 +204,7 @@ def test_it_stops_when_it_is_told_to(engine: LlamaEngine) -> None:
 
 
 def test_a_longer_prompt_is_refused(engine: LlamaEngine) -> None:
-    with pytest.raises(EngineError, match="position 600 in an annex of 512 cells"):
+    with pytest.raises(EngineError, match="600 tokens up to position 600 in an annex of 512 cells"):
         engine.execute(StepPlan((), (Work(SeqId(0), TOKENS * 2, 0, None, in_annex=True),)))
 
 

@@ -19,23 +19,12 @@ from pasture.core.values import Direction, Form, Layout, Outcome, Restore, Save,
 from pasture.engine.llama import LlamaEngine
 from pasture.engine.quality import LIVE, RECOMPUTED, measure_quality
 from tests.engine_support import GREEDY, Hand, open_small
-from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
+from tests.gguf_factory import N_VOCAB
 
 TOKENS = [3 + (i * 37) % (N_VOCAB - 3) for i in range(200)]
 LAYOUTS = [Layout.UNIFIED, Layout.STREAMS]
 EDGES = [0, 64, 128, 150]
 KL_BOUND = 0.01
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_llama(folder / "llama.gguf")
-    write_llama(folder / "wide.gguf", n_heads=2, n_kv_heads=1)
-    write_gemma3(folder / "gemma3.gguf")
-    write_mamba(folder / "mamba.gguf")
-    write_falcon_h1(folder / "falcon-h1.gguf")
-    return folder
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -40,23 +40,13 @@ from pasture.scheduler.costs import StepCosts
 from pasture.scheduler.rehearsal import rehearse
 from pasture.tiers.gate import CostGate
 from tests.engine_support import GREEDY, Hand, open_small, small_settings
-from tests.gguf_factory import N_VOCAB, write_falcon_h1, write_gemma3, write_llama, write_mamba
+from tests.gguf_factory import N_VOCAB, write_llama
 
 TOLERANCE = 2e-3
 OTHER_KERNEL = 1e-2
 """a full tile is summed in f32, single rows in f16, in the order of their cells"""
 TOKENS = [3 + (i * 37) % (N_VOCAB - 3) for i in range(200)]
 LAYOUTS = [Layout.UNIFIED, Layout.STREAMS]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_llama(folder / "llama.gguf")
-    write_gemma3(folder / "gemma3.gguf")
-    write_mamba(folder / "mamba.gguf")
-    write_falcon_h1(folder / "falcon-h1.gguf")
-    return folder
 
 
 @pytest.fixture(params=["llama", "gemma3"])

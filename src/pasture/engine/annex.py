@@ -66,15 +66,17 @@ class Annex:
         """One work here, its KV into the live cache, which is as it was in every case but success."""
         began = time.perf_counter()
         end = work.start + len(work.tokens)
-        if end > self.n_cells:
-            raise EngineError(f"a prompt up to position {end} in an annex of {self.n_cells} cells")
+        if end > self.n_cells or len(work.tokens) > self._context.shape.n_batch:
+            raise EngineError(f"{len(work.tokens)} tokens up to position {end} in an annex of {self.n_cells} cells")
         if self._holder != work.sequence or self._context.length(_SEQUENCE) != work.start:
             self.forget()
             if work.start:
                 self._transfer.restore(_SEQUENCE, [live.save(work.sequence, 0, work.start)])
         self._holder = None  # until this has succeeded
         moving_seconds = time.perf_counter() - began
-        code, decode_seconds = self._decode(work)
+        pad_to = min(self._context.shape.tile_tokens, self.n_cells - work.start)
+        piece = Piece(_SEQUENCE, work.tokens, work.start, wants_logits=work.sampler is not None)
+        code, decode_seconds = self._context.decode([piece], pad_to)
         if code == DECODED:
             began = time.perf_counter()
             try:
@@ -85,21 +87,6 @@ class Annex:
             moving_seconds += time.perf_counter() - began
         wants_logits = code == DECODED and work.sampler is not None
         return Computed(code, decode_seconds, moving_seconds, self._context.logits(int(wants_logits)))
-
-    def _decode(self, work: Work) -> tuple[int, float]:
-        """llama_decode's answer, and the seconds inside it; short ones are filled up to a tile."""
-        shape = self._context.shape
-        code, seconds, n_tokens = DECODED, 0.0, len(work.tokens)
-        for done in range(0, n_tokens, shape.n_batch):
-            tokens = work.tokens[done : done + shape.n_batch]
-            wants_logits = work.sampler is not None and done + len(tokens) == n_tokens
-            room = self.n_cells - work.start - done
-            pad_to = min(shape.tile_tokens, room)
-            code, taken = self._context.decode([Piece(_SEQUENCE, tokens, work.start + done, wants_logits)], pad_to)
-            seconds += taken
-            if code != DECODED:
-                break
-        return code, seconds
 
     def close(self) -> None:
         self._context.close()
