@@ -208,6 +208,15 @@ def test_a_longer_prompt_is_refused(engine: LlamaEngine) -> None:
         engine.execute(StepPlan((), (Work(SeqId(0), TOKENS * 2, 0, None, in_annex=True),)))
 
 
+def test_its_last_cells_are_used_though_there_is_no_room_to_fill_up(engine: LlamaEngine) -> None:
+    long, hand = TOKENS * 2, Hand(engine)
+    hand.feed(1, long[:500], 0)
+    compute(engine, Work(SeqId(1), long[500:512], 500, None, in_annex=True))
+    hand.feed(0, long[:500], 0)
+    hand.feed(0, long[500:512], 500)
+    assert np.abs(hand.look(0, long[512:513], 512) - hand.look(1, long[512:513], 512)).max() < OTHER_KERNEL
+
+
 def test_it_is_there_where_it_gains_something(models: Path) -> None:
     for name, annex_cells in (("llama", 512), ("gemma3", 0), ("mamba", 0), ("falcon-h1", 0)):
         with closing(open_small(models / f"{name}.gguf", annex_cells=512)) as engine:
