@@ -31,7 +31,7 @@ from pasture.server import service_over
 MOVE_SECONDS = 2e-4
 """of a token, out of the live cache or into it"""
 CELLS, SEQUENCES = 2048, 32
-FAST_PAIRS = 5
+FAST_PAIRS = 15
 """of runs at least: each takes a fifth of a second, and in one of three the machine takes as long again"""
 
 

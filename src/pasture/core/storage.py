@@ -77,9 +77,8 @@ class Store(Protocol):
     `tokens` is always a whole prefix from position 0; ranges are half open positions in it.
     """
 
-    @property
-    def retains(self) -> bool:
-        """Whether what is put stays at all; what is held does in any case."""
+    def worth_saving(self, n_tokens: int) -> bool:
+        """Whether to ask for the `gap` of so many tokens: what is put stays, and saving so much may pay. Looks nothing up."""
         ...
 
     @property

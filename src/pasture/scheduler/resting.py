@@ -61,6 +61,8 @@ class Resting:
         self._pool = pool
         self._clock = clock
         self._idle_live_seconds = settings.idle_live_seconds
+        self._none_rested_before = 0.0
+        """when something may have rested long enough, so that not every step asks all that is idle"""
         self._expire_seconds = settings.expire_seconds
         self._own_seconds: Mapping[Namespace, float] = {}
         """of namespaces whose KV is kept for another time"""
@@ -78,7 +80,7 @@ class Resting:
 
     def save(self, sequence: Sequence) -> bool:
         """Have the next operations save what the store lacks of a sequence; False when it lacks nothing worth keeping."""
-        if not self._pool.shares or not self.store.retains or not sequence.length:
+        if not self._pool.shares or not sequence.length or not self.store.worth_saving(sequence.length):
             return False
         tokens = sequence.tokens()
         p0 = self.store.gap(sequence.namespace, tokens, 0)
@@ -128,8 +130,13 @@ class Resting:
         """Have the longest idle sequence leave the live cache, if it has rested long enough; False when none has."""
         if self._idle_live_seconds is None or not self._pool.shares:
             return False
+        now = self._clock()
+        if now < self._none_rested_before:
+            return False
         oldest = self._oldest()
-        if oldest is None or self._clock() - oldest.tail.last_used < self._idle_live_seconds:
+        rests_since = now if oldest is None else oldest.tail.last_used
+        if oldest is None or now - rests_since < self._idle_live_seconds:
+            self._none_rested_before = rests_since + self._idle_live_seconds
             return False
         self._pool.drop(oldest, "idle")
         return True

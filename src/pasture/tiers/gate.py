@@ -95,6 +95,10 @@ class Gate(Protocol):
         """Live -> RAM."""
         ...
 
+    def refuses_spill(self, n_tokens: int) -> bool:
+        """Whether `spill` would refuse so many, counted as its refusals are; otherwise nothing is let through yet."""
+        ...
+
     def spill_slow(self, tier: str, n_tokens: int, n_bytes: int) -> bool:
         """RAM -> slow tier, in the background."""
         ...
@@ -159,19 +163,30 @@ class CostGate:
         saving = self.recompute_seconds(n_tokens) - reading - self._restore_seconds(n_tokens)
         return self._decide("spill", saving, None)  # a write tells nothing of what it is judged by
 
+    def refuses_spill(self, n_tokens: int) -> bool:
+        saving = self.saving_of_spill(n_tokens)
+        with self._lock:
+            refused = not self._allows(saving, "spill", self._clock())
+            if refused:
+                self._refusals["spill"] += 1
+            return refused
+
     def _decide(self, kind: str, saving_seconds: float, tried_as: str | None) -> bool:
         """`tried_as`: what it is one of when a refusal has aged; None: of nothing that trying would teach."""
         now = self._clock()
         with self._lock:
-            allowed = saving_seconds > 0
-            if tried_as is not None:
-                since = now - self._let_through.get(tried_as, self._since)
-                allowed = allowed or -saving_seconds <= min(TRIED_SHARE * since, MOST_TRIED_SECONDS)
-                if allowed:
-                    self._let_through[tried_as] = now
+            allowed = self._allows(saving_seconds, tried_as, now)
             if not allowed:
                 self._refusals[kind] += 1
+            elif tried_as is not None:
+                self._let_through[tried_as] = now
             return allowed
+
+    def _allows(self, saving_seconds: float, tried_as: str | None, now: float) -> bool:
+        if saving_seconds > 0 or tried_as is None:
+            return saving_seconds > 0
+        since = now - self._let_through.get(tried_as, self._since)
+        return -saving_seconds <= min(TRIED_SHARE * since, MOST_TRIED_SECONDS)
 
     # Expected savings in seconds; negative where recomputing wins
 
@@ -256,6 +271,9 @@ class CostGate:
 
 class OpenGate(CostGate):
     """Measures as `CostGate` does, and lets everything through."""
+
+    def refuses_spill(self, n_tokens: int) -> bool:
+        return False
 
     def _decide(self, kind: str, saving_seconds: float, tried_as: str | None) -> bool:
         return True

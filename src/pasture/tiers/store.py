@@ -102,10 +102,6 @@ class TieredStore:
         """to find and unpack one block, lately"""
 
     @property
-    def retains(self) -> bool:
-        return self._memory.budget_bytes > 0
-
-    @property
     def persistent(self) -> bool:
         return bool(self._slow)
 
@@ -171,6 +167,9 @@ class TieredStore:
         else:
             self._memory.count(missed_tokens=p1 - p0)
         return tuple(slabs)
+
+    def worth_saving(self, n_tokens: int) -> bool:
+        return self._memory.budget_bytes > 0 and not self._gate.refuses_spill(n_tokens)
 
     def gap(self, namespace: Namespace, tokens: array[int], p0: int) -> int:
         if not tokens or (self._memory.divisible and p0 >= len(tokens)):

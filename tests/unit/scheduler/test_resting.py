@@ -160,6 +160,35 @@ def test_a_namespace_may_have_a_time_of_its_own() -> None:
         assert resting.expires_in() == 70.0
 
 
+def test_each_leaves_the_live_cache_when_it_has_rested_long_enough_and_not_before() -> None:
+    engine, now = FakeEngine(PoolShape(1024, 8)), [0.0]
+    pool = Pool(engine.shape, clock=lambda: now[0])
+    with closing(store_for(engine)) as store:
+        resting = Resting(pool, store, engine.codec, lambda: now[0], SchedulerSettings(idle_live_seconds=5.0), lambda: None)
+        left = {}
+        for now[0] in (0.5 * tick for tick in range(40)):
+            if now[0] in (1.0, 3.0, 12.5):
+                rest(pool, 1000 * int(now[0]))
+            while resting.demote():
+                left[now[0]] = len(pool.sequences)
+    assert left == {6.0: 1, 8.0: 0, 17.5: 0}
+
+
+def test_nothing_is_looked_up_for_a_save_that_cannot_pay(resting: Resting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an engine that computes faster than it moves KV, this is what every conversation that leaves would cost."""
+    asked: list[int] = []
+
+    def refuse(n_tokens: int) -> bool:
+        asked.append(n_tokens)
+        return False
+
+    monkeypatch.setattr(resting.store, "worth_saving", refuse)
+    monkeypatch.setattr(resting.store, "gap", lambda *_: pytest.fail("looked up"))
+    rest(resting._pool, 1000)
+    assert copies(resting, resting._pool) == 0
+    assert asked == [100]
+
+
 def test_all_that_is_due_leaves_the_live_cache_before_the_engine_rests() -> None:
     engine = FakeEngine(PoolShape(1024, 8))
     loop = EngineLoop(engine, SchedulerSettings(idle_live_seconds=0.0), store_for(engine), lambda _: None)

@@ -49,6 +49,19 @@ def test_the_optimism_is_bounded(time: Time) -> None:
     assert gate.figures().refusals == {"fetch": 2, "spill": 2}
 
 
+def test_a_spill_can_be_ruled_out_before_it_is_known_how_much_of_it_is_missing(time: Time) -> None:
+    gate = CostGate(CELL, clock=time)
+    assert not gate.refuses_spill(1000)
+    gate.observe_prefill(1e8)
+    assert gate.refuses_spill(1000)
+    assert gate.figures().refusals == {"spill": 1}
+    time.now = 100.0
+    assert not gate.refuses_spill(1000), "one may be tried again"
+    assert gate.spill(1000), "for asking was no try yet"
+    assert gate.refuses_spill(1000)
+    assert not OpenGate(CELL).refuses_spill(1000)
+
+
 def test_the_price_of_a_fetch_is_the_fastest_tiers_against_computing() -> None:
     gate = CostGate(CELL)
     gate.observe_prefill(1000)

@@ -26,6 +26,16 @@ def test_what_was_put_comes_back_exactly_for_any_range() -> None:
     memory.check()
 
 
+def test_saving_pays_where_something_stays_and_moving_it_beats_computing_it() -> None:
+    store, _ = ram_store(gate=(gate := CostGate()))
+    assert store.worth_saving(300)
+    store.observe_prefill(1e12)
+    assert not store.worth_saving(300)
+    assert gate.figures().refusals == {"spill": 1}
+    nothing_stays, _ = ram_store(0)
+    assert not nothing_stays.worth_saving(300)
+
+
 def test_nothing_is_known_of_other_tokens_namespaces_and_models() -> None:
     store, _ = ram_store()
     put(store, LONG)
