@@ -18,6 +18,7 @@ from pasture.cli.output import err, out, print_json
 from pasture.cli.simulate_nodes import Fleet, simulate_nodes
 from pasture.cli.simulate_tiers import Tiers, simulate_tiers
 from pasture.core.errors import ConfigError
+from pasture.foresight.hints import TYPING_SECONDS
 from pasture.foresight.nodes import PREFILL_TOKENS_PER_SECOND, LoadModel
 from pasture.foresight.simulator import Comparison, Result, lines, simulate
 from pasture.foresight.traces import SESSION_SECONDS, TRACE_BLOCK_TOKENS, TraceRequest, read_trace
@@ -72,6 +73,10 @@ def simulate_command(
     cell_bytes: Annotated[
         int, typer.Option("--cell-bytes", min=1, metavar="BYTES", help="KV of a token, for the bytes that --disk tells of.")
     ] = CELL_BYTES,
+    typing: Annotated[
+        float,
+        typer.Option("--typing", min=0.0, metavar="SECONDS", help="Before a turn, that front ends hint at it; for --disk."),
+    ] = TYPING_SECONDS,
     nodes: Nodes = None,
     in_flight: InFlight = None,
     prefill_rate: PrefillRate = PREFILL_TOKENS_PER_SECOND,
@@ -93,7 +98,7 @@ def simulate_command(
     elif disk is not None:
         if len(capacities) != 1:
             raise ConfigError("--disk takes one --capacity: what RAM holds")
-        tiers = Tiers(capacities[0], parse_tokens(disk), policy.value, cell_bytes)
+        tiers = Tiers(capacities[0], parse_tokens(disk), policy.value, cell_bytes, typing)
         simulate_tiers(trace, requests, tiers, as_json=as_json, plot=plot)
     else:
         comparison = _replayed(requests, lines(policy.value, references=references), capacities)

@@ -28,6 +28,8 @@ class Tiers:
     policy: str
     cell_bytes: int
     """KV of a token"""
+    typing_seconds: float
+    """how long before a turn its front end hints at it"""
 
 
 def simulate_tiers(trace: Path, requests: Sequence[TraceRequest], tiers: Tiers, *, as_json: bool, plot: Path | None) -> None:
@@ -41,7 +43,7 @@ def simulate_tiers(trace: Path, requests: Sequence[TraceRequest], tiers: Tiers, 
         def advance(policy: str, ahead: Ahead) -> None:
             progress.update(task, advance=1, description=f"{policy}, ahead: {ahead}")
 
-        found = compare_tiers(requests, tiers.ram_tokens, tiers.disk_tokens, tiers.policy, advance)
+        found = compare_tiers(requests, tiers.ram_tokens, tiers.disk_tokens, tiers.policy, advance, tiers.typing_seconds)
     if plot is not None:
         write_tier_plot(found, trace.name, plot)
     if as_json:
@@ -51,6 +53,11 @@ def simulate_tiers(trace: Path, requests: Sequence[TraceRequest], tiers: Tiers, 
         out().print(
             f"Of the blocks that conversations return to, at most {found.foreseeable:.1%} could be in this RAM before, "
             "for whoever knows how likely each return is, and not when.",
+            highlight=False,
+        )
+        out().print(
+            f"hints: as if every user's front end said that they type, {tiers.typing_seconds:g} s before each turn. "
+            "The trace does not tell that; these hints are made of its next turns.",
             highlight=False,
         )
 
@@ -91,6 +98,7 @@ def _document(found: TierComparison, trace: Path, tiers: Tiers) -> dict[str, obj
         "ram_tokens": found.ram_tokens,
         "disk_tokens": found.disk_tokens,
         "cell_bytes": tiers.cell_bytes,
+        "typing_seconds": tiers.typing_seconds,
         "unbounded_hit_ratio": found.unbounded,
         "foreseeable_share_of_returns": found.foreseeable,
         "results": [_row(found, result, tiers) for result in found.results],

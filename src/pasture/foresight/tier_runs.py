@@ -14,6 +14,7 @@ from time import process_time
 from pasture.core.ports import Clock
 from pasture.foresight.belady import belady, unbounded_hit_ratio
 from pasture.foresight.bounds import foreseeable
+from pasture.foresight.hints import TYPING_SECONDS, typing_hints
 from pasture.foresight.policies import POLICIES
 from pasture.foresight.simulator import BELADY
 from pasture.foresight.traces import TRACE_BLOCK_TOKENS, TraceRequest
@@ -85,30 +86,29 @@ def compare_tiers(
     disk_tokens: int,
     policy: str,
     each: Callable[[str, Ahead], object] = lambda policy, ahead: None,
+    typing_seconds: float = TYPING_SECONDS,
 ) -> TierComparison:
-    """Replay the trace in every way; `each` is called after every request."""
+    """Replay the trace in every way; `each` is called after every request. Hints come `typing_seconds` before their turn."""
+    hints = typing_hints(requests, typing_seconds)
 
     def results() -> Iterator[TierResult]:
         for name, ahead in tier_lines(policy):
-            yield _replay(requests, ram_tokens, disk_tokens, name, ahead, each)
+            told = hints if ahead is Ahead.HINTS else ()
+            replay = TwoTiers(ram_tokens, disk_tokens, _policy(name, requests), ahead, told)
+            yield _played(replay, requests, name, ahead, each)
 
     found = tuple(results())
     bound = foreseeable(requests, ram_tokens)
     return TierComparison(ram_tokens, disk_tokens, found, unbounded_hit_ratio(requests), bound)
 
 
-def _replay(
-    requests: Sequence[TraceRequest],
-    ram_tokens: int,
-    disk_tokens: int,
-    policy: str,
-    ahead: Ahead,
-    each: Callable[[str, Ahead], object],
+def _played(
+    replay: TwoTiers, requests: Sequence[TraceRequest], policy: str, ahead: Ahead, each: Callable[[str, Ahead], object]
 ) -> TierResult:
-    def make(clock: Clock) -> PolicyMaker:
-        return belady(requests) if policy == BELADY else POLICIES[policy](clock)
-
-    replay = TwoTiers(ram_tokens, disk_tokens, make, ahead)
     started = process_time()
     tally = replay.play(requests, lambda _: each(policy, ahead))
     return TierResult(policy, ahead, tally, process_time() - started)
+
+
+def _policy(name: str, requests: Sequence[TraceRequest]) -> Callable[[Clock], PolicyMaker]:
+    return (lambda _: belady(requests)) if name == BELADY else POLICIES[name]

@@ -6,10 +6,11 @@ is through, as in the server. What may come up earlier depends on `Ahead`:
 
     OFF        nothing
     RETURNS    before a request arrives: the server's own prefetcher, on the virtual clock, with what the policy expects
+    HINTS      likewise, with what front ends say while their users type: hints that are made up for the trace (`typing_hints`)
     PATHS      after a request has arrived: what follows the blocks that it has asked for so far, by the paths of earlier ones
 
-Both know the past alone. No time passes between two blocks of a request: PATHS counts what was foreseen before it was asked
-for, not whether a disk would have been fast enough. One thread.
+RETURNS and PATHS know the past alone, HINTS the hints too. No time passes between two blocks of a request, nor while one is
+read: what is counted is what was asked of the disk in time, not whether a disk would have been fast enough. One thread.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from itertools import count
 
 from pasture.core.ports import Clock
 from pasture.core.storage import BLOCK_TOKENS, BlockKey, Pin
 from pasture.core.values import Kind
+from pasture.foresight.hints import Hint
 from pasture.foresight.paths import Paths, Reading
 from pasture.foresight.replay import TraceTrail, TrailMaker, VirtualClock, bytes_for
 from pasture.foresight.shelf import Shelf
@@ -40,6 +44,7 @@ class Ahead(StrEnum):
 
     OFF = "off"
     RETURNS = "returns"
+    HINTS = "hints"
     PATHS = "paths"
 
 
@@ -80,8 +85,14 @@ class TwoTiers:
     """`play` requests in order of time."""
 
     def __init__(
-        self, ram_tokens: int, disk_tokens: int, policy: Callable[[Clock], PolicyMaker], ahead: Ahead = Ahead.OFF
+        self,
+        ram_tokens: int,
+        disk_tokens: int,
+        policy: Callable[[Clock], PolicyMaker],
+        ahead: Ahead = Ahead.OFF,
+        hints: Iterable[Hint] = (),
     ) -> None:
+        """`hints`: for `Ahead.HINTS`."""
         self.clock = VirtualClock()
         self.tally = TierTally()
         self.ram = MemoryTier(bytes_for(ram_tokens), policy=policy(self.clock))
@@ -89,10 +100,13 @@ class TwoTiers:
         self._maker = TrailMaker()
         self._paths = Paths() if ahead is Ahead.PATHS else None
         self._prefetcher: Prefetcher | None = None
-        if ahead is Ahead.RETURNS:
-            self._prefetcher = Prefetcher(self.ram, (self.disk,), OpenGate(1), _Idle(), clock=self.clock)
+        if ahead in (Ahead.RETURNS, Ahead.HINTS):
+            guesses = ahead is Ahead.RETURNS
+            self._prefetcher = Prefetcher(self.ram, (self.disk,), OpenGate(1), _Idle(), guesses=guesses, clock=self.clock)
         self._next_round = 0.0
-        self._endings: list[tuple[float, int, TraceTrail, Kind]] = []
+        self._numbers = count()
+        self._events = [(hint.at, next(self._numbers), partial(self._hinted, hint)) for hint in hints]
+        """what happens between requests, a heap: when, in which order, and what"""
 
     def play(self, requests: Iterable[TraceRequest], each: Callable[[TierTally], object] = lambda tally: None) -> TierTally:
         """Replay; `each` is called after every request."""
@@ -154,7 +168,13 @@ class TwoTiers:
         if request.finished_at is None:
             self._ended(trail, request.expects)
         else:
-            heapq.heappush(self._endings, (request.finished_at, self.tally.requests, trail, request.expects))
+            ended = partial(self._ended, trail, request.expects)
+            heapq.heappush(self._events, (request.finished_at, next(self._numbers), ended))
+
+    def _hinted(self, hint: Hint) -> None:
+        assert self._prefetcher is not None
+        self._prefetcher.hint(self._maker.trail(hint.blocks), lambda: None)
+        self._prefetcher.round()
 
     def _ended(self, trail: TraceTrail, expects: Kind) -> None:
         self.ram.finished(trail, expects)
@@ -162,12 +182,12 @@ class TwoTiers:
             self._prefetcher.finished(trail)
 
     def _pass_time(self, until: float) -> None:
-        """What happens before then: replies end, and the prefetcher has its rounds."""
-        while self._endings and self._endings[0][0] <= until:
-            at, _, trail, expects = heapq.heappop(self._endings)
+        """What happens before then: replies end, users type, and the prefetcher has its rounds."""
+        while self._events and self._events[0][0] <= until:
+            at, _, happen = heapq.heappop(self._events)
             self._rounds(at)
             self.clock.now = at
-            self._ended(trail, expects)
+            happen()
         self._rounds(until)
         self.clock.now = until
 

@@ -69,7 +69,7 @@ def test_two_tiers_as_json(trace: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert run(trace, "--capacity", "20k", "--disk", "1M", "--cell-bytes", "100", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     lines = {(r["policy"], r["ahead"]): r for r in document["results"]}
-    assert list(lines) == [("lru", "off"), *(("foresight", a) for a in ("off", "returns", "paths")), ("belady", "off")]
+    assert list(lines) == [("lru", "off"), *(("foresight", a) for a in ("off", "returns", "hints", "paths")), ("belady", "off")]
     lru, paths = lines["lru", "off"], lines["foresight", "paths"]
     assert lru["precision"] is None
     assert lru["recall"] == 0

@@ -10,6 +10,7 @@ from pasture.core.storage import BlockKey
 from pasture.core.values import Kind
 from pasture.foresight.belady import unbounded_hit_ratio
 from pasture.foresight.bounds import _stays, foreseeable
+from pasture.foresight.hints import Hint, typing_hints
 from pasture.foresight.paths import Paths, Reading
 from pasture.foresight.policies import POLICIES
 from pasture.foresight.replay import TrailMaker, key_of
@@ -82,7 +83,46 @@ def test_returns_come_up_before_the_request_does(monkeypatch: pytest.MonkeyPatch
     assert ahead.lifted_blocks < on_demand.lifted_blocks
 
 
-@pytest.mark.parametrize(("policy", "ahead"), tier_lines("foresight")[:-1])
+def test_who_is_typing_finds_a_conversation_in_ram_that_only_the_disk_had() -> None:
+    requests = [request(0, A), request(100, [50, 51, 52, 53]), request(200, [*A, 9]), request(300, [50, 51, 52, 53, 54])]
+    hints = typing_hints(requests, 5.0)
+    assert hints == [Hint(195.0, tuple(A[:-1])), Hint(295.0, (50, 51, 52))]
+    on_demand = two_tiers(8, 100).play(requests)
+    replay = TwoTiers(8 * ONE, 100 * ONE, POLICIES["lru"], Ahead.HINTS, hints)
+    ahead = replay.play(requests)
+    assert on_demand.lifted_blocks == 4 + 4, "half of A was still there"
+    assert ahead.lifted_blocks == 2, "the last block of each, which was short: the next turn has another in its place"
+    assert ahead.issued_blocks == ahead.used_blocks == 3 + 3
+    assert ahead.precision == 1.0
+    replay.ram.check()
+
+
+def test_a_hint_says_no_more_than_what_the_server_knows_by_then() -> None:
+    requests = traffic(300)
+    hints = typing_hints(requests, 2.0)
+    assert len(hints) > 50
+    for hint in hints:
+        asked = [one for one in requests if one.at <= hint.at and one.blocks[: len(hint.blocks)] == hint.blocks]
+        assert asked
+        assert any(hint.at < one.at <= hint.at + 2.0 and one.blocks[: len(hint.blocks)] == hint.blocks for one in requests)
+
+
+def test_nobody_types_before_the_reply_is_there_and_tools_do_not_type() -> None:
+    def turn(at: float, n_blocks: int, finished_at: float, kind: Kind = Kind.CHAT) -> TraceRequest:
+        return TraceRequest(at, n_blocks * ONE, tuple(range(n_blocks)), finished_at, kind)
+
+    assert typing_hints([turn(0, 3, 9.0), turn(10, 4, 12.0)], 3.0) == [Hint(9.0, (0, 1))]
+    assert typing_hints([turn(0, 3, 10.0), turn(10, 4, 12.0)], 3.0) == []
+    assert typing_hints([turn(0, 3, 1.0, Kind.TOOL), turn(10, 4, 12.0)], 3.0) == []
+    assert typing_hints([turn(0, 3, 1.0), turn(10, 4, 12.0)], 0.0) == []
+
+
+def test_one_of_two_branches_is_the_conversation_that_goes_on() -> None:
+    branches = [request(0, [1, 2, 3]), request(10, [1, 2, 4]), request(20, [1, 2, 4, 5]), request(30, [1, 2, 3, 6])]
+    assert typing_hints(branches, 1.0) == [Hint(9.0, (1, 2)), Hint(19.0, (1, 2))]
+
+
+@pytest.mark.parametrize(("policy", "ahead"), [line for line in tier_lines("foresight")[:-1] if line[1] is not Ahead.HINTS])
 def test_nobody_looks_ahead(policy: str, ahead: Ahead, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "RATE_FLOOR", 0.0)
     requests = traffic(160)
@@ -164,8 +204,10 @@ def test_the_bound_times_a_wait_from_the_end_of_its_reply_and_knows_what_it_wait
 
 def test_a_comparison_measures_recall_by_what_lru_lifts() -> None:
     found = compare_tiers(traffic(150), 30 * ONE, 10_000 * ONE, "foresight")
-    lru, off, returns, paths, best = found.results
-    assert [result.ahead for result in found.results] == [Ahead.OFF, Ahead.OFF, Ahead.RETURNS, Ahead.PATHS, Ahead.OFF]
+    lru, off, returns, hints, paths, best = found.results
+    ways = [Ahead.OFF, Ahead.OFF, Ahead.RETURNS, Ahead.HINTS, Ahead.PATHS, Ahead.OFF]
+    assert [result.ahead for result in found.results] == ways
+    assert 0 < found.recall(hints) == hints.tally.used_blocks / lru.tally.lifted_blocks
     assert found.recall(lru) == found.recall(off) == 0
     assert found.recall(paths) == paths.tally.used_blocks / lru.tally.lifted_blocks > 0.5
     assert lru.ram_hit_ratio < off.ram_hit_ratio < best.ram_hit_ratio
