@@ -20,8 +20,7 @@ N_SESSIONS = int(os.environ.get("PASTURE_TEST_SESSIONS", "150"))
 
 @pytest.mark.timeout(240 + N_SESSIONS // 5)
 async def test_sessions_that_are_left_leave_nothing(tmp_path: Path) -> None:
-    options = BenchOptions(conversations=N_SESSIONS, out=tmp_path)
-    soaked = await soak(options, Console(quiet=True))
+    soaked = await soak(BenchOptions(conversations=N_SESSIONS), tmp_path, Console(quiet=True))
     assert soaked.cut_short < N_SESSIONS
     assert soaked.most.cells > 0
     assert soaked.most.ram_bytes > 0

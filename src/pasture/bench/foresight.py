@@ -8,9 +8,6 @@ that fetches, over all the CPU time of its process while the workload ran. One e
 from __future__ import annotations
 
 import asyncio
-import json
-import tempfile
-from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,14 +19,14 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from pasture.bench import counters as count
-from pasture.bench.client import Endpoint, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Endpoint
 from pasture.bench.options import BenchOptions, WorkloadName
 from pasture.bench.report import ratio_text, seconds
-from pasture.bench.run import describe, machine, measure, progress_bar
+from pasture.bench.run import measure, progress_bar
 from pasture.bench.switched import Side, Switch, serving
 from pasture.bench.tiers import NOISE, SMALL_TURNS, SMALL_USERS
 from pasture.bench.workloads import Workload, build
-from pasture.core.errors import PastureError
 
 FORESIGHT = Switch(
     "foresight",
@@ -63,29 +60,7 @@ class Played:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, 1 when a system could not be or answered with errors."""
-    console = Console(stderr=options.as_json)
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
-    try:
-        played = run_loop(_measure(options, folder, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench foresight:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
-    answer = {
-        "settings": describe(options),
-        "machine": machine(),
-        "played": [asdict(one) for one in played],
-        "ratios": dict(ratios(played)),
-        "cpu_shares": dict(own_shares(played)),
-    }
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(played))
-    return 1 if any(one.errors for one in played) else 0
+    return run_and_answer("foresight", options, _measure)
 
 
 def ratios(played: Sequence[Played]) -> Mapping[str, float]:
@@ -133,7 +108,7 @@ def _median(played: Sequence[Played], name: str, *, on: bool) -> float:
     return median(one.wall_seconds for one in played if one.workload == name and _is_on(one) is on)
 
 
-async def _measure(options: BenchOptions, folder: Path, console: Console) -> list[Played]:
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     played: list[Played] = []
     with progress_bar(console) as progress:
         for name in WORKLOADS:
@@ -144,7 +119,12 @@ async def _measure(options: BenchOptions, folder: Path, console: Console) -> lis
             for number in range(options.repeat):
                 place = folder / f"{name}-{number}"
                 played += [await _once(small, workload, side, place, progress, task) for side in FORESIGHT.order(number)]
-    return played
+    found = {
+        "played": [asdict(one) for one in played],
+        "ratios": dict(ratios(played)),
+        "cpu_shares": dict(own_shares(played)),
+    }
+    return Answer(found, [table(played)], 1 if any(one.errors for one in played) else 0)
 
 
 async def _once(options: BenchOptions, workload: Workload, side: Side, place: Path, progress: Progress, task: TaskID) -> Played:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import urllib.request
-from asyncio import CancelledError
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -24,13 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pasture.bench import counters as count
-from pasture.bench.client import Chat, Endpoint, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Endpoint, chat
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine
 from pasture.bench.systems import PASTURE, Size, SystemFailed, running, variants
-from pasture.core.errors import PastureError
 
 CONVERSATION_TOKENS = 2000
 BRANCHES = 32
@@ -60,30 +57,15 @@ class Forked:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured and forking took no cell."""
-    console = Console(stderr=options.as_json)
-    try:
-        return run_loop(_main(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench forks:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
+    return run_and_answer("forks", options, _measure)
 
 
-async def _main(options: BenchOptions, console: Console) -> int:
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     own = replace(options, serve_flags=(*FLAGS, "--state", str(folder / "state.sqlite"), *options.serve_flags))
     system = variants(PASTURE, Size(BRANCHES, 2 * CONVERSATION_TOKENS, options.cells), own)[0]
     async with running(system, folder / "forks.log") as up:
         found = await measure(up.system.endpoint, up.model, options)
-    answer = {"settings": describe(options), "machine": machine(), "forked": asdict(found)}
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(found))
-    return 1 if found.extra_cells else 0
+    return Answer({"forked": asdict(found)}, [table(found)], 1 if found.extra_cells else 0)
 
 
 async def measure(endpoint: Endpoint, model: str, options: BenchOptions) -> Forked:

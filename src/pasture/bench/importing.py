@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import urllib.error
 import urllib.request
-from asyncio import CancelledError
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,13 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pasture.bench.agreement import TOP_LOGPROBS, agree, gap, told
-from pasture.bench.client import Chat, Endpoint, Exchange, Message, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Endpoint, Exchange, Message, chat
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine
 from pasture.bench.systems import PASTURE, Running, Size, SystemFailed, running, variants
-from pasture.core.errors import PastureError
 
 CONVERSATION_TOKENS = 2000
 ROUNDS = 5
@@ -75,18 +72,10 @@ class Refusal:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, 1 when a server failed, answered differently, or took what it must refuse."""
-    console = Console(stderr=options.as_json)
-    try:
-        return run_loop(_main(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench import:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
+    return run_and_answer("import", options, _measure)
 
 
-async def _main(options: BenchOptions, console: Console) -> int:
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     async with AsyncExitStack() as stack:
         here, there = [await stack.enter_async_context(_server(options, folder / f"{name}.log")) for name in ("here", "there")]
         rounds, file = [], b""
@@ -98,21 +87,13 @@ async def _main(options: BenchOptions, console: Console) -> int:
         other = replace(options, serve_flags=(*options.serve_flags, *OTHER_CACHE))
         async with _server(other, folder / "other.log") as different:
             refusals.append(await _refused(different, "another quantisation", file))
-    answer = {
-        "settings": describe(options),
-        "machine": machine(),
+    found = {
         "rounds": [asdict(made) for made in rounds],
         "ratio": ratio(rounds),
         "refusals": [asdict(refusal) for refusal in refusals],
     }
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(rounds, refusals))
     held = agree([made.gap_nats for made in rounds]) and all(400 <= refusal.status < 500 for refusal in refusals)
-    return 0 if held else 1
+    return Answer(found, [table(rounds, refusals)], 0 if held else 1)
 
 
 async def one_round(here: Running, there: Running, options: BenchOptions, number: int) -> tuple[Round, bytes]:

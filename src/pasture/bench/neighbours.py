@@ -12,8 +12,6 @@ their first token. One event loop, in the caller's thread.
 from __future__ import annotations
 
 import asyncio
-import json
-import tempfile
 from asyncio import CancelledError
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,14 +21,13 @@ from time import perf_counter
 from rich.console import Console
 from rich.table import Table
 
-from pasture.bench.client import Chat, Endpoint, Exchange, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Endpoint, Exchange, chat
 from pasture.bench.corpus import passage
 from pasture.bench.measure import quantile
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine
 from pasture.bench.systems import PASTURE, Running, Size, SystemFailed, running, variants
-from pasture.core.errors import PastureError
 
 N_TENANTS = 8
 TIMES = 50
@@ -57,18 +54,10 @@ class Phase:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured without an error, whatever came out."""
-    console = Console(stderr=options.as_json)
-    try:
-        return run_loop(_main(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench neighbours:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
+    return run_and_answer("neighbours", options, _measure)
 
 
-async def _main(options: BenchOptions, console: Console) -> int:
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     keys = [f"tenant-{number}" for number in range(N_TENANTS)]
     flags = (*options.serve_flags, "--api-key", ",".join(keys))
     system = variants(PASTURE, Size(N_TENANTS, 512, options.cells), replace(options, serve_flags=flags))[0]
@@ -78,20 +67,12 @@ async def _main(options: BenchOptions, console: Console) -> int:
         for name, n_connections, think in (("alone", 0, True), ("share", 1, True), ("greedy", TIMES, False)):
             console.print(f"{name}: {SETTLE_SECONDS + PHASE_SECONDS:.0f} s", style="dim")
             phases.append(await phase(up, keys, options, name, n_connections, thinks=think))
-    answer = {
-        "settings": describe(options),
-        "machine": machine(),
+    found = {
         "phases": [asdict(one) for one in phases],
         "ratio": ratio(phases),
         "ratio_to_nobody": phases[-1].p95_seconds / phases[0].p95_seconds,
     }
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(phases))
-    return 1 if any(one.errors for one in phases[:2]) else 0
+    return Answer(found, [table(phases)], 1 if any(one.errors for one in phases[:2]) else 0)
 
 
 async def phase(up: Running, keys: list[str], options: BenchOptions, name: str, n_connections: int, *, thinks: bool) -> Phase:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import tempfile
 import time
-from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -27,10 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pasture.bench import counters as count
-from pasture.bench.client import Chat, Endpoint, Exchange, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Endpoint, Exchange, chat
 from pasture.bench.options import BenchOptions
 from pasture.bench.systems import PASTURE, Running, Size, System, SystemFailed, free_port, running, variants
-from pasture.core.errors import PastureError
 
 STREAMS = 16
 DECODE_ROUNDS = 64
@@ -79,26 +77,17 @@ class Throughput:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when both were measured without an error, whatever came out."""
-    console = Console()
-    try:
-        return run_loop(_main(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench overhead:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
+    return run_and_answer("overhead", options, _measure)
 
 
-async def _main(options: BenchOptions, console: Console) -> int:
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     with console.status(f"{STREAMS} streams on the real model"):
         cost = await step_cost(options, folder)
     with console.status(f"{CONNECTIONS} streams on the fake engine"):
         carried = await http_throughput(options, folder)
-    console.print(_table(cost, carried))
-    for error in dict.fromkeys(carried.errors):
-        console.print(Text.assemble(("fake engine: ", "red"), error))
-    return 1 if carried.errors else 0
+    errors = [Text.assemble(("fake engine: ", "red"), error) for error in dict.fromkeys(carried.errors)]
+    found = {"step": asdict(cost) | {"share": cost.share}, "http": asdict(carried)}
+    return Answer(found, [_table(cost, carried), *errors], 1 if carried.errors else 0)
 
 
 async def step_cost(options: BenchOptions, folder: Path) -> StepCost:

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from asyncio import CancelledError
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -32,13 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pasture.bench.agreement import TOP_LOGPROBS, agree, gap, told
-from pasture.bench.client import Chat, Exchange, Message, call_json, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Exchange, Message, call_json, chat
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine
 from pasture.bench.systems import PASTURE, Running, Size, SystemFailed, free_port, running, variants
-from pasture.core.errors import PastureError
 
 PROMPT_TOKENS = 2000
 ROUNDS = 3
@@ -78,18 +74,10 @@ class Round:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, 1 when a server failed or answered differently, or when there is no store to measure."""
-    console = Console(stderr=options.as_json)
-    try:
-        return run_loop(_main(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench remote:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
+    return run_and_answer("remote", options, _measure)
 
 
-async def _main(options: BenchOptions, console: Console) -> int:
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     rounds: list[Round] = []
     for name in STORES:
         command = store_command(name)
@@ -103,20 +91,12 @@ async def _main(options: BenchOptions, console: Console) -> int:
             for number in range(ROUNDS * options.repeat):
                 console.print(f"{name}: prompt {number + 1} of {ROUNDS * options.repeat}", style="dim")
                 rounds.append(await one_round(name, here, there, options, number))
-    answer = {
-        "settings": describe(options),
-        "machine": machine(),
+    found = {
         "rounds": [asdict(made) | {"ratio": made.ratio} for made in rounds],
         "ratios": {name: ratio(rounds, name) for name in stores_of(rounds)},
     }
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(rounds))
     held = agree([made.gap_nats for made in rounds]) and all(made.cached_tokens > 0 for made in rounds)
-    return 0 if held else 1
+    return Answer(found, [table(rounds)], 0 if held else 1)
 
 
 async def one_round(store: str, here: Running, there: Running, options: BenchOptions, number: int) -> Round:

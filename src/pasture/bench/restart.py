@@ -14,10 +14,7 @@ it after the start: the benchmark does both for it, for every slot. One event lo
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
-import tempfile
-from asyncio import CancelledError
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +26,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pasture.bench.client import Chat, Endpoint, Exchange, Message, call, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Endpoint, Exchange, Message, call, chat
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine, progress_bar
+from pasture.bench.run import progress_bar
 from pasture.bench.systems import PASTURE, Running, Size, System, SystemFailed, repack_survives, running, variants
-from pasture.core.errors import ConfigError, PastureError
+from pasture.core.errors import ConfigError
 
 SYSTEM_TOKENS = 2080
 LONGEST_TOKENS = 2560
@@ -63,34 +61,20 @@ class Wait:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, 1 when a system could not be."""
-    console = Console(stderr=options.as_json)
-    try:
-        return run_loop(_main(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench restart:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
+    return run_and_answer("restart", options, _measure)
 
 
-async def _main(options: BenchOptions, console: Console) -> int:
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     if any(peer != "llama-server" for peer in options.against):
         raise ConfigError("restart starts and ends its systems: only llama-server can be compared with")
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
     repack = await repack_survives(options, folder) if options.against else False
     waits: list[Wait] = []
     with progress_bar(console) as progress:
         for number in range(options.repeat):
             for system, state in systems(options, folder / f"state-{number + 1}", repack=repack):
                 waits += await measure(system, state, options, progress, f"{system.label}, run {number + 1}")
-    answer = {"settings": describe(options), "machine": machine(), "waits": [asdict(wait) for wait in waits]}
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(waits))
-    return 0
+    found = {"waits": [asdict(wait) for wait in waits]}
+    return Answer(found, [table(waits)])
 
 
 def systems(options: BenchOptions, state: Path, *, repack: bool) -> list[tuple[System, Path]]:

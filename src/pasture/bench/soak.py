@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
-from asyncio import CancelledError
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
@@ -29,11 +27,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pasture.bench.client import Endpoint, call, call_json, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Endpoint, call, call_json
 from pasture.bench.options import BenchOptions
-from pasture.bench.run import describe, machine, progress_bar
+from pasture.bench.run import progress_bar
 from pasture.bench.systems import PASTURE, Running, Size, SystemFailed, running, variants
-from pasture.core.errors import PastureError
 
 IDLE_SECONDS = 4.0
 """after which a session expires, and its KV"""
@@ -98,27 +96,16 @@ class Soaked:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when nothing stayed and nothing grew, 1 otherwise."""
-    console = Console(stderr=options.as_json)
-    try:
-        soaked = run_loop(soak(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench soak:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
-    answer = {"settings": describe(options), "machine": machine(), "soak": asdict(soaked), "clean": soaked.clean}
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(soaked))
-    return 0 if soaked.clean else 1
+    return run_and_answer("soak", options, _measure)
 
 
-async def soak(options: BenchOptions, console: Console) -> Soaked:
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
+    soaked = await soak(options, folder, console)
+    return Answer({"soak": asdict(soaked), "clean": soaked.clean}, [table(soaked)], 0 if soaked.clean else 1)
+
+
+async def soak(options: BenchOptions, folder: Path, console: Console) -> Soaked:
     """Raises SystemFailed when a request is not answered, or the server does not start."""
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
     flags = (*FLAGS, "--kv-cache", str(folder / "kv"), "--state", str(folder / "state.db"), *options.serve_flags)
     size = Size(options.users or 16, 2048, 8192)
     system = variants(PASTURE, size, replace(options, cells=8192, serve_flags=flags))[0]

@@ -12,10 +12,7 @@ began, and never more where the victim was there before. One event loop, in the 
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
-from asyncio import CancelledError
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,13 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pasture.bench.client import Chat, Endpoint, Exchange, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Endpoint, Exchange, chat
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine, progress_bar
+from pasture.bench.run import progress_bar
 from pasture.bench.systems import PASTURE, Running, Size, SystemFailed, running, variants
-from pasture.core.errors import PastureError
 
 PROBES, OWN_PROBES = 400, 40
 PROMPT_TOKENS = 96
@@ -56,33 +53,10 @@ class Probe:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when nothing can be told, 1 when something can, or nothing was measured."""
-    console = Console(stderr=options.as_json)
-    try:
-        foreign, own = run_loop(_main(options, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench timing:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
-    answer = {
-        "settings": describe(options),
-        "machine": machine(),
-        "area": area(foreign),
-        "standard_error": standard_error(foreign),
-        "area_within_a_tenant": area(own),
-        "probes": [asdict(probe) for probe in foreign],
-    }
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(foreign, own))
-    return 0 if abs(area(foreign) - 0.5) <= TOLERANCE and not tells(foreign) and area(own) >= CONVINCING else 1
+    return run_and_answer("timing", options, _measure)
 
 
-async def _main(options: BenchOptions, console: Console) -> tuple[list[Probe], list[Probe]]:
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     flags = (*FLAGS, *options.serve_flags)
     system = variants(PASTURE, Size(1, 512, options.cells), replace(options, serve_flags=flags))[0]
     system = replace(system, endpoint=replace(system.endpoint, api_key=STRANGER))
@@ -91,7 +65,14 @@ async def _main(options: BenchOptions, console: Console) -> tuple[list[Probe], l
         with progress_bar(console) as progress:
             foreign = await _probes(up, random, VICTIM, PROBES * options.repeat, progress, options)
             own = await _probes(up, random, STRANGER, OWN_PROBES, progress, options)
-    return foreign, own
+    found = {
+        "area": area(foreign),
+        "standard_error": standard_error(foreign),
+        "area_within_a_tenant": area(own),
+        "probes": [asdict(probe) for probe in foreign],
+    }
+    held = abs(area(foreign) - 0.5) <= TOLERANCE and not tells(foreign) and area(own) >= CONVINCING
+    return Answer(found, [table(foreign, own)], 0 if held else 1)
 
 
 async def _probes(up: Running, random: Random, first: str, n: int, progress: Progress, options: BenchOptions) -> list[Probe]:

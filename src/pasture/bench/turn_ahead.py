@@ -10,9 +10,6 @@ the one that is timed; both sides in alternation. One event loop, in the caller'
 from __future__ import annotations
 
 import asyncio
-import json
-import tempfile
-from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +20,15 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from pasture.bench.client import Chat, Exchange, Message, chat, run_loop
+from pasture.bench.answering import Answer, run_and_answer
+from pasture.bench.client import Chat, Exchange, Message, chat
 from pasture.bench.corpus import passage, subjects
 from pasture.bench.distinct import PromptTokens
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine, progress_bar
+from pasture.bench.run import progress_bar
 from pasture.bench.switched import Side, Switch, serving
 from pasture.bench.systems import Running, SystemFailed
-from pasture.core.errors import PastureError
 
 TURN_AHEAD = Switch("turn-ahead", ("--turn-ahead",), ("--no-turn-ahead",))
 REASONING_TOKENS, ANSWER_TOKENS = 500, 200
@@ -73,28 +70,7 @@ class Turn:
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, 1 when a system could not be."""
-    console = Console(stderr=options.as_json)
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
-    try:
-        turns = run_loop(_measure(options, folder, console))
-    except PastureError as error:
-        console.print(f"[red]pasture bench turn-ahead:[/] {error}", highlight=False)
-        return 1
-    except (KeyboardInterrupt, CancelledError):
-        return 130
-    answer = {
-        "settings": describe(options),
-        "machine": machine(),
-        "turns": [asdict(turn) | {"beyond_tokens": turn.beyond_tokens} for turn in turns],
-        "ratios": dict(ratios(turns)),
-    }
-    if options.out is not None:
-        (options.out / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(turns))
-    return 0
+    return run_and_answer("turn-ahead", options, _measure)
 
 
 def ratios(turns: Sequence[Turn]) -> Mapping[str, float]:
@@ -129,7 +105,7 @@ def _sides(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
     return [turn for turn in turns if turn.side == off.label], [turn for turn in turns if turn.side == on.label]
 
 
-async def _measure(options: BenchOptions, folder: Path, console: Console) -> list[Turn]:
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
     template = folder / "template.jinja"
     await asyncio.to_thread(_write, template)
     turns: list[Turn] = []
@@ -140,7 +116,11 @@ async def _measure(options: BenchOptions, folder: Path, console: Console) -> lis
                 flagged = Side(side.label, (*side.flags, "--chat-template-file", str(template)))
                 async with serving(flagged, options, folder) as up:
                     turns += await _conversations(up, side.label, options, progress, task)
-    return turns
+    found = {
+        "turns": [asdict(turn) | {"beyond_tokens": turn.beyond_tokens} for turn in turns],
+        "ratios": dict(ratios(turns)),
+    }
+    return Answer(found, [table(turns)])
 
 
 async def _conversations(up: Running, side: str, options: BenchOptions, progress: Progress, task: TaskID) -> list[Turn]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pasture.bench.answering import Answer, deliver
 from pasture.bench.idle import (
     ACTIVE_USERS,
     N_COMPUTED,
@@ -36,8 +37,8 @@ from pasture.bench.idle import (
 )
 from pasture.bench.options import BenchOptions, Rest
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine, progress_bar
-from pasture.cli.output import deliver, err, report
+from pasture.bench.run import progress_bar
+from pasture.cli.output import err, report
 from pasture.cli.quality import model_settings
 from pasture.config import Settings, format_bytes
 from pasture.core.errors import ConfigError, PastureError
@@ -92,8 +93,7 @@ def main(options: BenchOptions) -> int:
         return report(error)
     except KeyboardInterrupt:
         return 130
-    answer = {"settings": describe(options), "machine": machine(), "found": _plain(found)}
-    deliver(answer, [form_table(found, options), speed_table(found, options)], options.out, as_json=options.as_json)
+    deliver(Answer({"found": _plain(found)}, [form_table(found, options), speed_table(found, options)]), options)
     return 0
 
 

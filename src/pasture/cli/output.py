@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from pasture.cli.logs import JsonLines
 from pasture.core.errors import ConfigError, PastureError
@@ -78,18 +76,6 @@ def weights(model: ModelInfo) -> str:
 def print_json(value: Mapping[str, object]) -> None:
     """One JSON document on stdout, nothing else."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def deliver(answer: Mapping[str, object], tables: Iterable[Table], folder: Path | None, *, as_json: bool) -> None:
-    """What a measurement found: as `result.json` in a folder, if there is to be one, and on stdout as JSON or as tables."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text(json.dumps(answer, indent=2))
-    if as_json:
-        print_json(answer)
-    else:
-        for table in tables:
-            Console().print(table)
 
 
 def report(error: PastureError) -> int:

@@ -11,10 +11,11 @@ from random import Random
 
 from rich.table import Table
 
+from pasture.bench.answering import Answer, deliver
 from pasture.bench.corpus import passage
 from pasture.bench.options import BenchOptions
 from pasture.bench.systems import default_model, default_threads
-from pasture.cli.output import deliver, err, report
+from pasture.cli.output import err, report
 from pasture.config import Settings, validate_settings
 from pasture.core.errors import ConfigError, PastureError
 from pasture.core.values import Form, Weights
@@ -43,14 +44,8 @@ def main(options: BenchOptions) -> int:
         measured = _measure(options)
     except PastureError as error:
         return report(error)
-    answer = {
-        "model": (options.model or default_model()).name,
-        "texts": options.texts,
-        "context_tokens": CONTEXT_TOKENS,
-        "held_tokens": HELD_TOKENS,
-        **asdict(measured),
-    }
-    deliver(answer, [table(measured)], options.out, as_json=options.as_json)
+    held = {"context_tokens": CONTEXT_TOKENS, "held_tokens": HELD_TOKENS}
+    deliver(Answer(held | asdict(measured), [table(measured)]), options)
     return 0
 
 

@@ -10,11 +10,12 @@ from statistics import median
 
 from rich.table import Table
 
+from pasture.bench.answering import Answer, deliver
 from pasture.bench.options import BenchOptions
 from pasture.bench.report import seconds
-from pasture.bench.run import describe, machine, progress_bar
+from pasture.bench.run import progress_bar
 from pasture.bench.shifting import N_COMPUTED, N_TOKENS, REPLY_TOKENS, USER_CELLS, Found, measure
-from pasture.cli.output import deliver, err, report
+from pasture.cli.output import err, report
 from pasture.cli.quality import model_settings
 from pasture.core.errors import PastureError
 from pasture.core.values import Form
@@ -41,8 +42,7 @@ def main(options: BenchOptions) -> int:
         return report(error)
     except KeyboardInterrupt:
         return 130
-    answer = {"settings": describe(options), "machine": machine(), "found": asdict(found)}
-    deliver(answer, [table(found)], options.out, as_json=options.as_json)
+    deliver(Answer({"found": asdict(found)}, [table(found)]), options)
     return 0
 
 

@@ -6,9 +6,6 @@ one out of the live cache or into it takes `MOVE_SECONDS`, for real. In the call
 
 from __future__ import annotations
 
-import asyncio
-import json
-import tempfile
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -16,13 +13,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pasture.bench.client import run_loop
+from pasture.bench.answering import Answer, run_and_answer
 from pasture.bench.options import BenchOptions
-from pasture.bench.run import describe, machine, progress_bar
+from pasture.bench.run import progress_bar
 from pasture.bench.tiers import FAST, WITH, Outcome, order, ratios, table, too_fast, workloads
-from pasture.cli.output import report
 from pasture.config import validate_settings
-from pasture.core.errors import PastureError
 from pasture.core.ports import Service
 from pasture.core.values import PoolShape, Restore, Save, StepPlan, StepResult
 from pasture.engine.fake import FakeEngine
@@ -51,27 +46,13 @@ class HeavyEngine(FakeEngine):
 
 def main(options: BenchOptions) -> int:
     """Exit status: 0 when measured, whatever came out."""
-    folder = options.out or Path(tempfile.mkdtemp(prefix="pasture-bench-"))
-    console = Console(stderr=options.as_json)
-    try:
-        outcomes = [*run_loop(workloads(options, folder, console)), *_fast(options, console)]
-    except PastureError as error:
-        return report(error)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        return 130
-    answer = {
-        "settings": describe(options),
-        "machine": machine(),
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-        "ratios": dict(ratios(outcomes)),
-    }
-    if options.out is not None:
-        (folder / "result.json").write_text(json.dumps(answer, indent=2))
-    if options.as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        console.print(table(outcomes))
-    return 0
+    return run_and_answer("tiers", options, _measure)
+
+
+async def _measure(options: BenchOptions, folder: Path, console: Console) -> Answer:
+    outcomes = [*await workloads(options, folder, console), *await _fast(options, console)]
+    found = {"outcomes": [asdict(outcome) for outcome in outcomes], "ratios": dict(ratios(outcomes))}
+    return Answer(found, [table(outcomes)])
 
 
 def fast_service(side: str) -> Service:
@@ -79,7 +60,7 @@ def fast_service(side: str) -> Service:
     return service_over(HeavyEngine(), validate_settings({"kv_ram": "256MiB" if side == WITH else 0, "kv_layout": "unified"}))
 
 
-def _fast(options: BenchOptions, console: Console) -> list[Outcome]:
+async def _fast(options: BenchOptions, console: Console) -> list[Outcome]:
     outcomes = []
     with progress_bar(console) as progress:
         pairs = max(FAST_PAIRS, options.repeat)
@@ -87,7 +68,7 @@ def _fast(options: BenchOptions, console: Console) -> list[Outcome]:
         for number in range(pairs):
             for side in order(number):
                 with closing(fast_service(side)) as service:
-                    outcomes.append(asyncio.run(too_fast(service, side, options.seed)))
+                    outcomes.append(await too_fast(service, side, options.seed))
                 progress.advance(task)
     return outcomes
 
