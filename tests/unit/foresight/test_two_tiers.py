@@ -83,10 +83,11 @@ def test_returns_come_up_before_the_request_does(monkeypatch: pytest.MonkeyPatch
     assert ahead.lifted_blocks < on_demand.lifted_blocks
 
 
-def test_who_is_typing_finds_a_conversation_in_ram_that_only_the_disk_had() -> None:
+@pytest.mark.parametrize("seconds", [0.5, 5.0])
+def test_who_is_typing_finds_a_conversation_in_ram_that_only_the_disk_had(seconds: float) -> None:
     requests = [request(0, A), request(100, [50, 51, 52, 53]), request(200, [*A, 9]), request(300, [50, 51, 52, 53, 54])]
-    hints = typing_hints(requests, 5.0)
-    assert hints == [Hint(195.0, tuple(A[:-1])), Hint(295.0, (50, 51, 52))]
+    hints = typing_hints(requests, seconds)
+    assert hints == [Hint(200 - seconds, tuple(A[:-1])), Hint(300 - seconds, (50, 51, 52))]
     on_demand = two_tiers(8, 100).play(requests)
     replay = TwoTiers(8 * ONE, 100 * ONE, POLICIES["lru"], Ahead.HINTS, hints)
     ahead = replay.play(requests)
